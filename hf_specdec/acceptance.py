@@ -1,0 +1,97 @@
+"""The acceptance rules: which drafts stay, and the one token that the target adds.
+
+Pure functions on tensors; nothing here knows about models, caches or text. `reference.py` says the same in plain
+loops, and the tests hold the two together. Letters as in Leviathan et al. 2023: p is the target's distribution, q the
+draft's, γ the draft length.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Verdict(NamedTuple):
+    """The outcome of one verification.
+
+    Attributes:
+        tokens: `[rows, γ + 1]`. Row r commits `tokens[r, : accepted[r] + 1]`: its accepted drafts and the target's own
+            token. What stands after that is meaningless.
+        accepted: `[rows]`, how many drafts each row keeps, 0..γ.
+        valid: `[rows]` bool, False where the target's scores were not a distribution (NaN, +inf, or all -inf).
+    """
+
+    tokens: Tensor
+    accepted: Tensor
+    valid: Tensor
+
+
+def accept_greedy(draft_tokens: Tensor, draft_lengths: Tensor, scores: Tensor) -> Verdict:
+    """Keep drafts for as long as they are the target's own argmax.
+
+    Args:
+        draft_tokens: `[rows, γ]` int64.
+        draft_lengths: `[rows]`, how many drafts of each row count (rows may have fewer than γ).
+        scores: `[rows, γ + 1, vocab]` float32, the target's processed scores at each position.
+    """
+    tokens = scores.argmax(dim=-1)  # [rows, γ + 1]
+    matches = draft_tokens == tokens[:, :-1]
+    accepted = _prefix_length(matches, draft_lengths)
+    best = scores.gather(-1, tokens[..., None]).squeeze(-1)
+    return Verdict(tokens, accepted, _valid(torch.isfinite(best), accepted))
+
+
+def accept_sampled(draft_tokens: Tensor, draft_lengths: Tensor, q: Tensor | None, scores: Tensor) -> Verdict:
+    """Speculative sampling (Leviathan et al. 2023, Algorithm 1; Chen et al. 2023, Algorithm 2), for all rows at once.
+
+    Keep draft x with probability min(1, p(x) / q(x)); after the first rejection draw from norm(max(p - q, 0)); after
+    γ acceptances draw the bonus token from p. The committed tokens are distributed exactly as the target's samples.
+
+    Args:
+        draft_tokens: `[rows, γ]` int64.
+        draft_lengths: `[rows]`, how many drafts of each row count.
+        q: `[rows, γ, vocab]` float32, the distributions that the drafts were really drawn from; `None` for
+            deterministic drafts, whose q is one-hot.
+        scores: `[rows, γ + 1, vocab]` float32, the target's processed scores; p is their softmax.
+    """
+    p = scores.softmax(dim=-1)
+    gamma = draft_tokens.shape[1]
+    rows = torch.arange(len(p), device=p.device)
+
+    p_draft = p[:, :gamma].gather(-1, draft_tokens[..., None]).squeeze(-1)  # [rows, γ]
+    q_draft = torch.ones_like(p_draft) if q is None else q.gather(-1, draft_tokens[..., None]).squeeze(-1)
+    u = torch.rand_like(p_draft)
+    accepted = _prefix_length(u * q_draft < p_draft, draft_lengths)  # u < p / q, without dividing by zero
+
+    p_own = p[rows, accepted]  # [rows, vocab]
+    q_own = torch.zeros_like(p_own)  # after the last draft nothing was rejected: the residual is p itself
+    if gamma:
+        rejected = (accepted < draft_lengths)[:, None]
+        index = accepted.clamp(max=gamma - 1)
+        if q is None:
+            q_own.scatter_(-1, draft_tokens[rows, index][:, None], rejected.to(p.dtype))
+        else:
+            q_own = torch.where(rejected, q[rows, index], q_own)
+    own = torch.multinomial(residual(p_own, q_own).nan_to_num(nan=1.0), num_samples=1)
+
+    tokens = torch.cat([draft_tokens, own], dim=1).scatter(1, accepted[:, None], own)
+    return Verdict(tokens, accepted, _valid(~p.sum(dim=-1).isnan(), accepted))
+
+
+def residual(p: Tensor, q: Tensor) -> Tensor:
+    """norm(max(p - q, 0)) over the last axis; p itself where that is empty (p = q up to rounding)."""
+    difference = (p - q).clamp(min=0)
+    total = difference.sum(dim=-1, keepdim=True)
+    return torch.where(total > 0, difference / total, p)
+
+
+def _prefix_length(keep: Tensor, lengths: Tensor) -> Tensor:
+    """How many leading True each row of `keep` `[rows, γ]` has, of its first `lengths[row]`."""
+    within = torch.arange(keep.shape[1], device=keep.device) < lengths[:, None]
+    return (keep & within).long().cumprod(dim=1).sum(dim=1)
+
+
+def _valid(valid: Tensor, accepted: Tensor) -> Tensor:
+    """Whether the scores `[rows, γ + 1]` were valid at each position that the row's outcome depends on."""
+    used = torch.arange(valid.shape[1], device=valid.device) <= accepted[:, None]
+    return (valid | ~used).all(dim=1)

@@ -1,0 +1,244 @@
+"""RaggedCache: keys and values of rows that have different lengths.
+
+Owns the storage of one model's attention cache and the length of each row. It never decides what is committed; it is
+told, by `lengths`. Rolling back is setting a smaller length: nothing is copied and nothing is cleared.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+_ROUND = 64  # capacities are multiples of this many tokens
+
+
+class RaggedLayer(CacheLayerMixin):
+    """One layer's storage: `keys` and `values`, `[rows, kv_heads, capacity, head_dim]`, filled from slot 0."""
+
+    is_croppable = True
+    supports_early_init = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        raise NotImplementedError("RaggedCache allocates its layers itself")
+
+    def allocate(self, rows: int, capacity: int, key_states: Tensor, value_states: Tensor) -> None:
+        self.keys, self.values = (
+            states.new_zeros(rows, states.shape[1], capacity, states.shape[3]) for states in (key_states, value_states)
+        )
+        self.is_initialized = True
+
+    def grow(self, capacity: int, used: int) -> None:
+        """Move the first `used` slots to storage of `capacity` slots."""
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old.new_zeros(old.shape[0], old.shape[1], capacity, old.shape[3])
+            new[:, :, :used] = old[:, :, :used]
+            setattr(self, name, new)
+
+    def swap(self, i: int, j: int, used: int) -> None:
+        """Exchange the first `used` slots of two rows."""
+        for states in (self.keys, self.values):
+            states[[i, j], :, :used] = states[[j, i], :, :used]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError("layers are updated through RaggedCache.update")
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        raise NotImplementedError("ask RaggedCache")
+
+    def get_seq_length(self) -> int:
+        raise NotImplementedError("ask RaggedCache")
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+@dataclass(frozen=True)
+class _Write:
+    """Where the next forward's entries go. `start` when all rows write at the same slot, else `slots` `[rows, q]`."""
+
+    used: int  # slots in use after the write, over the rows
+    start: int | None
+    slots: Tensor | None
+
+
+class RaggedCache(Cache):
+    """A cache whose rows have lengths of their own, and no padding.
+
+    Three rows after a prefill and one iteration (`.` is free or rolled back, and never seen by the masks):
+
+        row 0   the cat sat on  a   .   .   .        lengths[0] = 5
+        row 1   a   dog .   .   .   .   .   .        lengths[1] = 2
+        row 2   one two six ten .   .   .   .        lengths[2] = 4
+
+    Only the rows in `rows` take part in a forward; `activate` moves them to the front of the storage.
+
+    Args:
+        batch_size: rows in all.
+        device: where index tensors are made.
+        capacity: slots to allocate at first.
+        max_capacity: slots that will ever be needed; growth is geometric up to it.
+    """
+
+    def __init__(self, batch_size: int, device: torch.device, capacity: int, max_capacity: int):
+        super().__init__(layers=[])
+        self.device = device
+        self.capacity = min(_round_up(capacity), _round_up(max_capacity))
+        self.max_capacity = _round_up(max_capacity)
+        self.lengths = [0] * batch_size  # by row of the batch
+        self._storage = list(range(batch_size))  # storage index -> row of the batch
+        self._active = batch_size
+        self._write: _Write | None = None
+
+    @property
+    def rows(self) -> list[int]:
+        """The rows of the batch that take part in forwards, in order."""
+        return self._storage[: self._active]
+
+    def activate(self, rows: list[int]) -> None:
+        """From now on forwards are over these rows, in this order. Other rows keep their entries."""
+        for i, row in enumerate(rows):
+            j = self._storage.index(row)
+            if i != j:
+                used = max(self.lengths[row], self.lengths[self._storage[i]])
+                for layer in self.layers:
+                    layer.swap(i, j, used)
+                self._storage[i], self._storage[j] = self._storage[j], self._storage[i]
+        self._active = len(rows)
+
+    @property
+    def active_lengths(self) -> list[int]:
+        return [self.lengths[row] for row in self.rows]
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all active rows have the same length."""
+        return len(set(self.active_lengths)) <= 1
+
+    def prepare(self, query_length: int) -> None:
+        """Announce a forward of `query_length` tokens per row. Each row writes behind its own length."""
+        lengths = self.active_lengths
+        used = max(lengths) + query_length
+        if used > self.capacity:
+            self._grow(used)
+        if self.is_uniform:
+            self._write = _Write(used, lengths[0], None)
+        else:
+            starts = torch.tensor(lengths, device=self.device)
+            self._write = _Write(used, None, starts[:, None] + torch.arange(query_length, device=self.device))
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write q new entries per row, `[rows, kv_heads, q, head_dim]`; return views of the slots in use."""
+        write = self._write
+        assert write is not None, "prepare() comes before a forward"
+        layer = self._layer(layer_idx, key_states, value_states)
+        n = self._active
+        for storage, states in ((layer.keys, key_states), (layer.values, value_states)):
+            if write.slots is None:
+                storage[:n, :, write.start : write.used] = states
+            else:
+                row_index = torch.arange(n, device=storage.device)[:, None]
+                storage[row_index, :, write.slots.to(storage.device)] = states.transpose(1, 2)
+        return layer.keys[:n, :, : write.used], layer.values[:n, :, : write.used]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """The length of the longest active row; of every active row when the cache is uniform."""
+        return max(self.active_lengths)
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self.get_seq_length(layer_idx)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def _layer(self, layer_idx: int, key_states: Tensor, value_states: Tensor) -> RaggedLayer:
+        while len(self.layers) <= layer_idx:
+            self.layers.append(RaggedLayer())
+        layer = self.layers[layer_idx]
+        if not layer.is_initialized:
+            layer.allocate(len(self.lengths), self.capacity, key_states, value_states)
+        return layer
+
+    def _grow(self, needed: int) -> None:
+        used = max(self.lengths)
+        self.capacity = _round_up(max(needed, min(2 * self.capacity, self.max_capacity)))
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.grow(self.capacity, used)
+
+    # Exchange with the caches of transformers, which hold all rows in equal columns.
+
+    def load(self, source: Cache, first: list[int]) -> None:
+        """Take over another cache's entries, dropping each row's left padding.
+
+        Args:
+            source: a cache of transformers whose layers hold `[rows, kv_heads, columns, head_dim]`.
+            first: each row's first column that is not padding; it becomes slot 0.
+        """
+        past = int(source.get_seq_length())
+        self.lengths = [max(past - f, 0) for f in first]
+        self.capacity = max(self.capacity, _round_up(past))
+        for index, layer in enumerate(source.layers):
+            if not layer.is_initialized:
+                continue
+            keys, values = layer.keys, layer.values
+            held = min(keys.shape[-2], past)  # a sliding layer has let go of the oldest columns
+            mine = self._layer(index, keys, values)
+            for row, f in enumerate(first):
+                if f >= past:
+                    continue
+                begin = max(past - held, f)  # columns [begin, past) are still there and real
+                columns = slice(begin - (past - held), held)
+                mine.keys[row, :, begin - f : past - f] = keys[row, :, columns]
+                mine.values[row, :, begin - f : past - f] = values[row, :, columns]
+
+    def columns(self, first: list[int], width: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Each layer's entries in equal columns, `(layer_idx, keys, values)`: the inverse of `load`.
+
+        Args:
+            first: the column of each row's slot 0.
+            width: columns in all; those that hold nothing are zero.
+        """
+        for index, layer in enumerate(self.layers):
+            if not layer.is_initialized:
+                continue
+            out = []
+            for storage in (layer.keys, layer.values):
+                states = storage.new_zeros(len(first), storage.shape[1], width, storage.shape[3])
+                for position, row in enumerate(self._storage):
+                    end = min(first[row] + self.lengths[row], width)
+                    states[row, :, first[row] : end] = storage[position, :, : end - first[row]]
+                out.append(states)
+            yield index, out[0], out[1]
+
+
+def _round_up(tokens: int) -> int:
+    return -(-max(tokens, 1) // _ROUND) * _ROUND
+
+
+def check_layers(cache: Cache, owner: str) -> None:
+    """Raise a ValueError unless a cache like this is keys and values, one entry per token, and nothing else.
+
+    Args:
+        cache: what transformers makes of the model's config; need not have been used.
+        owner: whose cache it is, for the message.
+    """
+    extra_state = ("update_recurrent_state", "update_indexer", "_quantize")
+    unsupported = {
+        type(layer).__name__
+        for layer in cache.layers
+        if not hasattr(layer, "keys") or any(hasattr(layer, name) for name in extra_state)
+    }
+    if unsupported:
+        raise ValueError(
+            f"The cache of {owner} has layers of type {', '.join(sorted(unsupported))}, which strategy='spec' cannot roll "
+            "back to the accepted tokens yet"
+        )

@@ -1,0 +1,104 @@
+"""Context: the committed tokens of every row, laid out as `generate()` returns them.
+
+Owns the tokens and where each row begins and ends. Drafters read it, logits processors and stopping criteria are shown
+slices of it, and `decoding.py` alone appends to it.
+"""
+
+import torch
+from torch import Tensor
+
+
+class Context:
+    """The batch so far. Columns are those of the sequences that `generate()` returns.
+
+        column     0    1    2    3    4    5    6    7
+        row 0     <p>  <p>  the  cat  sat  on   <p>  <p>     first 2, end 6
+        row 1      a   dog  ran  off  and  <p>  <p>  <p>     first 0, end 5
+        row 2     <p>  one  two  six  ten  <p>  <p>  <p>     first 1, end 5
+                  prompt_width = 4: two, one and one tokens are new
+
+    What stands at or behind a row's `end` is padding, or the drafts of the iteration that is under way.
+
+    Attributes:
+        tokens: `[batch, max_length + 1]` int64; the last column is never shown.
+        prompt_width: columns of the prompt.
+        first: by row of the batch, the first column that is not left padding.
+        ends: by row of the batch, one past its last committed token.
+        rows: the rows of the batch that are still being decoded, in the order of the caches.
+    """
+
+    def __init__(self, prompt: Tensor, first: list[int], max_length: int, pad_token_id: int):
+        batch, self.prompt_width = prompt.shape
+        self.pad_token_id = pad_token_id
+        self.max_length = max(max_length, self.prompt_width + 1)
+        self.tokens = prompt.new_full((batch, self.max_length + 1), pad_token_id)  # the last column takes overflow
+        self.tokens[:, : self.prompt_width] = prompt
+        self.first = first
+        self.ends = [self.prompt_width] * batch
+        self.rows = list(range(batch))
+        self._draft_width = 0  # columns behind the ends that may hold drafts
+
+    @property
+    def batch_size(self) -> int:
+        """Rows in all, finished ones included."""
+        return len(self.ends)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Committed tokens of each active row, prompt included, padding not."""
+        return [self.ends[row] - self.first[row] for row in self.rows]
+
+    @property
+    def active_ends(self) -> list[int]:
+        return [self.ends[row] for row in self.rows]
+
+    @property
+    def row_index(self) -> Tensor:
+        """`[active rows]`: the active rows as an index into `tokens`."""
+        return torch.tensor(self.rows, device=self.tokens.device)
+
+    def row(self, row: int) -> Tensor:
+        """The committed tokens of one row of the batch, without padding: `[length]`."""
+        return self.tokens[row, self.first[row] : self.ends[row]]
+
+    def view(self, end: int) -> Tensor:
+        """`[batch, end]`: what vanilla `generate()` holds when it chooses the token of column `end`."""
+        return self.tokens[:, :end]
+
+    def gather(self, starts: list[int], width: int) -> Tensor:
+        """`[active rows, width]`: tokens of the active rows from a column of each row's own."""
+        columns = torch.tensor(starts, device=self.tokens.device)[:, None] + self._arange(width)
+        return self.tokens[self.row_index[:, None], columns.clamp(0, self.max_length)]
+
+    def write_drafts(self, draft_tokens: Tensor, offset: int = 0) -> None:
+        """Put drafts `[active rows, k]` behind the committed tokens, `offset` columns on, for all to see.
+
+        What would lie past the last column is lost: it could never be committed.
+        """
+        columns = self.first_free[:, None] + offset + self._arange(draft_tokens.shape[1])
+        self.tokens[self.row_index[:, None], columns.clamp(max=self.max_length)] = draft_tokens
+        self._draft_width = max(self._draft_width, offset + draft_tokens.shape[1])
+
+    def clear_drafts(self) -> None:
+        """Put padding back behind the committed tokens of the active rows."""
+        if self._draft_width:
+            self.write_drafts(self.tokens.new_full((len(self.rows), self._draft_width), self.pad_token_id))
+        self._draft_width = 0
+
+    @property
+    def first_free(self) -> Tensor:
+        """`[active rows]`: the column of each active row's next token."""
+        return torch.tensor(self.active_ends, device=self.tokens.device)
+
+    def append(self, row: int, tokens: list[int]) -> None:
+        """Commit `tokens` to a row of the batch."""
+        self.write_row(row, tokens)
+        self.ends[row] += len(tokens)
+
+    def write_row(self, row: int, tokens: list[int]) -> None:
+        """Put `tokens` behind a row's end, for criteria and processors to see, without committing them."""
+        end = self.ends[row]
+        self.tokens[row, end : end + len(tokens)] = torch.tensor(tokens, device=self.tokens.device)
+
+    def _arange(self, width: int) -> Tensor:
+        return torch.arange(width, device=self.tokens.device)

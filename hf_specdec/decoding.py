@@ -1,0 +1,308 @@
+"""The decoding loop: draft, verify, accept, commit, roll back, until every row has ended.
+
+Start reading at `SpeculativeDecoding.run`. What each step needs lives in its own file; this one holds them together and
+is the only one that appends to the context.
+"""
+
+from dataclasses import dataclass, field
+from time import perf_counter
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList
+from transformers.utils import ModelOutput
+
+from .acceptance import Verdict, accept_greedy, accept_sampled
+from .context import Context
+from .drafters import Draft, Drafter
+from .forward import CachedModel
+from .outputs import Recorder
+from .processors import BlockProcessors
+from .schedule import Schedule
+from .stats import Iteration, RowStep, SpeculationStats
+from .stopping import Stopping
+from .streaming import StepStreamer
+from .trace import Trace
+
+
+@dataclass
+class Committed:
+    """What one iteration appends, by active row.
+
+    Attributes:
+        tokens: the committed set.
+        accepted: how many of them are accepted drafts; they come first.
+        finished: why the row ends there, `None` if it goes on.
+        drafted: what had been proposed.
+    """
+
+    tokens: list[list[int]]
+    accepted: list[int]
+    finished: list[str | None]
+    drafted: list[list[int]]
+
+
+@dataclass
+class SpeculativeDecoding:
+    """One `generate()` call, prepared (see `session.py`), ready to run.
+
+    Attributes:
+        in_order: logits processors and stopping criteria are called as vanilla calls them, step by step.
+        lockstep: all rows commit equally many tokens per iteration.
+        pending_embeds: `[batch, columns, width]` when the prompt is embeddings, whose last one no token stands for.
+    """
+
+    context: Context
+    target: CachedModel
+    drafter: Drafter
+    schedule: Schedule
+    processors: LogitsProcessorList
+    stopping: Stopping
+    recorder: Recorder
+    streamer: StepStreamer
+    do_sample: bool
+    in_order: bool
+    lockstep: bool
+    vocab_size: int
+    prefill_chunk_size: int | None = None
+    pending_embeds: Tensor | None = None
+    stats: SpeculationStats = field(default_factory=SpeculationStats)
+    trace: Trace | None = None
+    _done_at: dict[int, int] = field(default_factory=dict)  # row -> column behind which it met a criterion
+    _finished: set[int] = field(default_factory=set)  # rows that leave the batch after this iteration
+
+    def run(self) -> int:
+        """Decode all rows to their end. Returns the columns of the output."""
+        self.prefill()
+        while self.context.rows:
+            clock = [perf_counter()]
+            forwards = self.drafter.forwards
+            draft = self.draft()
+            clock.append(perf_counter())
+            output = self.verify(draft)
+            committed = self.accept(draft, output.logits)
+            clock.append(perf_counter())
+            self.record(committed, clock, self.drafter.forwards - forwards)
+            self.commit(committed, output)
+            self.roll_back()
+            self.streamer.advance(self.context, self.output_width)
+        return self.output_width
+
+    def prefill(self) -> None:
+        start = perf_counter()
+        chunks = self.target.prefill(
+            self.context, self.prefill_chunk_size, embeds=self.pending_embeds, **self.recorder.forward_kwargs
+        )
+        for counts, output in chunks:
+            self.recorder.layers(output, counts)
+        self.stats.add_prefill(perf_counter() - start, len(chunks), self.drafter.forwards)
+
+    def draft(self) -> Draft:
+        """Up to γ tokens for each active row, but never so many that the target's own would not fit behind them."""
+        context = self.context
+        room = [max(context.max_length - end - 1, 0) for end in context.active_ends]
+        max_tokens = 0 if self.pending_embeds is not None else min(self.schedule.gamma, max(room))
+        if max_tokens == 0:
+            return Draft(context.tokens.new_empty(len(context.rows), 0), lengths=[0] * len(context.rows))
+        draft = self.drafter.propose(context, max_tokens)
+        check_draft(draft, len(context.rows), max_tokens, self.vocab_size, self.drafter)
+        lengths = draft.lengths or [draft.tokens.shape[1]] * len(context.rows)
+        lengths = [min(length, space) for length, space in zip(lengths, room)]
+        longest = max(lengths)
+        probs = None if draft.probs is None else draft.probs[:, :longest]
+        return Draft(draft.tokens[:, :longest], probs, lengths, draft.valid)
+
+    def verify(self, draft: Draft) -> ModelOutput:
+        """One target forward over each row's last committed token and its drafts: `[rows, γ + 1, vocab]` logits."""
+        self.context.clear_drafts()
+        self.context.write_drafts(draft.tokens)
+        output = self.target.forward(
+            self.context, draft.tokens.shape[1] + 1, embeds=self.pending_embeds, **self.recorder.forward_kwargs
+        )
+        self.pending_embeds = None
+        return output
+
+    def accept(self, draft: Draft, logits: Tensor) -> Committed:
+        """The committed set of each row, cut where vanilla would have stopped."""
+        logits = logits.to(device=self.context.tokens.device, dtype=torch.float32, copy=True)
+        return self._accept_in_order(draft, logits) if self.in_order else self._accept_block(draft, logits)
+
+    def _accept_block(self, draft: Draft, logits: Tensor) -> Committed:
+        """All positions at once: processors are functions of a prefix, and each position's prefix is known."""
+        context = self.context
+        scores = BlockProcessors(self.processors)(logits, context)
+        verdict = self._judge(draft.tokens, torch.tensor(draft.lengths, device=scores.device), draft.probs, scores)
+        tokens, accepted, drafted = self._to_host(verdict, draft)
+        count = [n + 1 for n in accepted]
+        if self.lockstep:
+            count = [min(count)] * len(count)
+        committed = Committed([t[:n] for t, n in zip(tokens, count)], accepted, [None] * len(count), drafted)
+        for slot, row in enumerate(context.rows):
+            new = committed.tokens[slot]
+            committed.finished[slot] = self._finish(row, new)
+            committed.accepted[slot] = min(accepted[slot], len(new))
+            for i in range(len(new)):
+                self.recorder.token(row, context.ends[row] + i, logits[slot, i], scores[slot, i])
+        return committed
+
+    def _finish(self, row: int, tokens: list[int]) -> str | None:
+        """Cut `tokens` in place where the row ends; say why it ends there."""
+        end = self.context.ends[row]
+        hit = None if row in self._done_at else self.stopping.first_end(self.context, row, tokens)
+        if hit is not None:
+            self._done_at[row] = end + hit[0]
+        if self.stopping.pads_finished_rows:
+            if hit is not None:
+                del tokens[hit[0] :]
+            return None if hit is None else hit[1]
+        # Without an EOS token vanilla lets every row run on until all have met a criterion.
+        del tokens[max(self.context.max_length - end, 0) :]
+        return "max_length" if end + len(tokens) >= self.context.max_length else None
+
+    def _accept_in_order(self, draft: Draft, logits: Tensor) -> Committed:
+        """One position after the other, as vanilla goes: processors, choice, criteria, each on committed tokens only."""
+        context, rows = self.context, self.context.rows
+        lengths = draft.lengths or []
+        index = context.row_index
+        end = context.ends[rows[0]]
+        context.clear_drafts()
+        drafted = [tokens[:n] for tokens, n in zip(draft.tokens.tolist(), lengths)]
+        committed = Committed([[] for _ in rows], [0] * len(rows), [None] * len(rows), drafted)
+        for i in range(draft.tokens.shape[1] + 1):
+            view = context.view(end + i)
+            full = logits.new_zeros(context.batch_size, logits.shape[2])
+            full[index] = logits[:, i]
+            raw = full.clone() if self.recorder.wants_logits else full
+            scores = self.processors(view, full)
+            has_draft = torch.tensor([i < n for n in lengths], device=scores.device).long()
+            probs = None if draft.probs is None else draft.probs[:, i : i + 1]
+            here = scores[index][:, None].expand(-1, 1 + (i < draft.tokens.shape[1]), -1)
+            verdict = self._judge(draft.tokens[:, i : i + 1], has_draft, probs, here)
+            tokens, accepted, _ = self._to_host(verdict, draft)
+            going = [slot for slot in range(len(rows)) if committed.finished[slot] is None]
+            for slot in going:
+                row = rows[slot]
+                committed.tokens[slot].append(tokens[slot][0])
+                committed.accepted[slot] += accepted[slot]
+                context.tokens[row, end + i] = tokens[slot][0]
+                self.recorder.token(row, end + i, raw[row], scores[row])
+            steps = end + i + 1 - context.prompt_width
+            done = self.stopping.criteria(context.view(end + i + 1), self.recorder.scores(steps)).tolist()
+            for slot in going:
+                row = rows[slot]
+                if done[row]:
+                    self._done_at.setdefault(row, end + i + 1)
+                    if self.stopping.pads_finished_rows or end + i + 1 >= context.max_length:
+                        committed.finished[slot] = "stopping_criteria"
+            going = [slot for slot in going if committed.finished[slot] is None]
+            all_done = len(self._done_at) == context.batch_size
+            if all_done or not going or any(accepted[slot] == 0 for slot in going):
+                break
+        return committed
+
+    def _judge(self, tokens: Tensor, lengths: Tensor, probs: Tensor | None, scores: Tensor) -> Verdict:
+        if self.do_sample:
+            return accept_sampled(tokens, lengths, probs, scores)
+        return accept_greedy(tokens, lengths, scores)
+
+    def _to_host(self, verdict: Verdict, draft: Draft) -> tuple[list[list[int]], list[int], list[list[int]]]:
+        """The iteration's one synchronisation: new tokens, accepted lengths and drafts as Python numbers."""
+        draft_valid = torch.ones_like(verdict.valid) if draft.valid is None else draft.valid
+        flags = torch.stack([verdict.accepted, verdict.valid, draft_valid], dim=1)
+        packed = torch.cat([flags, verdict.tokens, draft.tokens], dim=1).tolist()
+        width = verdict.tokens.shape[1]
+        for row, (_, valid, valid_draft, *_) in zip(self.context.rows, packed):
+            if not valid_draft:
+                self._raise_no_distribution(f"draft model ({type(self.drafter).__name__})", row)
+            if not valid:
+                self._raise_no_distribution(f"target model ({type(self.target.model).__name__})", row)
+        drafted = [row[3 + width :][:n] for row, n in zip(packed, draft.lengths or [])]
+        return [row[3 : 3 + width] for row in packed], [row[0] for row in packed], drafted
+
+    def _raise_no_distribution(self, model: str, row: int) -> None:
+        raise ValueError(
+            f"The {model} gave no distribution over the vocabulary for row {row} behind column "
+            f"{self.context.ends[row] - 1}: its scores hold NaN or +inf, or are all -inf. Check its weights and dtype, "
+            "and what the logits processors leave"
+        )
+
+    def record(self, committed: Committed, clock: list[float], draft_forwards: int) -> None:
+        """Tell statistics and trace what is about to be committed."""
+        context = self.context
+        steps = [
+            RowStep(
+                row=row,
+                context_length=context.ends[row] - context.first[row],
+                drafted=committed.drafted[slot],
+                accepted=committed.accepted[slot],
+                committed=committed.tokens[slot],
+                finished=committed.finished[slot],
+            )
+            for slot, row in enumerate(context.rows)
+        ]
+        self.schedule.update([len(step.drafted) for step in steps], committed.accepted)
+        iteration = Iteration(
+            rows=steps,
+            draft_seconds=clock[1] - clock[0],
+            verify_seconds=clock[2] - clock[1],
+            other_seconds=perf_counter() - clock[2],
+            draft_forwards=draft_forwards,
+        )
+        self.stats.add(iteration)
+        if self.trace is not None:
+            self.trace.add(iteration)
+
+    def commit(self, committed: Committed, output: ModelOutput) -> None:
+        """Append each row's committed set."""
+        self.context.clear_drafts()
+        self.recorder.layers(output, [len(tokens) for tokens in committed.tokens])
+        for row, tokens in zip(self.context.rows, committed.tokens):
+            self.context.append(row, tokens)
+        self._finished = {row for row, why in zip(self.context.rows, committed.finished) if why is not None}
+
+    def roll_back(self) -> None:
+        """Both caches keep what is committed; finished rows leave the batch."""
+        self.target.commit(self.context)
+        self.drafter.commit(self.context)
+        rows = self.context.rows
+        width = self.output_width
+        if len(self._done_at) == self.context.batch_size:  # nobody needs to go beyond the last one's end
+            self._finished |= {row for row in rows if self.context.ends[row] >= width}
+        for row in self._finished:  # the last row fills the gap, so that caches move one row only
+            gap = rows.index(row)
+            rows[gap] = rows[-1]
+            rows.pop()
+
+    @property
+    def output_width(self) -> int:
+        """Columns of the output: known once every row has met a criterion, `max_length` until then."""
+        if len(self._done_at) < self.context.batch_size:
+            return self.context.max_length
+        return max(self._done_at.values())
+
+
+def check_draft(draft: Draft, rows: int, max_tokens: int, vocab_size: int, drafter: Drafter) -> None:
+    """Raise on proposals that break the protocol of `Drafter.propose`."""
+    name = type(drafter).__name__
+    tokens = draft.tokens
+    if not isinstance(draft, Draft):
+        raise TypeError(f"{name}.propose must return a Draft, got {type(draft).__name__}")
+    if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64:
+        raise TypeError(f"{name} proposed tokens of type {getattr(tokens, 'dtype', type(tokens))}, expected torch.int64")
+    if tokens.ndim != 2 or tokens.shape[0] != rows:
+        raise ValueError(
+            f"{name} proposed tokens of shape {tuple(tokens.shape)}, expected [{rows}, k]: one line for each active row"
+        )
+    if tokens.shape[1] > max_tokens:
+        raise ValueError(f"{name} proposed {tokens.shape[1]} tokens per row, asked for at most {max_tokens}")
+    lengths = draft.lengths
+    if lengths is not None and (len(lengths) != rows or not all(0 <= n <= tokens.shape[1] for n in lengths)):
+        raise ValueError(f"{name} gave draft lengths {lengths} for {rows} rows and {tokens.shape[1]} tokens per row")
+    expected = (*tokens.shape, vocab_size)
+    if draft.probs is not None and tuple(draft.probs.shape) != expected:
+        raise ValueError(f"{name} gave probs of shape {tuple(draft.probs.shape)}, expected {list(expected)}")
+    if not drafter.in_vocabulary and tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
+        raise ValueError(
+            f"{name} proposed token ids from {int(tokens.min())} to {int(tokens.max())}, but the target's vocabulary has "
+            f"ids 0 to {vocab_size - 1}"
+        )

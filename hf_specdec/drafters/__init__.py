@@ -1,0 +1,7 @@
+"""Drafters: whatever proposes tokens. `base.py` has the protocol; each other file has one drafter."""
+
+from .base import Draft, Drafter, DraftRequest
+from .model import ModelDrafter
+from .prompt_lookup import PromptLookupDrafter
+
+__all__ = ["Draft", "DraftRequest", "Drafter", "ModelDrafter", "PromptLookupDrafter"]

@@ -1,0 +1,126 @@
+"""A draft model: one tight loop over `forward`, all rows together, with a RaggedCache of its own."""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..cache import RaggedCache
+from ..context import Context
+from ..forward import CachedModel, takes_ragged_rows
+from ..processors import BlockProcessors
+from .base import Draft, Drafter, DraftRequest
+
+logger = logging.get_logger(__name__)
+
+
+class ModelDrafter(Drafter):
+    """Drafts with a smaller causal language model of the target's vocabulary.
+
+    Greedy calls draft the argmax; sampling calls draw from the draft's processed distribution, which is the q of the
+    acceptance test.
+
+    Args:
+        model: the draft model (`assistant_model` in `generate()`).
+        confidence_threshold: a row stops proposing once the draft gave its last token a probability below this
+            (`assistant_confidence_threshold`); 0 never stops. The unsure token itself is still proposed.
+    """
+
+    in_vocabulary = True
+
+    def __init__(self, model: PreTrainedModel, confidence_threshold: float = 0.0):
+        self.model = model
+        self.confidence_threshold = confidence_threshold
+
+    @property
+    def forwards(self) -> int:
+        return self._cached.forwards
+
+    @property
+    def takes_ragged_rows(self) -> bool:
+        return takes_ragged_rows(self.model)
+
+    def start(self, request: DraftRequest, context: Context) -> None:
+        self._request = request
+        self._process = BlockProcessors(request.processors)
+        config = self.model.config.get_text_config(decoder=True)
+        self._max_positions: int = getattr(config, "max_position_embeddings", None) or context.max_length
+        columns = torch.arange(context.prompt_width, device=self.model.device)
+        padding_mask = columns >= torch.tensor(request.first, device=self.model.device)[:, None]
+        cache = RaggedCache(
+            context.batch_size,
+            self.model.device,
+            capacity=context.prompt_width + 256,
+            max_capacity=context.max_length,
+        )
+        self._cached = CachedModel(
+            self.model,
+            cache,
+            first=request.first,
+            padding_mask=padding_mask if request.lockstep and max(request.first) > 0 else None,
+            position_offset=[-f for f in request.first] if request.lockstep else None,
+            max_slot=[self._max_positions - 1] * context.batch_size,
+        )
+        if max(context.lengths) < self._max_positions:
+            self._cached.prefill(context)
+
+    def propose(self, context: Context, max_tokens: int) -> Draft:
+        max_tokens = min(max_tokens, self._room(context))
+        tokens: list[Tensor] = []  # each [rows, 1]
+        probs: list[Tensor] = []  # each [rows, 1, vocab]
+        lengths = [max_tokens] * len(context.rows)
+        valid = torch.ones(len(context.rows), dtype=torch.bool, device=self._request.device)
+        for step in range(max_tokens):
+            logits = self._next_logits(context, step)
+            valid &= logits.amax(dim=-1).isfinite().squeeze(1)
+            scores = self._process(logits, context, offset=step)
+            # Where processors leave the draft nothing to say, it speaks unprocessed: q is what was drawn from.
+            scores = torch.where(scores.amax(dim=-1, keepdim=True).isfinite(), scores, logits)
+            q = scores.softmax(dim=-1).nan_to_num(nan=1.0)
+            drawn = torch.multinomial(q[:, 0], num_samples=1) if self._request.do_sample else scores[:, 0].argmax(-1, True)
+            tokens.append(drawn)
+            if self._request.do_sample:
+                probs.append(q)
+            context.write_drafts(drawn, offset=step)
+            if self.confidence_threshold > 0:
+                unsure = q[:, 0].gather(-1, drawn).squeeze(-1) < self.confidence_threshold
+                lengths = [min(n, step + 1) if stop else n for n, stop in zip(lengths, unsure.tolist())]
+                if max(lengths) <= step + 1:
+                    break
+        if not tokens:
+            return Draft(context.tokens.new_empty(len(context.rows), 0))
+        return Draft(torch.cat(tokens, dim=1), torch.cat(probs, dim=1) if probs else None, lengths, valid)
+
+    def commit(self, context: Context) -> None:
+        # The cache holds the context as it was and all drafts but the last: what is committed of that stays.
+        for row in context.rows:
+            kept = context.ends[row] + self._cached.slot_offset[row] - 1
+            self._cached.cache.lengths[row] = min(self._cached.cache.lengths[row], kept)
+
+    def _room(self, context: Context) -> int:
+        """How many tokens may be drafted before the draft model runs out of positions."""
+        room = self._max_positions - max(context.lengths)
+        if room <= 0:
+            logger.warning_once(
+                f"The draft model {type(self.model).__name__} has {self._max_positions} positions and the context is "
+                "longer: no drafts from here on."
+            )
+        return max(room, 0)
+
+    def _next_logits(self, context: Context, step: int) -> Tensor:
+        """`[rows, 1, vocab]` float32 for the token behind the first `step` drafts."""
+        missing = [n + step for n in self._cached.missing(context)]
+        logits = self._cached.forward(context, max(missing)).logits
+        for row, n in zip(context.rows, missing):
+            self._cached.cache.lengths[row] += n
+        last = torch.tensor(missing, device=logits.device)[:, None, None] - 1
+        logits = logits.gather(1, last.expand(-1, 1, logits.shape[2])).float().to(self._request.device)
+        return _fit_vocabulary(logits, self._request.vocab_size)
+
+
+def _fit_vocabulary(logits: Tensor, vocab_size: int) -> Tensor:
+    """Bring `[rows, 1, draft vocab]` to the target's ids: padding rows of one embedding are no tokens of the other."""
+    missing = vocab_size - logits.shape[-1]
+    if missing > 0:
+        return torch.nn.functional.pad(logits, (0, missing), value=float("-inf"))
+    return logits[..., :vocab_size]

@@ -1,0 +1,62 @@
+"""Prompt look-up: propose what followed the last n-gram when it occurred before (Saxena 2023; transformers has it as
+`PromptLookupCandidateGenerator`). No model, no cost to speak of; good where outputs repeat their context.
+"""
+
+import torch
+from torch import Tensor
+
+from ..context import Context
+from .base import Draft, Drafter, DraftRequest
+
+
+class PromptLookupDrafter(Drafter):
+    """Looks the context's last n-gram up in the context itself, longest n first.
+
+    Among the places where it occurred, those with the most tokens behind them win (up to what is asked for), then the
+    latest.
+
+    Args:
+        max_matching_ngram_size: the longest n-gram to try.
+    """
+
+    in_vocabulary = True
+
+    def __init__(self, max_matching_ngram_size: int = 2):
+        if max_matching_ngram_size < 1:
+            raise ValueError(f"`max_matching_ngram_size` must be at least 1, got {max_matching_ngram_size}")
+        self.max_matching_ngram_size = max_matching_ngram_size
+
+    def start(self, request: DraftRequest, context: Context) -> None:
+        self._vocab_size = request.vocab_size
+
+    def propose(self, context: Context, max_tokens: int) -> Draft:
+        ends = context.first_free
+        first = torch.tensor([context.first[row] for row in context.rows], device=ends.device)
+        tokens = context.tokens[context.row_index, : max(context.active_ends)]  # [rows, width]
+
+        source = torch.zeros_like(ends)  # the column behind the chosen occurrence
+        found = torch.zeros_like(ends)  # how many tokens to copy from there
+        for size in range(min(self.max_matching_ngram_size, tokens.shape[1] - 1), 0, -1):
+            column, count = _best_match(tokens, first, ends, size, max_tokens)
+            better = (found == 0) & (count > 0)
+            source, found = torch.where(better, column, source), torch.where(better, count, found)
+
+        offsets = torch.arange(max_tokens, device=ends.device)
+        drafts = tokens.gather(1, (source[:, None] + offsets).clamp(max=tokens.shape[1] - 1))
+        # A prompt may hold ids that are no tokens (image placeholders): copy only up to them.
+        copied = (offsets < found[:, None]) & (drafts >= 0) & (drafts < self._vocab_size)
+        lengths: list[int] = copied.long().cumprod(dim=1).sum(dim=1).tolist()
+        return Draft(drafts[:, : max(lengths)].clamp(0, self._vocab_size - 1), lengths=lengths)
+
+
+def _best_match(tokens: Tensor, first: Tensor, ends: Tensor, size: int, max_tokens: int) -> tuple[Tensor, Tensor]:
+    """Per row, the column behind the best earlier occurrence of the last `size` tokens, and how many tokens follow it."""
+    windows = tokens.unfold(1, size, 1)  # [rows, starts, size]
+    starts = torch.arange(windows.shape[1], device=tokens.device)
+    tail_columns = (ends[:, None] - size + torch.arange(size, device=tokens.device)).clamp(min=0)
+    matches = (windows == tokens.gather(1, tail_columns)[:, None]).all(dim=-1)
+    following = (ends[:, None] - (starts + size)).clamp(max=max_tokens)  # tokens behind each window
+    usable = matches & (starts >= first[:, None]) & (following > 0)
+    score = torch.where(usable, following * windows.shape[1] + starts, -1)
+    best, start = score.max(dim=1)
+    return start + size, torch.where(best >= 0, following.gather(1, start[:, None]).squeeze(1), 0)

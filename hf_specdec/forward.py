@@ -1,0 +1,225 @@
+"""CachedModel: a model and its RaggedCache, fed from a Context.
+
+Owns what a forward needs besides tokens: which slots they go to, their positions, and the mask. Target and draft are
+both driven through it. It never chooses a token.
+
+Slots and columns. The cache knows slots, the context columns. In the *ragged* layout slot 0 is a row's first real token,
+so rows hold no padding and have lengths of their own; in the *aligned* layout slot and column coincide, padding included,
+all rows always have equal lengths, and a 2-D mask says what is padding, as in vanilla `generate()`.
+"""
+
+import inspect
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .cache import RaggedCache
+from .context import Context
+
+# Layer types whose attention mask is a function of query and key positions.
+_MASKED_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
+# Attention implementations that take a 4-D mask.
+_MASK_TAKING = {"sdpa", "eager"}
+
+
+class CachedModel:
+    """Feeds tokens of a context to a model, keeping keys and values of each row.
+
+    Args:
+        model: a decoder-only model.
+        cache: an empty cache, or one that holds the beginning of the context.
+        first: by row of the batch, which column is slot 0 of the ragged layout.
+        column_offset: added to a context's columns; not 0 when the cache began before the context did.
+        padding_mask: `[batch, columns]` bool for the aligned layout, `None` for the ragged one.
+        position_offset: by row of the batch, position id minus slot.
+        prompt_positions: `[batch, columns]` position ids of the first columns, where that offset does not give them.
+        max_slot: by row of the batch, the last slot that will ever be committed; positions are not asked for beyond it.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cache: RaggedCache,
+        first: list[int],
+        column_offset: int = 0,
+        padding_mask: Tensor | None = None,
+        position_offset: list[int] | None = None,
+        prompt_positions: Tensor | None = None,
+        max_slot: list[int] | None = None,
+    ):
+        self.model = model
+        self.cache = cache
+        self.device = cache.device
+        self.padding_mask = padding_mask
+        self.column_offset = column_offset
+        self.slot_offset = [column_offset - (0 if padding_mask is not None else f) for f in first]
+        self.position_offset = position_offset or [0] * len(first)
+        self.prompt_positions = prompt_positions
+        self.max_slot = max_slot
+        self.forwards = 0
+        parameters = inspect.signature(model.forward).parameters
+        self._vocab_size: int = model.config.get_text_config(decoder=True).vocab_size
+        self._takes_position_ids = "position_ids" in parameters
+        self._takes_logits_to_keep = "logits_to_keep" in parameters
+
+    def missing(self, context: Context) -> list[int]:
+        """How many committed tokens of each active row the cache does not hold yet."""
+        return [context.ends[row] + self.slot_offset[row] - self.cache.lengths[row] for row in context.rows]
+
+    def prefill(
+        self, context: Context, chunk_size: int | None = None, **kwargs: Any
+    ) -> list[tuple[list[int], ModelOutput]]:
+        """Feed all committed tokens but the last one, which the next `forward` will feed. No logits are wanted.
+
+        Returns: for each chunk, how many of its tokens were each row's own, and the output.
+        """
+        todo = max(self.missing(context)) - 1
+        outputs = []
+        while todo > 0:
+            width = min(chunk_size or todo, todo)
+            counts = [min(max(n - 1, 0), width) for n in self.missing(context)]
+            outputs.append((counts, self._feed(context, width, keep_logits=False, **kwargs)))
+            for row in context.rows:
+                self.cache.lengths[row] += width
+            todo -= width
+        self.commit(context)
+        return outputs
+
+    def forward(self, context: Context, width: int, **kwargs: Any) -> ModelOutput:
+        """Feed each active row its uncached tokens and what stands behind them, `width` in all.
+
+        Returns: the model's output, `logits` `[active rows, width, vocab]`. The cache's lengths stay as they were until
+        `commit`.
+        """
+        return self._feed(context, width, keep_logits=True, **kwargs)
+
+    def commit(self, context: Context) -> None:
+        """Keep the entries of committed tokens but the last one, forget those of rejected drafts."""
+        for row in context.rows:
+            self.cache.lengths[row] = max(context.ends[row] + self.slot_offset[row] - 1, 0)
+
+    def _feed(
+        self, context: Context, width: int, keep_logits: bool, embeds: Tensor | None = None, **kwargs: Any
+    ) -> ModelOutput:
+        cache, rows = self.cache, context.rows
+        starts = [cache.lengths[row] for row in rows]
+        cache.activate(rows)
+        cache.prepare(width)
+
+        slots = torch.tensor(starts, device=self.device)[:, None] + torch.arange(width, device=self.device)
+        inputs: dict[str, Any] = {"past_key_values": cache, "use_cache": True, "attention_mask": self._mask(slots)}
+        if embeds is not None:
+            index = slots.clamp(max=embeds.shape[1] - 1)[..., None].expand(-1, -1, embeds.shape[2])
+            inputs["inputs_embeds"] = embeds[rows].gather(1, index)
+        else:
+            columns = [start - self.slot_offset[row] for row, start in zip(rows, starts)]
+            inputs["input_ids"] = context.gather(columns, width).to(self.device).clamp(0, self._vocab_size - 1)
+        if self._takes_position_ids:
+            inputs["position_ids"] = self._positions(rows, slots)
+        if self._takes_logits_to_keep:
+            inputs["logits_to_keep"] = 0 if keep_logits else 1
+        self.forwards += 1
+        return self.model(**inputs, **kwargs, return_dict=True)
+
+    def _positions(self, rows: list[int], slots: Tensor) -> Tensor:
+        def by_row(values: list[int]) -> Tensor:
+            return torch.tensor([values[row] for row in rows], device=self.device)[:, None]
+
+        if self.max_slot is not None:  # fill behind a row's last token must not ask for positions that do not exist
+            slots = slots.clamp(max=by_row(self.max_slot))
+        positions = (slots + by_row(self.position_offset)).clamp(min=0)
+        if self.prompt_positions is None:
+            return positions
+        columns = slots - by_row(self.slot_offset) + self.column_offset
+        known = self.prompt_positions[rows]
+        given = known.gather(1, columns.clamp(max=known.shape[1] - 1))
+        return torch.where(columns < known.shape[1], given, positions)
+
+    def _mask(self, slots: Tensor) -> Tensor | dict[str, Tensor] | None:
+        used = self.cache.get_seq_length() + slots.shape[1]
+        if self.padding_mask is not None:
+            prompt = self.padding_mask[self.cache.rows, :used]
+            return torch.cat([prompt, prompt.new_ones(len(prompt), used - prompt.shape[1])], dim=1).long()
+        if self.cache.is_uniform:
+            return None  # plain causal attention: transformers builds it, or skips it
+        return ragged_mask(self.model, slots, used)
+
+
+def ragged_mask(model: PreTrainedModel, slots: Tensor, used: int) -> Tensor | dict[str, Tensor]:
+    """The 4-D mask for queries at `slots` `[rows, q]` over `used` slots, in the form the model's layers expect.
+
+    Returns: `[rows, 1, q, used]`, bool (True = attend) for sdpa and additive for eager; by layer type when the config
+    has `layer_types`, as `create_masks_for_generate` of transformers does it.
+    """
+    config = model.config.get_text_config(decoder=True)
+    queries = slots[:, None, :, None]
+    keys = torch.arange(used, device=slots.device)
+    causal = keys <= queries
+
+    def mask_for(layer_type: str) -> Tensor:
+        mask = causal
+        if layer_type == "sliding_attention":
+            mask = causal & (keys > queries - config.sliding_window)
+        elif layer_type == "chunked_attention":
+            mask = causal & (keys // config.attention_chunk_size == queries // config.attention_chunk_size)
+        if config._attn_implementation == "eager":
+            lowest = torch.finfo(model.dtype).min
+            return torch.where(mask, torch.zeros((), dtype=model.dtype, device=mask.device), lowest)
+        return mask
+
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None:
+        return {layer_type: mask_for(layer_type) for layer_type in set(layer_types)}
+    if getattr(config, "sliding_window", None) is not None:
+        return mask_for("sliding_attention")
+    if getattr(config, "attention_chunk_size", None) is not None:
+        return mask_for("chunked_attention")
+    return mask_for("full_attention")
+
+
+_honours_masks: "weakref.WeakKeyDictionary[PreTrainedModel, bool]" = weakref.WeakKeyDictionary()
+
+
+def takes_ragged_rows(model: PreTrainedModel) -> bool:
+    """Whether the model can decode rows of different lengths together, that is, follows positions and 4-D masks.
+
+    Asked of the model itself, once: the second of two tokens is told by mask and position that it is alone; its logits
+    must then be those that it has alone. (Models with ALiBi, for example, read distances off a 2-D mask instead.)
+    """
+    config = model.config.get_text_config(decoder=True)
+    if config._attn_implementation not in _MASK_TAKING:
+        return False
+    if not set(getattr(config, "layer_types", None) or ()) <= _MASKED_LAYER_TYPES:
+        return False
+    if model not in _honours_masks:
+        _honours_masks[model] = _probe(model)
+    return _honours_masks[model]
+
+
+def _probe(model: PreTrainedModel) -> bool:
+    pair = torch.tensor([[1, 2]], device=model.device)
+    alone = pair[:, 1:]
+    # Two keys, of which the query behind them sees only the second: the causal mask of slot 0, then slot 0 again,
+    # moved right by one.
+    slots = torch.tensor([[0, 0]], device=model.device)
+    mask = ragged_mask(model, slots, 2)
+
+    def turn(m: Tensor) -> Tensor:
+        return torch.cat([m[:, :, :1], m[:, :, 1:].flip(-1)], dim=2)
+
+    masks = {key: turn(m) for key, m in mask.items()} if isinstance(mask, dict) else turn(mask)
+    kwargs: dict[str, Any] = {"use_cache": False, "return_dict": True}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        kwargs["position_ids"] = slots
+    try:
+        masked = model(input_ids=pair, attention_mask=masks, **kwargs).logits[:, -1]
+        kwargs.pop("position_ids", None)
+        expected = model(input_ids=alone, **kwargs).logits[:, -1]
+        plain = model(input_ids=pair, **kwargs).logits[:, -1]
+    except Exception:  # whatever a model does with a mask that it does not know: it cannot take it
+        return False
+    return bool((masked - expected).abs().max() < 0.1 * (plain - expected).abs().max())

@@ -1,0 +1,112 @@
+"""The options of speculative decoding: where each value comes from, and what is refused.
+
+The names are those of transformers' generation config. A value given to `generate()` beats the target's generation
+config, which beats the draft model's.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation import GenerationMode
+
+from .schedule import SCHEDULES
+
+# What holds when nobody says anything.
+DEFAULTS: dict[str, Any] = {
+    "num_assistant_tokens": 5,
+    "num_assistant_tokens_schedule": "constant",
+    "assistant_confidence_threshold": 0.0,
+    "prompt_lookup_num_tokens": None,
+    "max_matching_ngram_size": 2,
+    "assistant_early_exit": None,
+}
+OPTION_NAMES = tuple(DEFAULTS)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The resolved options; attributes are named as in the generation config."""
+
+    num_assistant_tokens: int
+    num_assistant_tokens_schedule: str
+    assistant_confidence_threshold: float
+    prompt_lookup_num_tokens: int | None
+    max_matching_ngram_size: int
+    assistant_early_exit: int | None
+
+    def __post_init__(self) -> None:
+        for name in ("num_assistant_tokens", "prompt_lookup_num_tokens", "max_matching_ngram_size"):
+            value = getattr(self, name)
+            if value is None and name == "prompt_lookup_num_tokens":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"`{name}` must be an int, got {value!r} of type {type(value).__name__}")
+            if value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}")
+        if self.num_assistant_tokens_schedule not in SCHEDULES:
+            raise ValueError(
+                f"`num_assistant_tokens_schedule` must be one of {', '.join(SCHEDULES)}, "
+                f"got {self.num_assistant_tokens_schedule!r}"
+            )
+        if not 0.0 <= self.assistant_confidence_threshold <= 1.0:
+            raise ValueError(
+                "`assistant_confidence_threshold` is a probability between 0 and 1, "
+                f"got {self.assistant_confidence_threshold!r}"
+            )
+        if self.assistant_early_exit is not None:
+            raise ValueError(
+                "`assistant_early_exit` is not supported by strategy='spec' yet: pass a draft model as "
+                "`assistant_model`, or `prompt_lookup_num_tokens`"
+            )
+
+
+def resolve_options(
+    explicit: dict[str, Any], prepared: GenerationConfig, target: PreTrainedModel, draft: object | None
+) -> Options:
+    """Decide every option.
+
+    Args:
+        explicit: what the user gave to this call.
+        prepared: the call's generation config, in which transformers has already filled in its own defaults.
+        target: its generation config comes second.
+        draft: its generation config, if it has one, comes third.
+    """
+    host_defaults = GenerationConfig._get_default_generation_params()
+    draft_config = getattr(draft, "generation_config", None)
+
+    def resolve(name: str) -> Any:
+        value = getattr(prepared, name, None)
+        candidates = [
+            explicit.get(name),
+            None if value == host_defaults.get(name) else value,
+            getattr(target.generation_config, name, None),
+            getattr(draft_config, name, None),
+        ]
+        return next((value for value in candidates if value is not None), DEFAULTS[name])
+
+    return Options(**{name: resolve(name) for name in OPTION_NAMES})
+
+
+def check_generation_config(config: GenerationConfig) -> None:
+    """Refuse, by name, what speculative decoding cannot honour."""
+    if config.num_beams is not None and config.num_beams > 1:
+        raise ValueError(
+            f"strategy='spec' decodes greedily or by sampling, but `num_beams` is {config.num_beams}: "
+            "set `num_beams=1`, or drop strategy='spec' for beam search"
+        )
+    if config.use_cache is False:
+        raise ValueError("strategy='spec' needs the key-value cache, but `use_cache` is False: drop that argument")
+    mode = config.get_generation_mode()
+    modes = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION)
+    if mode not in modes:
+        raise ValueError(f"strategy='spec' decodes greedily or by sampling, not by {mode.value}")
+    for name in ("use_mtp", "speculation_type", "assistant_ensemble_weight", "token_healing"):
+        if getattr(config, name, None):
+            raise ValueError(f"`{name}` ({getattr(config, name)!r}) cannot be combined with strategy='spec': unset it")
+    supported = (None, "dynamic", "dynamic_full", "static")
+    if config.cache_implementation not in supported:
+        raise ValueError(
+            f"`cache_implementation` {config.cache_implementation!r} is not supported by strategy='spec': "
+            "use 'dynamic' or 'static'"
+        )

@@ -1,0 +1,132 @@
+"""What `generate()` returns besides tokens: scores, logits, hidden states, attentions, in the shapes of vanilla.
+
+Owns the records of the call. Rows reach a step in different iterations; here each row's part waits for the others.
+"""
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.utils import ModelOutput
+
+from .context import Context
+
+Steps = list[dict[int, Tensor]]  # by step, by row of the batch
+
+
+class Recorder:
+    """Collects what the user asked for with `output_*=True`.
+
+    Where a row has finished, its part is zero (vanilla returns what the model makes of padding); left padding of a
+    prompt is zero likewise.
+
+    Columns here are those that the attention mask of the call has: the context's, plus `column_offset`.
+
+    Args:
+        config: the call's generation config.
+        context: where the tokens are.
+        first: by row of the batch, the column of cache slot 0.
+        column_offset: columns that came before the context's.
+        past: columns that were cached before the call.
+    """
+
+    def __init__(self, config: GenerationConfig, context: Context, first: list[int], column_offset: int, past: int):
+        wanted = bool(config.return_dict_in_generate)
+        self.wants_scores = wanted and bool(config.output_scores)
+        self.wants_logits = wanted and bool(config.output_logits)
+        self.wants_hidden_states = wanted and bool(config.output_hidden_states)
+        self.wants_attentions = wanted and bool(config.output_attentions)
+        self._context = context
+        self._first = first
+        self._past = past
+        self._prompt_end = context.prompt_width + column_offset
+        self._scores: Steps = []
+        self._logits: Steps = []
+        # By row, what its queries gave, in order: [layers + 1, queries, width] and [layers, heads, queries, slots].
+        self._hidden_states: list[list[Tensor]] = [[] for _ in first]
+        self._attentions: list[list[Tensor]] = [[] for _ in first]
+
+    @property
+    def forward_kwargs(self) -> dict[str, bool]:
+        """What the target's forwards must be asked for."""
+        kwargs = {"output_hidden_states": self.wants_hidden_states, "output_attentions": self.wants_attentions}
+        return {name: True for name, wanted in kwargs.items() if wanted}
+
+    def layers(self, output: ModelOutput, counts: list[int]) -> None:
+        """Record hidden states and attentions of the first `counts[i]` queries of each active row."""
+        for i, (row, count) in enumerate(zip(self._context.rows, counts)):
+            if self.wants_hidden_states:
+                states = [layer[i, :count] for layer in output.hidden_states]
+                self._hidden_states[row].append(torch.stack(states))
+            if self.wants_attentions:
+                weights = [layer[i, :, :count] for layer in output.attentions]
+                self._attentions[row].append(torch.stack(weights))
+
+    def token(self, row: int, column: int, logits: Tensor, scores: Tensor) -> None:
+        """Record the raw logits and processed scores, `[vocab]` each, that chose the token of a context column."""
+        for wanted, steps, record in (
+            (self.wants_logits, self._logits, logits),
+            (self.wants_scores, self._scores, scores),
+        ):
+            if wanted:
+                step = column - self._context.prompt_width
+                steps.extend({} for _ in range(step + 1 - len(steps)))
+                steps[step][row] = record.clone()
+
+    def scores(self, steps: int) -> tuple[Tensor, ...] | None:
+        """`[batch, vocab]` for each of the first `steps` new tokens, as far as they are known."""
+        return self._per_step(self._scores, steps) if self.wants_scores else None
+
+    def logits(self, steps: int) -> tuple[Tensor, ...] | None:
+        return self._per_step(self._logits, steps) if self.wants_logits else None
+
+    def hidden_states(self, steps: int) -> tuple[tuple[Tensor, ...], ...] | None:
+        """Per step, per layer: `[batch, queries, width]`; the first step has the prompt's queries."""
+        if not self.wants_hidden_states:
+            return None
+        rows = [torch.cat(parts, dim=1) for parts in self._hidden_states]  # each [layers, queries, width]
+        result = []
+        for begin, end in self._query_columns(steps):
+            step = rows[0].new_zeros(rows[0].shape[0], len(rows), end - begin, rows[0].shape[2])
+            for row, states in enumerate(rows):
+                columns, queries = self._overlap(row, begin, end, states.shape[1])
+                step[:, row, columns] = states[:, queries]
+            result.append(tuple(step))
+        return tuple(result)
+
+    def attentions(self, steps: int) -> tuple[tuple[Tensor, ...], ...] | None:
+        """Per step, per layer: `[batch, heads, queries, columns so far]`."""
+        if not self.wants_attentions:
+            return None
+        layers, heads = self._attentions[0][0].shape[:2]
+        rows = []  # each [layers, heads, queries, slots]
+        for parts in self._attentions:
+            slots = max(part.shape[3] for part in parts)
+            rows.append(torch.cat([torch.nn.functional.pad(p, (0, slots - p.shape[3])) for p in parts], dim=2))
+        result = []
+        for begin, end in self._query_columns(steps):
+            step = rows[0].new_zeros(layers, len(rows), heads, end - begin, end)
+            for row, weights in enumerate(rows):
+                columns, queries = self._overlap(row, begin, end, weights.shape[2])
+                first = self._first[row]
+                step[:, row, :, columns, first:end] = weights[:, :, queries, : end - first]
+            result.append(tuple(step))
+        return tuple(result)
+
+    def _per_step(self, recorded: Steps, steps: int) -> tuple[Tensor, ...]:
+        result = []
+        for by_row in recorded[:steps]:
+            record = next(iter(by_row.values()))
+            blank = torch.zeros_like(record)
+            result.append(torch.stack([by_row.get(row, blank) for row in range(self._context.batch_size)]))
+        return tuple(result)
+
+    def _query_columns(self, steps: int) -> list[tuple[int, int]]:
+        """The columns `[begin, end)` that vanilla feeds at each step."""
+        return [(self._past if step == 0 else self._prompt_end + step - 1, self._prompt_end + step) for step in range(steps)]
+
+    def _overlap(self, row: int, begin: int, end: int, recorded: int) -> tuple[slice, slice]:
+        """Which of the columns `[begin, end)` a row has records for: as indices of the step and of its records."""
+        origin = max(self._past, self._first[row])  # the column of its first recorded query
+        low, high = max(begin, origin), min(end, origin + recorded)
+        high = max(low, high)
+        return slice(low - begin, high - begin), slice(low - origin, high - origin)

@@ -1,0 +1,304 @@
+"""Between `generate()` and the loop: what transformers has prepared becomes a `SpeculativeDecoding`, and its outcome
+becomes transformers' output classes and caches again.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.cache_utils import Cache
+from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.utils import logging
+
+from .cache import RaggedCache, check_layers
+from .context import Context
+from .decoding import SpeculativeDecoding
+from .drafters import Drafter, DraftRequest, ModelDrafter
+from .forward import CachedModel, takes_ragged_rows
+from .options import Options
+from .outputs import Recorder
+from .processors import known, unknown_names
+from .schedule import make_schedule
+from .stats import SpeculationStats
+from .stopping import Stopping
+from .streaming import StepStreamer
+from .trace import Trace
+
+logger = logging.get_logger(__name__)
+
+# What transformers hands to a decoding method besides the prompt; anything else is the model's own and unknown to us.
+_PREPARED = {
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "inputs_embeds",
+    "use_cache",
+    "logits_to_keep",
+    "output_attentions",
+    "output_hidden_states",
+}
+
+
+@dataclass
+class Prompt:
+    """Where the prompt's tokens are, in columns of the attention mask.
+
+    The mask's columns begin where the cache begins; the context's begin with `input_ids`, `column_offset` columns on.
+
+    Attributes:
+        mask: `[batch, columns]` bool, which columns are real.
+        first: by row, the first real column.
+        holes: some row has masked columns behind its first real one (right padding, masked-out tokens).
+        past: columns that a cache given by the user holds.
+        position_offset: by row, the position id of the last column, minus that column.
+        positions: `[batch, columns]` position ids, where they are not that offset plus the column; else `None`.
+    """
+
+    input_ids: Tensor
+    embeds: Tensor | None
+    mask: Tensor
+    first: list[int]
+    holes: bool
+    past: int
+    column_offset: int
+    position_offset: list[int]
+    positions: Tensor | None
+
+
+def prepare(
+    model: PreTrainedModel,
+    drafter: Drafter,
+    options: Options,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    streamer: BaseStreamer | None,
+    stats: SpeculationStats,
+    trace: Trace | None,
+    model_kwargs: dict[str, Any],
+) -> SpeculativeDecoding:
+    """Build the decoding of one prepared `generate()` call. Nothing has been fed to any model yet."""
+    check_model_kwargs(model_kwargs)
+    cache: Cache = model_kwargs["past_key_values"]
+    prompt = read_prompt(input_ids, generation_config, cache, model_kwargs)
+    max_length = min(
+        [c.max_length for c in stopping_criteria if hasattr(c, "max_length")], default=generation_config.max_length
+    )
+    stopping = Stopping(stopping_criteria, max_length)
+
+    batch = len(prompt.first)
+    unknown = [*unknown_names(logits_processor), *stopping.unknown]
+    lockstep = batch > 1 and _needs_lockstep(model, drafter, prompt, unknown)
+    aligned = prompt.holes or lockstep
+    first = [0] * batch if aligned else prompt.first
+
+    pad = generation_config._pad_token_tensor
+    context_first = [max(f - prompt.column_offset, 0) for f in prompt.first]
+    context = Context(prompt.input_ids, context_first, max_length, 0 if pad is None else int(pad))
+    target = _cached_target(model, cache, prompt, context, first, aligned, generation_config)
+    recorder = Recorder(generation_config, context, first, prompt.column_offset, prompt.past)
+    decoding = SpeculativeDecoding(
+        context=context,
+        target=target,
+        drafter=drafter,
+        schedule=make_schedule(
+            options.num_assistant_tokens_schedule,
+            options.prompt_lookup_num_tokens or options.num_assistant_tokens,
+            getattr(drafter, "model", None),
+        ),
+        processors=logits_processor,
+        stopping=stopping,
+        recorder=recorder,
+        streamer=StepStreamer(streamer, context),
+        do_sample=bool(generation_config.do_sample),
+        in_order=bool(unknown),
+        lockstep=lockstep,
+        vocab_size=model.config.get_text_config(decoder=True).vocab_size,
+        prefill_chunk_size=generation_config.prefill_chunk_size,
+        pending_embeds=prompt.embeds,
+        stats=stats,
+        trace=trace,
+    )
+    request = DraftRequest(
+        do_sample=decoding.do_sample,
+        vocab_size=decoding.vocab_size,
+        device=context.tokens.device,
+        first=context_first,
+        lockstep=lockstep,
+        processors=known(logits_processor),
+    )
+    drafter.start(request, context)
+    return decoding
+
+
+def finish(
+    decoding: SpeculativeDecoding, width: int, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
+) -> GenerateDecoderOnlyOutput | Tensor:
+    """The result of `generate()` for a decoding that has run, and the cache that it leaves behind."""
+    cache: Cache = model_kwargs["past_key_values"]
+    wants_dict = bool(generation_config.return_dict_in_generate)
+    if wants_dict or getattr(cache, "_is_user_defined", False):
+        hand_back_cache(decoding, width, cache)
+    sequences = decoding.context.view(width).clone()
+    if not wants_dict:
+        return sequences
+    steps, recorder = width - decoding.context.prompt_width, decoding.recorder
+    output = GenerateDecoderOnlyOutput(
+        sequences=sequences,
+        scores=recorder.scores(steps),
+        logits=recorder.logits(steps),
+        attentions=recorder.attentions(steps),
+        hidden_states=recorder.hidden_states(steps),
+        past_key_values=cache,
+    )
+    output.speculation = decoding.stats
+    return output
+
+
+def hand_back_cache(decoding: SpeculativeDecoding, width: int, cache: Cache) -> None:
+    """Fill transformers' cache object as vanilla leaves it: every column but the last one, for every row.
+
+    Rows that ended early have padding columns, which vanilla feeds too; they are fed here, in one forward.
+    """
+    context, target = decoding.context, decoding.target
+    context.rows = list(range(context.batch_size))
+    context.ends = [width] * context.batch_size
+    ragged = target.padding_mask is None
+    shortest = min(target.cache.lengths)
+    for row, offset in enumerate(target.slot_offset):
+        held = min(target.cache.lengths[row], width + offset - 1)
+        target.cache.lengths[row] = held if ragged else min(shortest, held)  # aligned rows move together
+    target.prefill(context)
+    cache.reset()
+    first = [target.column_offset - offset for offset in target.slot_offset]
+    for index, keys, values in target.cache.columns(first, width + target.column_offset - 1):
+        cache.update(keys, values, index)
+
+
+def check_model_kwargs(model_kwargs: dict[str, Any]) -> None:
+    """Refuse model inputs that this loop does not know how to carry from step to step."""
+    for name, value in model_kwargs.items():
+        if name not in _PREPARED and value is not None:
+            raise ValueError(
+                f"The model input `{name}` is not supported by strategy='spec' yet: leave it out, or drop strategy='spec'"
+            )
+    cache = model_kwargs.get("past_key_values")
+    if not isinstance(cache, Cache):
+        raise ValueError(
+            "strategy='spec' needs a model that keeps a transformers `Cache` as `past_key_values`, "
+            f"got {type(cache).__name__}: this model is not supported yet"
+        )
+    check_layers(cache, "the model")
+
+
+def read_prompt(
+    input_ids: Tensor, generation_config: GenerationConfig, cache: Cache, model_kwargs: dict[str, Any]
+) -> Prompt:
+    """Sort out ids, embeddings, mask, positions and what is cached already."""
+    embeds: Tensor | None = model_kwargs.get("inputs_embeds")
+    mask: Tensor | None = model_kwargs.get("attention_mask")
+    position_ids: Tensor | None = model_kwargs.get("position_ids")
+    past = int(cache.get_seq_length())
+    batch, width = input_ids.shape
+
+    if position_ids is not None and position_ids.ndim != 2:
+        raise ValueError("strategy='spec' does not support position ids with several dimensions per token yet")
+    if embeds is not None:
+        columns = embeds.shape[1]
+    else:
+        # As in `GenerationMixin._prefill`: ids as wide as the mask are the whole text, else only what is new.
+        known_width = mask.shape[1] if mask is not None else getattr(generation_config, "_mask_length", width)
+        columns = width if known_width == width else past + width
+    if mask is not None and mask.shape[1] != columns:
+        raise ValueError(
+            f"`attention_mask` has {mask.shape[1]} columns, but the prompt and what `past_key_values` holds have {columns}"
+        )
+    if past and (rows := next(layer.keys.shape[0] for layer in cache.layers if layer.is_initialized)) != batch:
+        raise ValueError(f"`past_key_values` has {rows} rows, but the prompt has {batch}: they must be the same")
+    if columns - past < 1:
+        raise ValueError(
+            f"`past_key_values` holds {past} tokens already and the prompt has {columns}: there is nothing to decode from. "
+            "Pass at least one token that is not cached"
+        )
+    mask = torch.ones(batch, columns, dtype=torch.bool, device=input_ids.device) if mask is None else mask.bool()
+    first, real = torch.stack([mask.long().argmax(dim=1), mask.long().sum(dim=1)]).tolist()
+    if 0 in real:
+        raise ValueError(f"The prompt of row {real.index(0)} is empty: its `attention_mask` is all zeros")
+    position_offset, positions = _read_positions(position_ids, mask, first)
+    return Prompt(
+        input_ids=input_ids,
+        embeds=embeds,
+        mask=mask,
+        first=first,
+        holes=any(f + n != columns for f, n in zip(first, real)),
+        past=past,
+        column_offset=columns - width,
+        position_offset=position_offset,
+        positions=positions,
+    )
+
+
+def _read_positions(position_ids: Tensor | None, mask: Tensor, first: list[int]) -> tuple[list[int], Tensor | None]:
+    """Position ids as an offset per row, and in full where an offset does not say it all."""
+    if position_ids is None:
+        return [-f for f in first], None
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    given = position_ids.expand(len(mask), -1)[:, -mask.shape[1] :]
+    positions = torch.nn.functional.pad(given, (mask.shape[1] - given.shape[1], 0))
+    offset = positions[:, -1] - (mask.shape[1] - 1)
+    linear = ((positions == offset[:, None] + columns) | ~mask)[:, -given.shape[1] :].all()
+    return offset.tolist(), None if linear else positions
+
+
+def _needs_lockstep(model: PreTrainedModel, drafter: Drafter, prompt: Prompt, unknown: list[str]) -> bool:
+    """Whether the rows of a batch must advance together; says once why."""
+    if unknown:
+        reason = f"{', '.join(unknown)} may keep state, so it is called step by step on the whole batch"
+    elif prompt.holes:
+        reason = "the attention mask has zeros behind a row's first token"
+    elif not takes_ragged_rows(model):
+        reason = f"{type(model).__name__} cannot attend to rows of different lengths (4-D masks)"
+    elif isinstance(drafter, ModelDrafter) and not drafter.takes_ragged_rows:
+        reason = f"{type(drafter.model).__name__} cannot attend to rows of different lengths (4-D masks)"
+    else:
+        return False
+    logger.warning_once(f"The rows of this batch advance in lockstep, which accepts fewer drafts: {reason}.")
+    return True
+
+
+def _cached_target(
+    model: PreTrainedModel,
+    source: Cache,
+    prompt: Prompt,
+    context: Context,
+    first: list[int],
+    aligned: bool,
+    generation_config: GenerationConfig,
+) -> CachedModel:
+    columns = context.max_length + prompt.column_offset
+    fixed = generation_config.cache_implementation == "static"
+    cache = RaggedCache(
+        len(first),
+        prompt.mask.device if model.device.type == "meta" else model.device,
+        capacity=columns if fixed else prompt.mask.shape[1] + 256,
+        max_capacity=columns,
+    )
+    if prompt.past:
+        cache.load(source, first)
+    # Position ids minus slots: slot = column - first.
+    position_offset = [offset + f for offset, f in zip(prompt.position_offset, first)]
+    padded = aligned and not bool(prompt.mask.all())
+    return CachedModel(
+        model,
+        cache,
+        first=first,
+        column_offset=prompt.column_offset,
+        padding_mask=prompt.mask if padded else None,
+        position_offset=position_offset,
+        prompt_positions=prompt.positions,
+        max_slot=[columns - 2 - f for f in first],
+    )

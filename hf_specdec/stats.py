@@ -1,0 +1,235 @@
+"""What speculation did, in numbers: the record of one iteration, and the counters that add such records up.
+
+Only counters are stored; every rate is a property. Nothing here knows about models or tensors.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RowStep:
+    """What one iteration did for one row.
+
+    Attributes:
+        row: index of the row in the returned batch.
+        context_length: committed tokens before the iteration, prompt included, padding not.
+        drafted: the token ids that the drafter proposed; empty when it had nothing to propose.
+        accepted: how many of `drafted`, from its start, were accepted and committed.
+        committed: the tokens appended to the context: the accepted drafts, then the target's own token, which is absent
+            when the run stopped at one of the accepted drafts.
+        finished: why the row ended here: "eos", "max_length", "stop_string", "max_time" or "stopping_criteria"; `None`
+            when it goes on.
+    """
+
+    row: int
+    context_length: int
+    drafted: list[int]
+    accepted: int
+    committed: list[int]
+    finished: str | None = None
+
+    def __post_init__(self) -> None:
+        kept = self.drafted[: self.accepted]
+        own = len(self.committed) - len(kept)
+        if len(kept) != self.accepted or self.committed[: len(kept)] != kept or own not in (0, 1):
+            raise ValueError(
+                "A row commits its accepted drafts and at most one token of the target, but here row "
+                f"{self.row} accepts {self.accepted} of the drafts {self.drafted} and commits {self.committed}."
+            )
+
+    @property
+    def next_length(self) -> int:
+        """Committed tokens after the iteration."""
+        return self.context_length + len(self.committed)
+
+    @property
+    def own_token(self) -> int | None:
+        """The token that the target added itself; `None` when the run stopped before it."""
+        return self.committed[self.accepted] if self.accepted < len(self.committed) else None
+
+    @property
+    def kind(self) -> str | None:
+        """What the target's own token is.
+
+        "correction" (it replaces the first rejected draft), "bonus" (all drafts were accepted), "target" (nothing was
+        drafted), or `None` (there is no own token).
+        """
+        if self.own_token is None:
+            return None
+        if not self.drafted:
+            return "target"
+        return "correction" if self.accepted < len(self.drafted) else "bonus"
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """One turn of the cycle: draft, verify, accept, commit, roll back.
+
+    Attributes:
+        rows: one record per row that took part; finished rows are absent.
+        draft_seconds: wall time of drafting.
+        verify_seconds: wall time of the target's verification.
+        other_seconds: wall time of everything else in the iteration.
+        draft_forwards: forwards of the draft model, each for all rows together; 0 for drafters without a model.
+        target_forwards: forwards of the target, each for all rows together.
+    """
+
+    rows: list[RowStep]
+    draft_seconds: float
+    verify_seconds: float
+    other_seconds: float
+    draft_forwards: int
+    target_forwards: int = 1
+
+
+@dataclass
+class RowStats:
+    """Counters of one row, and the rates that follow from them.
+
+    Attributes:
+        row_iterations: iterations that the row took part in.
+        committed_tokens: tokens appended to the context, the prompt not counted.
+        drafted_tokens: tokens that the drafter proposed.
+        accepted_tokens: drafts that were accepted and committed.
+        accepted_length_histogram: entry k counts the iterations in which k drafts were accepted.
+        drafted_by_position: entry i counts the iterations that drafted an (i + 1)-th token.
+        accepted_by_position: entry i counts those of them that accepted it.
+    """
+
+    row_iterations: int = 0
+    committed_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    accepted_length_histogram: list[int] = field(default_factory=list)
+    drafted_by_position: list[int] = field(default_factory=list)
+    accepted_by_position: list[int] = field(default_factory=list)
+
+    def count(self, step: RowStep) -> None:
+        """Add one iteration of one row."""
+        drafted = len(step.drafted)
+        self.row_iterations += 1
+        self.committed_tokens += len(step.committed)
+        self.drafted_tokens += drafted
+        self.accepted_tokens += step.accepted
+        _grow(self.accepted_length_histogram, step.accepted + 1)
+        self.accepted_length_histogram[step.accepted] += 1
+        _grow(self.drafted_by_position, drafted)
+        _grow(self.accepted_by_position, drafted)
+        for i in range(drafted):
+            self.drafted_by_position[i] += 1
+            self.accepted_by_position[i] += i < step.accepted
+
+    @property
+    def acceptance_rate(self) -> float:
+        """α: accepted / drafted tokens, 0 to 1; 0.0 if nothing was drafted."""
+        return _ratio(self.accepted_tokens, self.drafted_tokens)
+
+    @property
+    def block_efficiency(self) -> float:
+        """τ: tokens committed per target forward, per row; vanilla decoding has 1. 0.0 before the first iteration."""
+        return _ratio(self.committed_tokens, self.row_iterations)
+
+    @property
+    def mean_accepted_length(self) -> float:
+        """Drafts accepted per iteration and row (about τ − 1: the target adds one token of its own)."""
+        return _ratio(self.accepted_tokens, self.row_iterations)
+
+    @property
+    def acceptance_by_position(self) -> list[float]:
+        """Entry i: the share of (i + 1)-th drafts that were accepted, which needs all drafts before it accepted too."""
+        return [_ratio(a, d) for a, d in zip(self.accepted_by_position, self.drafted_by_position)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Counters and rates as plain JSON types."""
+        rates = ("acceptance_rate", "block_efficiency", "mean_accepted_length", "acceptance_by_position")
+        return asdict(self) | {name: getattr(self, name) for name in rates}
+
+
+@dataclass
+class SpeculationStats(RowStats):
+    """What `generate(strategy="spec")` did: the counters of `RowStats` summed over all rows, forwards and seconds.
+
+    Pass an empty one as `speculation_stats=` and it is filled in place; pass it again and it goes on counting.
+
+    Attributes:
+        target_forwards: verification forwards of the target, each for all rows together.
+        draft_forwards: forwards of the draft model while drafting; 0 for drafters without a model.
+        target_prefill_forwards: forwards of the target over the prompt that verified nothing.
+        draft_prefill_forwards: forwards of the draft model over the prompt that drafted nothing.
+        prefill_seconds: wall time before the first iteration.
+        draft_seconds: wall time of drafting.
+        verify_seconds: wall time of the target's verification.
+        other_seconds: wall time of everything else in the iterations.
+        per_row: the same counters for each row of the returned batch.
+        iterations: per iteration, the rows that took part ("rows") and how many tokens each of them "drafted" and
+            "accepted", three lists of equal length.
+    """
+
+    target_forwards: int = 0
+    draft_forwards: int = 0
+    target_prefill_forwards: int = 0
+    draft_prefill_forwards: int = 0
+    prefill_seconds: float = 0.0
+    draft_seconds: float = 0.0
+    verify_seconds: float = 0.0
+    other_seconds: float = 0.0
+    per_row: list[RowStats] = field(default_factory=list, repr=False)
+    iterations: list[dict[str, list[int]]] = field(default_factory=list, repr=False)
+
+    def add(self, iteration: Iteration) -> None:
+        """Count one iteration."""
+        self.target_forwards += iteration.target_forwards
+        self.draft_forwards += iteration.draft_forwards
+        self.draft_seconds += iteration.draft_seconds
+        self.verify_seconds += iteration.verify_seconds
+        self.other_seconds += iteration.other_seconds
+        for step in iteration.rows:
+            self.per_row.extend(RowStats() for _ in range(step.row + 1 - len(self.per_row)))
+            self.per_row[step.row].count(step)
+            self.count(step)
+        self.iterations.append(
+            {
+                "rows": [step.row for step in iteration.rows],
+                "drafted": [len(step.drafted) for step in iteration.rows],
+                "accepted": [step.accepted for step in iteration.rows],
+            }
+        )
+
+    def add_prefill(self, seconds: float, target_forwards: int, draft_forwards: int) -> None:
+        """Count the work on the prompt that came before the first iteration."""
+        self.prefill_seconds += seconds
+        self.target_prefill_forwards += target_forwards
+        self.draft_prefill_forwards += draft_forwards
+
+    @property
+    def seconds(self) -> float:
+        """Wall time in all: prefill, draft, verify and other."""
+        return self.prefill_seconds + self.draft_seconds + self.verify_seconds + self.other_seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        return super().to_dict() | {"seconds": self.seconds, "per_row": [row.to_dict() for row in self.per_row]}
+
+    def summary(self) -> str:
+        """One line for people."""
+        per = "target forward and row" if len(self.per_row) > 1 else "target forward"
+        parts = [
+            f"{self.committed_tokens} tokens in {self.target_forwards} target forwards",
+            f"block efficiency τ = {self.block_efficiency:.2f} tokens per {per}",
+            f"acceptance rate α = {self.acceptance_rate:.0%} ({self.accepted_tokens} of {self.drafted_tokens} drafts)",
+        ]
+        if self.seconds:
+            shares = {name: getattr(self, f"{name}_seconds") for name in ("prefill", "draft", "verify", "other")}
+            shown = ", ".join(f"{name} {s / self.seconds:.0%}" for name, s in shares.items() if s)
+            parts.append(f"{self.seconds:.2f} s ({shown})")
+        return ", ".join(parts)
+
+    __str__ = summary
+
+
+def _ratio(part: int, whole: int) -> float:
+    return part / whole if whole else 0.0
+
+
+def _grow(counts: list[int], size: int) -> None:
+    counts.extend([0] * (size - len(counts)))

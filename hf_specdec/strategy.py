@@ -1,0 +1,209 @@
+"""Teaches `generate()` the argument `strategy`: the one file that patches transformers or reads what is its own.
+
+`model.generate(..., strategy="spec")` becomes a call of the original `generate()` with our decoding loop as
+`custom_generate`, so transformers prepares inputs, processors, criteria and cache as for any other strategy.
+"""
+
+import copy
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import logging
+
+from .drafters import Drafter
+from .options import OPTION_NAMES, check_generation_config, resolve_options
+from .pairs import make_drafter
+from .session import finish, prepare
+from .stats import SpeculationStats
+from .trace import Trace
+
+logger = logging.get_logger(__name__)
+
+Assistant = PreTrainedModel | Drafter | str
+DecodingMethod = Callable[..., Any]
+
+_original: Callable[..., Any] | None = None
+
+
+def speculative(
+    assistant_model: Assistant | None = None,
+    *,
+    streamer: BaseStreamer | None = None,
+    tokenizer: Any = None,
+    assistant_tokenizer: Any = None,
+    speculation_stats: SpeculationStats | None = None,
+    speculation_trace: Trace | None = None,
+    **options: Any,
+) -> DecodingMethod:
+    """A decoding method for `model.generate(..., custom_generate=speculative(draft))`; needs no registration.
+
+    Args:
+        assistant_model: the draft: a model, a Hub id or local path, or a `Drafter`. Without one, prompt look-up.
+        streamer: transformers hands a streamer to its own decoding methods only, so pass it here.
+        tokenizer, assistant_tokenizer: of target and draft, to compare where their vocabularies differ in size.
+        speculation_stats: filled in place.
+        speculation_trace: filled in place.
+        options: `num_assistant_tokens`, `num_assistant_tokens_schedule`, `assistant_confidence_threshold`,
+            `prompt_lookup_num_tokens`, `max_matching_ngram_size`, as in the generation config.
+
+    Raises:
+        TypeError: for an option of another name.
+    """
+    unknown = sorted(set(options) - set(OPTION_NAMES))
+    if unknown:
+        raise TypeError(f"speculative() got unknown options {unknown}; it knows {', '.join(OPTION_NAMES)}")
+
+    def decode(
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> Any:
+        _refuse_what_was_not_handed_over(sys._getframe(1))
+        check_generation_config(generation_config)
+        resolved = resolve_options(options, generation_config, model, assistant_model)
+        drafter = make_drafter(assistant_model, model, resolved, tokenizer, assistant_tokenizer)
+        decoding = prepare(
+            model,
+            drafter,
+            resolved,
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            streamer,
+            SpeculationStats() if speculation_stats is None else speculation_stats,
+            speculation_trace,
+            model_kwargs,
+        )
+        width = decoding.run()
+        decoding.streamer.end()
+        return finish(decoding, width, generation_config, model_kwargs)
+
+    return decode
+
+
+def _refuse_what_was_not_handed_over(frame: Any) -> None:
+    """`generate()` keeps some arguments from custom decoding methods; ignoring them would be silent."""
+    given = frame.f_locals
+    for name in ("streamer", "assistant_model"):
+        if frame.f_code.co_name == "generate" and given.get(name) is not None:
+            raise ValueError(
+                f"`generate()` does not hand `{name}` to a custom decoding method: pass it as speculative({name}=...)"
+            )
+
+
+def _generate_speculatively(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    """`generate(strategy="spec")`: take our arguments out, let transformers prepare, decode with ours."""
+    original = _original or GenerationMixin.generate
+    call = inspect.signature(original).bind(model, *args, **kwargs).arguments
+    call.update(call.pop("kwargs", {}))
+    call.pop("self")
+    if call.get("custom_generate") is not None:
+        raise ValueError("`strategy='spec'` and `custom_generate` both choose the decoding method: pass one of them")
+    if call.pop("synced_gpus", None):
+        raise ValueError(
+            "`synced_gpus` is not supported by strategy='spec': ranks would need different numbers of forwards"
+        )
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"strategy='spec' supports decoder-only models so far; {type(model).__name__} is an encoder-decoder model"
+        )
+
+    own = ("assistant_model", "streamer", "tokenizer", "assistant_tokenizer", "speculation_stats", "speculation_trace")
+    arguments = {name: call.pop(name, None) for name in own}
+    options = _take_options(model, call)
+    stop_strings = options.pop("stop_strings")
+    if stop_strings is not None:
+        if arguments["tokenizer"] is None:
+            raise ValueError("`stop_strings` needs the model's tokenizer: pass it to `generate()` as `tokenizer`")
+        criteria = call.get("stopping_criteria") or StoppingCriteriaList()
+        if not any(type(criterion) is StopStringCriteria for criterion in criteria):
+            criteria = StoppingCriteriaList([*criteria, StopStringCriteria(arguments["tokenizer"], stop_strings)])
+        call["stopping_criteria"] = criteria
+    method = speculative(**arguments, **{name: value for name, value in options.items() if value is not None})
+    return original(model, custom_generate=method, **call)
+
+
+# What `generate()` must not see: it would choose its own assisted mode, or ask for the tokenizer that it has dropped.
+_HIDDEN = ("stop_strings", "prompt_lookup_num_tokens", "assistant_early_exit")
+
+
+class _QuietConfig(GenerationConfig):
+    """A generation config that does not take hidden options over from the model's."""
+
+    def update(self, defaults_only: bool = False, **kwargs: Any) -> dict[str, Any]:
+        return super().update(defaults_only=defaults_only, **{k: v for k, v in kwargs.items() if k not in _HIDDEN})
+
+
+def _take_options(model: PreTrainedModel, call: dict[str, Any]) -> dict[str, Any]:
+    """The options of this call by name, `stop_strings` among them; hidden ones are gone from `call` afterwards."""
+    config = call.get("generation_config")
+    options = {name: call.pop(name, None) for name in (*OPTION_NAMES, "stop_strings")}
+    for name, value in options.items():
+        options[name] = getattr(config, name, None) if value is None else value
+    hidden_in_config = False
+    for name in _HIDDEN:
+        if options[name] is None:
+            options[name] = getattr(model.generation_config, name, None)
+        hidden_in_config |= any(getattr(c, name, None) is not None for c in (config, model.generation_config))
+    if hidden_in_config:
+        config = GenerationConfig() if config is None else copy.deepcopy(config)
+        config.__class__ = _QuietConfig
+        for name in _HIDDEN:
+            setattr(config, name, None)
+        call["generation_config"] = config
+    return options
+
+
+STRATEGIES: dict[str, Callable[..., Any]] = {"spec": _generate_speculatively}
+
+
+def register() -> None:
+    """Add the argument `strategy` to `generate()` of every model; a second call changes nothing."""
+    global _original
+    current = GenerationMixin.generate
+    if _original is not None and getattr(current, "__wrapped__", None) is _original:
+        return
+    if current.__module__ != GenerationMixin.__module__:
+        logger.info(f"hf_specdec wraps a `generate()` that {current.__module__} has already replaced")
+    original = _original = current
+
+    @functools.wraps(original)
+    def generate(self: PreTrainedModel, *args: Any, strategy: str | None = None, **kwargs: Any) -> Any:
+        if strategy is None:
+            return original(self, *args, **kwargs)
+        if strategy not in STRATEGIES:
+            raise ValueError(f"Unknown strategy {strategy!r}; known strategies: {', '.join(map(repr, STRATEGIES))}")
+        return STRATEGIES[strategy](self, *args, **kwargs)
+
+    GenerationMixin.generate = generate
+
+
+def unregister() -> None:
+    """Put the original `generate()` back; does nothing when it is there already."""
+    global _original
+    if _original is None:
+        return
+    if getattr(GenerationMixin.generate, "__wrapped__", None) is not _original:
+        raise RuntimeError(
+            f"`generate()` was replaced again by {GenerationMixin.generate.__module__} after hf_specdec was registered: "
+            "undo that first"
+        )
+    GenerationMixin.generate = _original
+    _original = None

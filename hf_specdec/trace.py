@@ -1,0 +1,249 @@
+"""Trace: what happened in each iteration, for people. As plain text, in colour on a terminal, or as one HTML page.
+
+`Trace._walk` puts the iterations into words once; `to_text` and `print` render the same pieces. `to_html` lays them out
+as token chips and also shows the text that came out, coloured by who proposed it (template: trace_template.html).
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from html import escape
+from itertools import islice
+from pathlib import Path
+from string import Template
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from hf_specdec.stats import Iteration, RowStep, SpeculationStats
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+LEGEND = {  # the roles that a token can have, and the terms of the summary
+    "accepted": "a draft that the target agreed with: kept",
+    "rejected": "the first draft that the target did not agree with",
+    "discarded": "a draft after a rejected one, or after the end of the run: never used",
+    "correction": "the target's own token in place of the rejected draft",
+    "bonus": "the target's own token after drafts that were all accepted: one more for free",
+    "target": "the target's own token when nothing was drafted",
+    "committed": "what an iteration appends to the context: the accepted drafts, then the target's own token",
+    "context": "all tokens so far, prompt included; it holds only what the target agreed to",
+    "acceptance rate α": "accepted / drafted tokens",
+    "block efficiency τ": "tokens committed per target forward, for each row; ordinary decoding has 1",
+}
+FINISHED = {
+    "eos": "the end-of-sequence token was committed",
+    "max_length": "the length limit was reached",
+    "stop_string": "a stop string was completed",
+    "max_time": "the time limit was reached",
+    "stopping_criteria": "a stopping criterion fired",
+}
+STYLES = {  # how rich shows a role
+    "title": "bold",
+    "label": "dim",
+    "accepted": "green",
+    "rejected": "red strike",
+    "discarded": "dim",
+    "correction": "bold yellow",
+    "bonus": "bold cyan",
+    "target": "bold blue",
+}
+TAIL = 60  # characters of the text so far that the HTML page repeats in front of each iteration's tokens
+
+
+class Tokenizer(Protocol):
+    def decode(self, token_ids: Any, /) -> Any: ...
+
+
+class Span(NamedTuple):
+    """A piece of text and its style: a key of `STYLES`, anything else is plain."""
+
+    text: str
+    style: str = ""
+
+
+@dataclass
+class Trace:
+    """The iterations of one `generate(strategy="spec", speculation_trace=trace)`, in order."""
+
+    iterations: list[Iteration] = field(default_factory=list)
+
+    def add(self, iteration: Iteration) -> None:
+        self.iterations.append(iteration)
+
+    def stats(self) -> SpeculationStats:
+        """The counters of the traced iterations (the prefill is not among them)."""
+        stats = SpeculationStats()
+        for iteration in self.iterations:
+            stats.add(iteration)
+        return stats
+
+    def to_text(self, tokenizer: Tokenizer | None = None) -> str:
+        """Tell each iteration in plain text; without a tokenizer, tokens are shown as ids."""
+        return "".join(span.text for span in self._walk(tokenizer)) + "\n"
+
+    def print(
+        self, tokenizer: Tokenizer | None = None, console: "Console | None" = None, limit: int | None = None
+    ) -> None:
+        """Print `to_text` in colour, or only its first `limit` iterations and the summary."""
+        from rich.console import Console
+        from rich.text import Text
+
+        text = Text.assemble(*((span.text, STYLES.get(span.style, "")) for span in self._walk(tokenizer, limit)))
+        (console or Console()).print(text, soft_wrap=True)
+
+    def to_html(self, path: str | Path, tokenizer: Tokenizer | None = None) -> Path:
+        """Write one self-contained HTML page to `path` and return it."""
+        path = Path(path)
+        path.write_text(_html_page(self, tokenizer), encoding="utf-8")
+        return path
+
+    def _walk(self, tokenizer: Tokenizer | None, limit: int | None = None) -> Iterator[Span]:
+        label = _labels(tokenizer)
+        stats = self.stats()
+        shown = self.iterations[:limit]
+        for number, iteration in enumerate(shown, start=1):
+            for step in iteration.rows:
+                row = f", row {step.row}" if len(stats.per_row) > 1 else ""
+                yield Span(f"Iteration {number}{row}", "title")
+                yield Span(f" · context of {step.context_length} tokens\n")
+                yield from _told(step, label)
+                yield Span("\n")
+        if len(shown) < len(self.iterations):
+            yield Span(f"… and {len(self.iterations) - len(shown)} more iterations\n\n", "label")
+        yield Span("Summary", "title")
+        yield Span(f" · {len(self.iterations)} iterations: {stats.summary()}\n\n")
+        yield Span("What the words mean", "title")
+        for term, meaning in LEGEND.items():
+            yield from (Span("\n  "), Span(term, term), Span(" " * (20 - len(term)) + meaning))
+
+
+def drafted_roles(step: RowStep) -> list[tuple[int, str]]:
+    """The drafts, each "accepted", "rejected" or "discarded"."""
+    first_lost = "rejected" if step.kind == "correction" else "discarded"
+    roles = ["accepted"] * step.accepted + [first_lost] + ["discarded"] * len(step.drafted)
+    return list(zip(step.drafted, roles))
+
+
+def committed_roles(step: RowStep) -> list[tuple[int, str]]:
+    """The committed set, each token "accepted", "correction", "bonus" or "target"."""
+    return list(zip(step.committed, ["accepted"] * step.accepted + [step.kind or ""]))
+
+
+def visible(text: str, line_break: str = "⏎") -> str:
+    """`text` with line breaks and unprintable characters made visible."""
+    special = {"\n": line_break, "\t": "⇥"}
+    return "".join(special.get(c) or (c if c.isprintable() else c.encode("unicode_escape").decode()) for c in text)
+
+
+def _labels(tokenizer: Tokenizer | None, quote: str = '"') -> Callable[[int], str]:
+    """How to call a token: its text, and its id where the text says too little; without a tokenizer only its id."""
+
+    @cache
+    def label(token: int) -> str:
+        if tokenizer is None:
+            return str(token)
+        text = tokenizer.decode([token])
+        return quote + visible(text) + quote + (f"#{token}" if not text or "\ufffd" in text else "")
+
+    return label
+
+
+def _told(step: RowStep, label: Callable[[int], str]) -> Iterator[Span]:
+    """One iteration of one row, in words: a line for each stage of the cycle."""
+    yield from _line("drafted", drafted_roles(step), label)
+    if step.drafted:
+        yield from _line("verified", [], label, _verdict(step, label))
+    if step.kind:
+        yield from _line("target", committed_roles(step)[-1:], label, f" {step.kind}: {LEGEND[step.kind]}")
+    yield from _line("committed", committed_roles(step), label)
+    yield from _line("context", [], label, f"{step.context_length} + {len(step.committed)} = {step.next_length} tokens")
+    if step.finished:
+        yield from _line("finished", [], label, FINISHED.get(step.finished, step.finished))
+
+
+def _line(name: str, tokens: list[tuple[int, str]], label: Callable[[int], str], words: str = "") -> Iterator[Span]:
+    yield Span(f"  {name:<10}", "label")
+    for token, role in tokens:
+        yield Span(" ")
+        yield Span(label(token), role)
+    yield Span(f" {words or 'nothing' * (not tokens)}".rstrip() + "\n")
+
+
+def _verdict(step: RowStep, label: Callable[[int], str]) -> str:
+    """How many drafts were accepted, and what became of the others."""
+    left = len(step.drafted) - step.accepted
+    if not step.drafted:
+        return "nothing drafted"
+    count = f"all {step.accepted} accepted" if not left else f"{step.accepted} of {len(step.drafted)} accepted"
+    if step.kind is None:
+        return f"{count}, and the run ended there" + f": {left} not needed" * bool(left)
+    if not left:
+        return count
+    rejected = f"{count}, first rejected: {label(step.drafted[step.accepted])}"
+    return rejected + f", {left - 1} after it discarded" * (left > 1)
+
+
+def _pieces(tokens: list[int], tokenizer: Tokenizer | None) -> Iterator[str]:
+    """What each token adds to the text; a character that is spread over several tokens comes with its last one."""
+    decode = tokenizer.decode if tokenizer else lambda ids: "".join(f"{token} " for token in ids)
+    before: list[int] = []  # the token before `pending`: on its own, a token may decode without its leading space
+    pending: list[int] = []
+    for left, token in zip(reversed(range(len(tokens))), tokens):
+        pending.append(token)
+        text = decode(before + pending)
+        if text.endswith("\ufffd") and left and len(pending) < 4:  # inside a character; UTF-8 needs 4 bytes at most
+            yield ""
+        else:
+            yield text[len(decode(before)) if before else 0 :]
+            before, pending = pending, []
+
+
+def _html_page(trace: Trace, tokenizer: Tokenizer | None) -> str:
+    stats, label = trace.stats(), _labels(tokenizer)
+    rows = range(len(stats.per_row))
+    committed: list[list[int]] = [[] for _ in rows]
+    for step in (step for iteration in trace.iterations for step in iteration.rows):
+        committed[step.row] += step.committed
+    pieces = [_pieces(tokens, tokenizer) for tokens in committed]
+    text, tail, sections = [""] * len(rows), [""] * len(rows), ""
+    for number, iteration in enumerate(trace.iterations, start=1):
+        times = f"draft {iteration.draft_seconds * 1e3:.1f} ms <br>verify {iteration.verify_seconds * 1e3:.1f} ms"
+        sections += f"<section><h3>Iteration {number}<small>{times}</small></h3><div>\n"
+        for step in iteration.rows:
+            row, anchor = step.row, f"i{number}r{step.row}"
+            new = list(islice(pieces[row], len(step.committed)))
+            marked = "".join(
+                f'<a href="#{anchor}" class="{role}" title="{escape(label(token))} · id {token} · {role}, '
+                f'iteration {number}">{escape(visible(piece, line_break=chr(10)))}</a>'
+                for piece, (token, role) in zip(new, committed_roles(step))
+            )
+            sections += f'<div class="step" id="{anchor}">{_html_step(step, tokenizer, len(rows) > 1)}'
+            sections += f'<div class="more">{escape(visible(tail[row]))}{marked}</div></div>\n'
+            text[row] += marked
+            tail[row] = (tail[row] + "".join(new))[-TAIL:]
+        sections += "</div></section>\n"
+    legend = ((_chip(term, term) if term in STYLES else term, meaning) for term, meaning in LEGEND.items())
+    return Template(Path(__file__).with_name("trace_template.html").read_text(encoding="utf-8")).substitute(
+        stats.to_dict(),
+        acceptance_rate=f"{stats.acceptance_rate:.0%}",
+        block_efficiency=f"{stats.block_efficiency:.2f}",
+        iterations=len(trace.iterations),
+        text="\n".join(f"{f'<small>row {i}</small>' * (len(rows) > 1)}<div class='text'>{text[i]}</div>" for i in rows),
+        legend="\n".join(f"<div><dt>{term}</dt><dd>{meaning}</dd></div>" for term, meaning in legend),
+        sections=sections,
+    )
+
+
+def _html_step(step: RowStep, tokenizer: Tokenizer | None, many: bool) -> str:
+    name, label = _labels(tokenizer), _labels(tokenizer, quote="")
+    tokens = drafted_roles(step) + committed_roles(step)[step.accepted :]
+    chips = "".join(_chip(label(token), role) for token, role in tokens)
+    end = f"<div>■ {FINISHED.get(step.finished, escape(step.finished))}</div>" if step.finished else ""
+    return (
+        f"<small>{f'<b>row {step.row}</b>' * many}{step.context_length} → {step.next_length} tokens</small>"
+        f'<div>{chips}<div class="verdict">{escape(_verdict(step, name))}</div>{end}</div>'
+    )
+
+
+def _chip(text: str, role: str) -> str:
+    return f'<span class="chip {role}" title="{role}">{escape(text).replace(" ", "<i>·</i>")}</span>'

@@ -1,0 +1,123 @@
+"""Builders shared by the tests: tiny models with real argmax gaps, and drafts that agree only in part."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    FalconConfig,
+    Gemma2Config,
+    GemmaConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    OPTConfig,
+    PhiConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    StableLmConfig,
+)
+
+VOCAB = 96
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+
+
+def _sized(config: type[PreTrainedConfig], **changes: Any) -> Callable[[], PreTrainedConfig]:
+    sizes = {k: v for k, v in {**SIZES, **changes}.items() if v != "drop"}
+    return lambda: config(**sizes)
+
+
+ARCHITECTURES: dict[str, Callable[[], PreTrainedConfig]] = {
+    "llama": _sized(LlamaConfig),
+    "mistral": _sized(MistralConfig, sliding_window=None),
+    "mistral-sliding": _sized(MistralConfig, sliding_window=12),
+    "qwen2": _sized(Qwen2Config),
+    "qwen3": _sized(Qwen3Config, head_dim=8),
+    "gemma": _sized(GemmaConfig, head_dim=8),
+    "gemma2": _sized(Gemma2Config, head_dim=8, sliding_window=12),
+    "phi": _sized(PhiConfig),
+    "stablelm": _sized(StableLmConfig),
+    "mixtral": _sized(MixtralConfig, num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
+    "gpt2": lambda: GPT2Config(
+        vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=256, initializer_range=0.2,
+        bos_token_id=1, eos_token_id=None, pad_token_id=0,
+    ),
+    "gpt_neox": _sized(GPTNeoXConfig, num_key_value_heads="drop"),
+    "opt": lambda: OPTConfig(
+        vocab_size=VOCAB, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, init_std=0.2,
+        max_position_embeddings=256, word_embed_proj_dim=32, bos_token_id=1, eos_token_id=None, pad_token_id=0,
+    ),
+    "falcon": lambda: FalconConfig(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2,
+        new_decoder_architecture=True, num_kv_heads=2, alibi=False, bos_token_id=1, eos_token_id=None, pad_token_id=0,
+    ),
+    "falcon-alibi": lambda: FalconConfig(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2,
+        alibi=True, multi_query=True, bos_token_id=1, eos_token_id=None, pad_token_id=0,
+    ),
+    "bloom": lambda: BloomConfig(
+        vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.2, bos_token_id=1,
+        eos_token_id=None, pad_token_id=0,
+    ),
+}  # fmt: skip
+
+
+def make_model(config: PreTrainedConfig, seed: int = 0, **kwargs: Any) -> PreTrainedModel:
+    """A randomly initialised model in float32, with no EOS token unless a test sets one."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **kwargs).eval()
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def perturbed(model: PreTrainedModel, noise: float, seed: int = 1) -> PreTrainedModel:
+    """A copy that agrees with `model` only in part: each weight matrix gets relative Gaussian noise."""
+    draft = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in draft.parameters():
+            if parameter.ndim >= 2:
+                parameter += noise * parameter.std() * torch.randn(parameter.shape, generator=generator)
+    return draft
+
+
+def make_pair(name: str, noise: float = 0.12, seed: int = 0, **kwargs: Any) -> tuple[PreTrainedModel, PreTrainedModel]:
+    target = make_model(ARCHITECTURES[name](), seed, **kwargs)
+    return target, perturbed(target, noise, seed + 1)
+
+
+def make_prompts(batch: int, width: int = 14, seed: int = 0) -> dict[str, torch.Tensor]:
+    """`batch` prompts of uneven lengths, left-padded to `width` (the first one fills it)."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(2, VOCAB, (batch, width), generator=generator)
+    mask = torch.ones_like(ids)
+    for row in range(1, batch):
+        padding = int(torch.randint(0, width, (1,), generator=generator))
+        mask[row, :padding] = 0
+    return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
+
+
+@pytest.fixture(scope="session")
+def llama_pair() -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A tiny Llama and a draft that it agrees with about half of the time."""
+    return make_pair("llama")
