@@ -239,6 +239,6 @@ def check_layers(cache: Cache, owner: str) -> None:
     }
     if unsupported:
         raise ValueError(
-            f"The cache of {owner} has layers of type {', '.join(sorted(unsupported))}, which strategy='spec' cannot roll "
-            "back to the accepted tokens yet"
+            f"The cache of {owner} has layers of type {', '.join(sorted(unsupported))}, which strategy='spec' cannot "
+            "roll back to the accepted tokens yet"
         )

@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput
 
 from .acceptance import Verdict, accept_greedy, accept_sampled
 from .context import Context
-from .drafters import Draft, Drafter
+from .drafters import Draft, Drafter, DraftRequest
 from .forward import CachedModel
 from .outputs import Recorder
 from .processors import BlockProcessors
@@ -55,15 +55,14 @@ class SpeculativeDecoding:
     context: Context
     target: CachedModel
     drafter: Drafter
+    request: DraftRequest
     schedule: Schedule
     processors: LogitsProcessorList
     stopping: Stopping
     recorder: Recorder
     streamer: StepStreamer
-    do_sample: bool
     in_order: bool
     lockstep: bool
-    vocab_size: int
     prefill_chunk_size: int | None = None
     pending_embeds: Tensor | None = None
     stats: SpeculationStats = field(default_factory=SpeculationStats)
@@ -89,7 +88,9 @@ class SpeculativeDecoding:
         return self.output_width
 
     def prefill(self) -> None:
+        """Feed the prompts to both models, all but the last token, which the first verification feeds."""
         start = perf_counter()
+        self.drafter.start(self.request, self.context)
         chunks = self.target.prefill(
             self.context, self.prefill_chunk_size, embeds=self.pending_embeds, **self.recorder.forward_kwargs
         )
@@ -105,7 +106,7 @@ class SpeculativeDecoding:
         if max_tokens == 0:
             return Draft(context.tokens.new_empty(len(context.rows), 0), lengths=[0] * len(context.rows))
         draft = self.drafter.propose(context, max_tokens)
-        check_draft(draft, len(context.rows), max_tokens, self.vocab_size, self.drafter)
+        check_draft(draft, len(context.rows), max_tokens, self.request.vocab_size, self.drafter)
         lengths = draft.lengths or [draft.tokens.shape[1]] * len(context.rows)
         lengths = [min(length, space) for length, space in zip(lengths, room)]
         longest = max(lengths)
@@ -160,7 +161,7 @@ class SpeculativeDecoding:
         return "max_length" if end + len(tokens) >= self.context.max_length else None
 
     def _accept_in_order(self, draft: Draft, logits: Tensor) -> Committed:
-        """One position after the other, as vanilla goes: processors, choice, criteria, each on committed tokens only."""
+        """One position after the other, as vanilla goes: processors, choice, criteria, on committed tokens only."""
         context, rows = self.context, self.context.rows
         lengths = draft.lengths or []
         index = context.row_index
@@ -201,7 +202,7 @@ class SpeculativeDecoding:
         return committed
 
     def _judge(self, tokens: Tensor, lengths: Tensor, probs: Tensor | None, scores: Tensor) -> Verdict:
-        if self.do_sample:
+        if self.request.do_sample:
             return accept_sampled(tokens, lengths, probs, scores)
         return accept_greedy(tokens, lengths, scores)
 
@@ -288,7 +289,9 @@ def check_draft(draft: Draft, rows: int, max_tokens: int, vocab_size: int, draft
     if not isinstance(draft, Draft):
         raise TypeError(f"{name}.propose must return a Draft, got {type(draft).__name__}")
     if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64:
-        raise TypeError(f"{name} proposed tokens of type {getattr(tokens, 'dtype', type(tokens))}, expected torch.int64")
+        raise TypeError(
+            f"{name} proposed tokens of type {getattr(tokens, 'dtype', type(tokens))}, expected torch.int64"
+        )
     if tokens.ndim != 2 or tokens.shape[0] != rows:
         raise ValueError(
             f"{name} proposed tokens of shape {tuple(tokens.shape)}, expected [{rows}, k]: one line for each active row"
@@ -303,6 +306,6 @@ def check_draft(draft: Draft, rows: int, max_tokens: int, vocab_size: int, draft
         raise ValueError(f"{name} gave probs of shape {tuple(draft.probs.shape)}, expected {list(expected)}")
     if not drafter.in_vocabulary and tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
         raise ValueError(
-            f"{name} proposed token ids from {int(tokens.min())} to {int(tokens.max())}, but the target's vocabulary has "
-            f"ids 0 to {vocab_size - 1}"
+            f"{name} proposed token ids from {int(tokens.min())} to {int(tokens.max())}, but the target's vocabulary "
+            f"has ids 0 to {vocab_size - 1}"
         )

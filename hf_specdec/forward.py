@@ -3,9 +3,9 @@
 Owns what a forward needs besides tokens: which slots they go to, their positions, and the mask. Target and draft are
 both driven through it. It never chooses a token.
 
-Slots and columns. The cache knows slots, the context columns. In the *ragged* layout slot 0 is a row's first real token,
-so rows hold no padding and have lengths of their own; in the *aligned* layout slot and column coincide, padding included,
-all rows always have equal lengths, and a 2-D mask says what is padding, as in vanilla `generate()`.
+Slots and columns. The cache knows slots, the context columns. In the *ragged* layout slot 0 is a row's first real
+token, so rows hold no padding and have lengths of their own; in the *aligned* layout slot and column coincide, padding
+included, all rows always have equal lengths, and a 2-D mask says what is padding, as in vanilla `generate()`.
 """
 
 import inspect

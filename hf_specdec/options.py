@@ -104,9 +104,12 @@ def check_generation_config(config: GenerationConfig) -> None:
     for name in ("use_mtp", "speculation_type", "assistant_ensemble_weight", "token_healing"):
         if getattr(config, name, None):
             raise ValueError(f"`{name}` ({getattr(config, name)!r}) cannot be combined with strategy='spec': unset it")
-    supported = (None, "dynamic", "dynamic_full", "static")
-    if config.cache_implementation not in supported:
+    check_cache_implementation(config.cache_implementation)
+
+
+def check_cache_implementation(name: str | None) -> None:
+    """Refuse kinds of cache that cannot be exchanged with ours."""
+    if name not in (None, "dynamic", "dynamic_full", "static"):
         raise ValueError(
-            f"`cache_implementation` {config.cache_implementation!r} is not supported by strategy='spec': "
-            "use 'dynamic' or 'static'"
+            f"`cache_implementation` {name!r} is not supported by strategy='spec': use 'dynamic' or 'static'"
         )

@@ -122,7 +122,9 @@ class Recorder:
 
     def _query_columns(self, steps: int) -> list[tuple[int, int]]:
         """The columns `[begin, end)` that vanilla feeds at each step."""
-        return [(self._past if step == 0 else self._prompt_end + step - 1, self._prompt_end + step) for step in range(steps)]
+        return [
+            (self._past if step == 0 else self._prompt_end + step - 1, self._prompt_end + step) for step in range(steps)
+        ]
 
     def _overlap(self, row: int, begin: int, end: int, recorded: int) -> tuple[slice, slice]:
         """Which of the columns `[begin, end)` a row has records for: as indices of the step and of its records."""

@@ -117,13 +117,13 @@ def check_vocabularies(
         assistant_tokenizer = assistant_tokenizer or _tokenizer_of(draft)
         if tokenizer is None or assistant_tokenizer is None:
             raise ValueError(
-                f"The vocabularies of target and `assistant_model` differ in size ({sizes[0]} and {sizes[1]}), and their "
-                "tokenizers are not known: pass `tokenizer` and `assistant_tokenizer`, or a draft of the same family"
+                f"The vocabularies of target and `assistant_model` differ in size ({sizes[0]} and {sizes[1]}), and "
+                "their tokenizers are not known: pass `tokenizer` and `assistant_tokenizer`, or a draft of the same family"
             )
     if tokenizer.get_vocab() != assistant_tokenizer.get_vocab():
         raise ValueError(
-            f"Target and `assistant_model` have different tokenizers (vocabulary sizes {sizes[0]} and {sizes[1]}), which "
-            "strategy='spec' does not support yet: use a draft of the same family"
+            f"Target and `assistant_model` have different tokenizers (vocabulary sizes {sizes[0]} and {sizes[1]}), "
+            "which strategy='spec' does not support yet: use a draft of the same family"
         )
 
 

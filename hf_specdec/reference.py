@@ -1,6 +1,6 @@
 """The acceptance rules in plain Python, one row at a time: the specification that `acceptance.py` is tested against.
 
-Probabilities are lists that sum to 1; `u` and `choose` stand for the randomness, so that a test can fix or enumerate it.
+Probabilities are lists that sum to 1, of floats or fractions; `u` and `choose` stand for the randomness, so that a test can fix or enumerate it.
 """
 
 from collections.abc import Callable, Sequence
@@ -45,10 +45,10 @@ def accept_sampled(
 
 def residual(p: Distribution, q: Distribution) -> Distribution:
     """norm(max(p - q, 0)); p itself when p = q."""
-    difference = [max(p_x - q_x, 0.0) for p_x, q_x in zip(p, q)]
+    difference = [max(p_x - q_x, 0) for p_x, q_x in zip(p, q)]
     total = sum(difference)
     return [d / total for d in difference] if total > 0 else p
 
 
 def one_hot(x: int, size: int) -> Distribution:
-    return [1.0 if y == x else 0.0 for y in range(size)]
+    return [1 if y == x else 0 for y in range(size)]

@@ -27,7 +27,7 @@ class Constant:
 
 
 class Heuristic:
-    """+2 when every draft was accepted, else -1, never below 1 (the rule of transformers' `AssistedCandidateGenerator`).
+    """+2 when every draft was accepted, else -1, never below 1: the rule of transformers' `AssistedCandidateGenerator`.
 
     In a batch, one γ serves all rows; it grows when all rows accepted everything.
 

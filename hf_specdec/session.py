@@ -101,10 +101,19 @@ def prepare(
     context = Context(prompt.input_ids, context_first, max_length, 0 if pad is None else int(pad))
     target = _cached_target(model, cache, prompt, context, first, aligned, generation_config)
     recorder = Recorder(generation_config, context, first, prompt.column_offset, prompt.past)
-    decoding = SpeculativeDecoding(
+    request = DraftRequest(
+        do_sample=bool(generation_config.do_sample),
+        vocab_size=model.config.get_text_config(decoder=True).vocab_size,
+        device=context.tokens.device,
+        first=context_first,
+        lockstep=lockstep,
+        processors=known(logits_processor),
+    )
+    return SpeculativeDecoding(
         context=context,
         target=target,
         drafter=drafter,
+        request=request,
         schedule=make_schedule(
             options.num_assistant_tokens_schedule,
             options.prompt_lookup_num_tokens or options.num_assistant_tokens,
@@ -114,25 +123,13 @@ def prepare(
         stopping=stopping,
         recorder=recorder,
         streamer=StepStreamer(streamer, context),
-        do_sample=bool(generation_config.do_sample),
         in_order=bool(unknown),
         lockstep=lockstep,
-        vocab_size=model.config.get_text_config(decoder=True).vocab_size,
         prefill_chunk_size=generation_config.prefill_chunk_size,
         pending_embeds=prompt.embeds,
         stats=stats,
         trace=trace,
     )
-    request = DraftRequest(
-        do_sample=decoding.do_sample,
-        vocab_size=decoding.vocab_size,
-        device=context.tokens.device,
-        first=context_first,
-        lockstep=lockstep,
-        processors=known(logits_processor),
-    )
-    drafter.start(request, context)
-    return decoding
 
 
 def finish(
@@ -184,7 +181,7 @@ def check_model_kwargs(model_kwargs: dict[str, Any]) -> None:
     for name, value in model_kwargs.items():
         if name not in _PREPARED and value is not None:
             raise ValueError(
-                f"The model input `{name}` is not supported by strategy='spec' yet: leave it out, or drop strategy='spec'"
+                f"The model input `{name}` is not supported by strategy='spec' yet: leave it out, or drop the strategy"
             )
     cache = model_kwargs.get("past_key_values")
     if not isinstance(cache, Cache):
@@ -215,14 +212,14 @@ def read_prompt(
         columns = width if known_width == width else past + width
     if mask is not None and mask.shape[1] != columns:
         raise ValueError(
-            f"`attention_mask` has {mask.shape[1]} columns, but the prompt and what `past_key_values` holds have {columns}"
+            f"`attention_mask` has {mask.shape[1]} columns, but prompt and `past_key_values` together have {columns}"
         )
     if past and (rows := next(layer.keys.shape[0] for layer in cache.layers if layer.is_initialized)) != batch:
         raise ValueError(f"`past_key_values` has {rows} rows, but the prompt has {batch}: they must be the same")
     if columns - past < 1:
         raise ValueError(
-            f"`past_key_values` holds {past} tokens already and the prompt has {columns}: there is nothing to decode from. "
-            "Pass at least one token that is not cached"
+            f"`past_key_values` holds {past} tokens already and the prompt has {columns}: there is nothing to decode "
+            "from. Pass at least one token that is not cached"
         )
     mask = torch.ones(batch, columns, dtype=torch.bool, device=input_ids.device) if mask is None else mask.bool()
     first, real = torch.stack([mask.long().argmax(dim=1), mask.long().sum(dim=1)]).tolist()

@@ -138,7 +138,8 @@ class RowStats:
     @property
     def acceptance_by_position(self) -> list[float]:
         """Entry i: the share of (i + 1)-th drafts that were accepted, which needs all drafts before it accepted too."""
-        return [_ratio(a, d) for a, d in zip(self.accepted_by_position, self.drafted_by_position)]
+        counts = zip(self.accepted_by_position, self.drafted_by_position, strict=True)
+        return [_ratio(accepted, drafted) for accepted, drafted in counts]
 
     def to_dict(self) -> dict[str, Any]:
         """Counters and rates as plain JSON types."""

@@ -9,7 +9,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
 from transformers import (
@@ -24,7 +24,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from .drafters import Drafter
-from .options import OPTION_NAMES, check_generation_config, resolve_options
+from .options import OPTION_NAMES, check_cache_implementation, check_generation_config, resolve_options
 from .pairs import make_drafter
 from .session import finish, prepare
 from .stats import SpeculationStats
@@ -32,8 +32,8 @@ from .trace import Trace
 
 logger = logging.get_logger(__name__)
 
-Assistant = PreTrainedModel | Drafter | str
-DecodingMethod = Callable[..., Any]
+Assistant: TypeAlias = PreTrainedModel | Drafter | str
+DecodingMethod: TypeAlias = Callable[..., Any]
 
 _original: Callable[..., Any] | None = None
 
@@ -124,6 +124,10 @@ def _generate_speculatively(model: PreTrainedModel, *args: Any, **kwargs: Any) -
         raise ValueError(
             f"strategy='spec' supports decoder-only models so far; {type(model).__name__} is an encoder-decoder model"
         )
+    # `generate()` would build that cache, which may need packages that are not there, before we are asked.
+    configs = (call.get("generation_config"), model.generation_config)
+    named = (call.get("cache_implementation"), *(getattr(config, "cache_implementation", None) for config in configs))
+    check_cache_implementation(next(filter(None, named), None))
 
     own = ("assistant_model", "streamer", "tokenizer", "assistant_tokenizer", "speculation_stats", "speculation_trace")
     arguments = {name: call.pop(name, None) for name in own}
@@ -202,8 +206,8 @@ def unregister() -> None:
         return
     if getattr(GenerationMixin.generate, "__wrapped__", None) is not _original:
         raise RuntimeError(
-            f"`generate()` was replaced again by {GenerationMixin.generate.__module__} after hf_specdec was registered: "
-            "undo that first"
+            f"`generate()` was replaced again by {GenerationMixin.generate.__module__} after hf_specdec was "
+            "registered: undo that first"
         )
     GenerationMixin.generate = _original
     _original = None

@@ -13,7 +13,7 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from hf_specdec.stats import Iteration, RowStep, SpeculationStats
+from .stats import Iteration, RowStep, SpeculationStats
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -98,8 +98,8 @@ class Trace:
         return path
 
     def _walk(self, tokenizer: Tokenizer | None, limit: int | None = None) -> Iterator[Span]:
-        label = _labels(tokenizer)
-        stats = self.stats()
+        """The iterations in words, for `to_text` and `print` to render; of the first `limit` iterations if given."""
+        label, stats = _labels(tokenizer), self.stats()
         shown = self.iterations[:limit]
         for number, iteration in enumerate(shown, start=1):
             for step in iteration.rows:
@@ -120,13 +120,14 @@ class Trace:
 def drafted_roles(step: RowStep) -> list[tuple[int, str]]:
     """The drafts, each "accepted", "rejected" or "discarded"."""
     first_lost = "rejected" if step.kind == "correction" else "discarded"
-    roles = ["accepted"] * step.accepted + [first_lost] + ["discarded"] * len(step.drafted)
-    return list(zip(step.drafted, roles))
+    left = len(step.drafted) - step.accepted
+    roles = ["accepted"] * step.accepted + [first_lost] * (left > 0) + ["discarded"] * (left - 1)
+    return list(zip(step.drafted, roles, strict=True))
 
 
 def committed_roles(step: RowStep) -> list[tuple[int, str]]:
     """The committed set, each token "accepted", "correction", "bonus" or "target"."""
-    return list(zip(step.committed, ["accepted"] * step.accepted + [step.kind or ""]))
+    return list(zip(step.committed, ["accepted"] * step.accepted + ([step.kind] if step.kind else []), strict=True))
 
 
 def visible(text: str, line_break: str = "⏎") -> str:
@@ -164,8 +165,7 @@ def _told(step: RowStep, label: Callable[[int], str]) -> Iterator[Span]:
 def _line(name: str, tokens: list[tuple[int, str]], label: Callable[[int], str], words: str = "") -> Iterator[Span]:
     yield Span(f"  {name:<10}", "label")
     for token, role in tokens:
-        yield Span(" ")
-        yield Span(label(token), role)
+        yield from (Span(" "), Span(label(token), role))
     yield Span(f" {words or 'nothing' * (not tokens)}".rstrip() + "\n")
 
 
@@ -185,13 +185,13 @@ def _verdict(step: RowStep, label: Callable[[int], str]) -> str:
 
 def _pieces(tokens: list[int], tokenizer: Tokenizer | None) -> Iterator[str]:
     """What each token adds to the text; a character that is spread over several tokens comes with its last one."""
-    decode = tokenizer.decode if tokenizer else lambda ids: "".join(f"{token} " for token in ids)
+    decode = tokenizer.decode if tokenizer is not None else lambda ids: "".join(f"{token} " for token in ids)
     before: list[int] = []  # the token before `pending`: on its own, a token may decode without its leading space
     pending: list[int] = []
-    for left, token in zip(reversed(range(len(tokens))), tokens):
+    for count, token in enumerate(tokens, start=1):
         pending.append(token)
         text = decode(before + pending)
-        if text.endswith("\ufffd") and left and len(pending) < 4:  # inside a character; UTF-8 needs 4 bytes at most
+        if text.endswith("\ufffd") and len(pending) < 4 and count < len(tokens):  # inside a character (4 bytes at most)
             yield ""
         else:
             yield text[len(decode(before)) if before else 0 :]
@@ -215,7 +215,7 @@ def _html_page(trace: Trace, tokenizer: Tokenizer | None) -> str:
             marked = "".join(
                 f'<a href="#{anchor}" class="{role}" title="{escape(label(token))} · id {token} · {role}, '
                 f'iteration {number}">{escape(visible(piece, line_break=chr(10)))}</a>'
-                for piece, (token, role) in zip(new, committed_roles(step))
+                for piece, (token, role) in zip(new, committed_roles(step), strict=True)
             )
             sections += f'<div class="step" id="{anchor}">{_html_step(step, tokenizer, len(rows) > 1)}'
             sections += f'<div class="more">{escape(visible(tail[row]))}{marked}</div></div>\n'

@@ -16,8 +16,8 @@ class Draft:
 
     Attributes:
         tokens: `[rows, k]` int64, k >= 0 and at most what was asked for.
-        probs: `[rows, k, vocab]` float32, the distributions the tokens were *really drawn from* (the q of the acceptance
-            test), or `None` when the tokens were not drawn at all (argmax, look-up): then q is one-hot.
+        probs: `[rows, k, vocab]` float32, the distributions the tokens were *really drawn from* (the q of the
+            acceptance test), or `None` when the tokens were not drawn at all (argmax, look-up): then q is one-hot.
         lengths: how many of its k tokens each row proposes; `None` means k for all.
         valid: `[rows]` bool, False where the drafter's model gave no distribution (NaN, or nothing but -inf).
     """

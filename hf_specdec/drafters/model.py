@@ -77,7 +77,9 @@ class ModelDrafter(Drafter):
             # Where processors leave the draft nothing to say, it speaks unprocessed: q is what was drawn from.
             scores = torch.where(scores.amax(dim=-1, keepdim=True).isfinite(), scores, logits)
             q = scores.softmax(dim=-1).nan_to_num(nan=1.0)
-            drawn = torch.multinomial(q[:, 0], num_samples=1) if self._request.do_sample else scores[:, 0].argmax(-1, True)
+            drawn = (
+                torch.multinomial(q[:, 0], num_samples=1) if self._request.do_sample else scores[:, 0].argmax(-1, True)
+            )
             tokens.append(drawn)
             if self._request.do_sample:
                 probs.append(q)

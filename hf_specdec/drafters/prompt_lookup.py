@@ -50,7 +50,7 @@ class PromptLookupDrafter(Drafter):
 
 
 def _best_match(tokens: Tensor, first: Tensor, ends: Tensor, size: int, max_tokens: int) -> tuple[Tensor, Tensor]:
-    """Per row, the column behind the best earlier occurrence of the last `size` tokens, and how many tokens follow it."""
+    """Per row, the column behind the best earlier occurrence of the last `size` tokens, and how many tokens follow."""
     windows = tokens.unfold(1, size, 1)  # [rows, starts, size]
     starts = torch.arange(windows.shape[1], device=tokens.device)
     tail_columns = (ends[:, None] - size + torch.arange(size, device=tokens.device)).clamp(min=0)
