@@ -1,0 +1,61 @@
+# Sourced by the scripts beside it: goes to the repository root and gives them .venv, with what they need inside.
+#
+#   use_env         the library          use_env dev         the library with an extra of pyproject.toml
+#
+# Sets ROOT and VENV. Installs only when pyproject.toml, constraints.txt, the place of the checkout or the interpreter
+# changed since last time, so afterwards no network is needed. PYTHON names the interpreter that makes a new .venv.
+
+ROOT="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
+VENV="$ROOT/.venv"
+cd -- "$ROOT"
+
+say() { printf '%s\n' "scripts/$(basename -- "$0"): $*" >&2; }
+
+die() {
+    say "$@"
+    exit 1
+}
+
+# One line that changes whenever an installation would; ruff's settings end pyproject.toml and install nothing.
+fingerprint() {
+    {
+        printf '%s\n' "$ROOT" && "$VENV/bin/python" -V && sed '/^\[tool\.ruff/,$d' pyproject.toml && cat constraints.txt
+    } | cksum
+}
+
+make_venv() {
+    local python="${PYTHON:-python3}"
+    command -v "$python" >/dev/null ||
+        die "expected a Python interpreter, found no '$python'; install Python 3.10 or newer, or set PYTHON to one."
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+        die "expected Python 3.10 or newer, '$python' is $("$python" -V 2>&1); set PYTHON to a newer one."
+    say "creating .venv ($("$python" -V))"
+    "$python" -m venv "$VENV" || {
+        rm -rf -- "$VENV"
+        die "'$python -m venv' failed, see above; some systems put it into a package of its own (python3-venv)."
+    }
+}
+
+use_env() {
+    local extra="${1:-}" now stamp
+    [ -e "$VENV" ] || make_venv
+    "$VENV/bin/python" -c '' 2>/dev/null ||
+        die "expected an interpreter at $VENV/bin/python, found none that starts; remove .venv and run this again."
+
+    now="$(fingerprint)"
+    for stamp in "$VENV/.installed-${extra:-base}" "$VENV/.installed-dev"; do # dev has all that the others have
+        [ "$(cat -- "$stamp" 2>/dev/null)" = "$now" ] && return
+    done
+
+    say "installing hf_specdec${extra:+[$extra]} into .venv; the first time takes minutes"
+    "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || "$VENV/bin/python" -m ensurepip >/dev/null ||
+        die "expected pip in .venv, found none and could not add it; remove .venv and run this again."
+    pip_install -c constraints.txt -e ".${extra:+[$extra]}" ||
+        die "pip could not install hf_specdec${extra:+[$extra]}, see above; without a network, install it beforehand."
+    printf '%s\n' "$now" >"$VENV/.installed-${extra:-base}"
+    say "installed"
+}
+
+pip_install() {
+    "$VENV/bin/python" -m pip install -qq --no-input --disable-pip-version-check "$@" </dev/null
+}
