@@ -12,9 +12,11 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.utils import ModelOutput
 
+from . import invariants
 from .acceptance import Verdict, accept_greedy, accept_sampled
 from .context import Context
 from .drafters import Draft, Drafter, DraftRequest
+from .drafters.base import check_draft
 from .forward import CachedModel
 from .outputs import Recorder
 from .processors import BlockProcessors
@@ -179,7 +181,9 @@ class SpeculativeDecoding:
             probs = None if draft.probs is None else draft.probs[:, i : i + 1]
             here = scores[index][:, None].expand(-1, 1 + (i < draft.tokens.shape[1]), -1)
             verdict = self._judge(draft.tokens[:, i : i + 1], has_draft, probs, here)
-            tokens, accepted, _ = self._to_host(verdict, draft)
+            # What processors leave of a row that has ended in this block does not matter.
+            ended = torch.tensor([why is not None for why in committed.finished], device=scores.device)
+            tokens, accepted, _ = self._to_host(verdict._replace(valid=verdict.valid | ended), draft)
             going = [slot for slot in range(len(rows)) if committed.finished[slot] is None]
             for slot in going:
                 row = rows[slot]
@@ -265,6 +269,8 @@ class SpeculativeDecoding:
         """Both caches keep what is committed; finished rows leave the batch."""
         self.target.commit(self.context)
         self.drafter.commit(self.context)
+        if invariants.ENABLED:
+            invariants.check_iteration(self.context, self.target, getattr(self.drafter, "cached", None))
         rows = self.context.rows
         width = self.output_width
         if len(self._done_at) == self.context.batch_size:  # nobody needs to go beyond the last one's end
@@ -280,32 +286,3 @@ class SpeculativeDecoding:
         if len(self._done_at) < self.context.batch_size:
             return self.context.max_length
         return max(self._done_at.values())
-
-
-def check_draft(draft: Draft, rows: int, max_tokens: int, vocab_size: int, drafter: Drafter) -> None:
-    """Raise on proposals that break the protocol of `Drafter.propose`."""
-    name = type(drafter).__name__
-    tokens = draft.tokens
-    if not isinstance(draft, Draft):
-        raise TypeError(f"{name}.propose must return a Draft, got {type(draft).__name__}")
-    if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64:
-        raise TypeError(
-            f"{name} proposed tokens of type {getattr(tokens, 'dtype', type(tokens))}, expected torch.int64"
-        )
-    if tokens.ndim != 2 or tokens.shape[0] != rows:
-        raise ValueError(
-            f"{name} proposed tokens of shape {tuple(tokens.shape)}, expected [{rows}, k]: one line for each active row"
-        )
-    if tokens.shape[1] > max_tokens:
-        raise ValueError(f"{name} proposed {tokens.shape[1]} tokens per row, asked for at most {max_tokens}")
-    lengths = draft.lengths
-    if lengths is not None and (len(lengths) != rows or not all(0 <= n <= tokens.shape[1] for n in lengths)):
-        raise ValueError(f"{name} gave draft lengths {lengths} for {rows} rows and {tokens.shape[1]} tokens per row")
-    expected = (*tokens.shape, vocab_size)
-    if draft.probs is not None and tuple(draft.probs.shape) != expected:
-        raise ValueError(f"{name} gave probs of shape {tuple(draft.probs.shape)}, expected {list(expected)}")
-    if not drafter.in_vocabulary and tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
-        raise ValueError(
-            f"{name} proposed token ids from {int(tokens.min())} to {int(tokens.max())}, but the target's vocabulary "
-            f"has ids 0 to {vocab_size - 1}"
-        )

@@ -113,11 +113,12 @@ class CachedModel:
         slots = torch.tensor(starts, device=self.device)[:, None] + torch.arange(width, device=self.device)
         inputs: dict[str, Any] = {"past_key_values": cache, "use_cache": True, "attention_mask": self._mask(slots)}
         if embeds is not None:
-            index = slots.clamp(max=embeds.shape[1] - 1)[..., None].expand(-1, -1, embeds.shape[2])
-            inputs["inputs_embeds"] = embeds[rows].gather(1, index)
+            first = torch.tensor([self.column_offset - self.slot_offset[row] for row in rows], device=self.device)
+            columns = (slots + first[:, None]).clamp(max=embeds.shape[1] - 1)
+            inputs["inputs_embeds"] = embeds[rows].gather(1, columns[..., None].expand(-1, -1, embeds.shape[2]))
         else:
-            columns = [start - self.slot_offset[row] for row, start in zip(rows, starts)]
-            inputs["input_ids"] = context.gather(columns, width).to(self.device).clamp(0, self._vocab_size - 1)
+            begin = [start - self.slot_offset[row] for row, start in zip(rows, starts)]
+            inputs["input_ids"] = context.gather(begin, width).to(self.device).clamp(0, self._vocab_size - 1)
         if self._takes_position_ids:
             inputs["position_ids"] = self._positions(rows, slots)
         if self._takes_logits_to_keep:

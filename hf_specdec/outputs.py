@@ -27,9 +27,18 @@ class Recorder:
         first: by row of the batch, the column of cache slot 0.
         column_offset: columns that came before the context's.
         past: columns that were cached before the call.
+        windows: by layer, how many columns a sliding layer of transformers' cache attends to; `None` for all.
     """
 
-    def __init__(self, config: GenerationConfig, context: Context, first: list[int], column_offset: int, past: int):
+    def __init__(
+        self,
+        config: GenerationConfig,
+        context: Context,
+        first: list[int],
+        column_offset: int,
+        past: int,
+        windows: list[int | None],
+    ):
         wanted = bool(config.return_dict_in_generate)
         self.wants_scores = wanted and bool(config.output_scores)
         self.wants_logits = wanted and bool(config.output_logits)
@@ -38,6 +47,7 @@ class Recorder:
         self._context = context
         self._first = first
         self._past = past
+        self._windows = windows
         self._prompt_end = context.prompt_width + column_offset
         self._scores: Steps = []
         self._logits: Steps = []
@@ -94,7 +104,7 @@ class Recorder:
         return tuple(result)
 
     def attentions(self, steps: int) -> tuple[tuple[Tensor, ...], ...] | None:
-        """Per step, per layer: `[batch, heads, queries, columns so far]`."""
+        """Per step, per layer: `[batch, heads, queries, columns so far]`; sliding layers show their window's columns."""
         if not self.wants_attentions:
             return None
         layers, heads = self._attentions[0][0].shape[:2]
@@ -109,7 +119,9 @@ class Recorder:
                 columns, queries = self._overlap(row, begin, end, weights.shape[2])
                 first = self._first[row]
                 step[:, row, :, columns, first:end] = weights[:, :, queries, : end - first]
-            result.append(tuple(step))
+            windows = [*self._windows, *[None] * layers][:layers]  # the cache of a user may not know yet
+            shown = [end if window is None else min(begin, window - 1) + end - begin for window in windows]
+            result.append(tuple(layer[..., -width:] for layer, width in zip(step, shown)))
         return tuple(result)
 
     def _per_step(self, recorded: Steps, steps: int) -> tuple[Tensor, ...]:

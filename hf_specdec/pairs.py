@@ -118,7 +118,8 @@ def check_vocabularies(
         if tokenizer is None or assistant_tokenizer is None:
             raise ValueError(
                 f"The vocabularies of target and `assistant_model` differ in size ({sizes[0]} and {sizes[1]}), and "
-                "their tokenizers are not known: pass `tokenizer` and `assistant_tokenizer`, or a draft of the same family"
+                "their tokenizers are not known: pass `tokenizer` and `assistant_tokenizer`, or use a draft of the "
+                "same family"
             )
     if tokenizer.get_vocab() != assistant_tokenizer.get_vocab():
         raise ValueError(

@@ -91,7 +91,10 @@ class BlockProcessors:
             batch_rows = context.row_index[slots]
             full = logits.new_zeros(context.batch_size, logits.shape[2])
             full[batch_rows] = logits[slots, positions]
-            scores[slots, positions] = self.rest(context.view(end), full)[batch_rows]
+            # Behind their ends the other rows may hold padding that is no token: they show zeros instead.
+            prefix = context.view(end)
+            prefix = torch.zeros_like(prefix).index_copy(0, batch_rows, prefix[batch_rows])
+            scores[slots, positions] = self.rest(prefix, full)[batch_rows]
         return scores
 
 

@@ -1,6 +1,6 @@
 """The acceptance rules in plain Python, one row at a time: the specification that `acceptance.py` is tested against.
 
-Probabilities are lists that sum to 1, of floats or fractions; `u` and `choose` stand for the randomness, so that a test can fix or enumerate it.
+Probabilities are lists that sum to 1; `u` and `choose` are the randomness, for a test to fix or to enumerate.
 """
 
 from collections.abc import Callable, Sequence

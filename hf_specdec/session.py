@@ -100,7 +100,8 @@ def prepare(
     context_first = [max(f - prompt.column_offset, 0) for f in prompt.first]
     context = Context(prompt.input_ids, context_first, max_length, 0 if pad is None else int(pad))
     target = _cached_target(model, cache, prompt, context, first, aligned, generation_config)
-    recorder = Recorder(generation_config, context, first, prompt.column_offset, prompt.past)
+    windows = [getattr(layer, "sliding_window", None) for layer in cache.layers]
+    recorder = Recorder(generation_config, context, first, prompt.column_offset, prompt.past, windows)
     request = DraftRequest(
         do_sample=bool(generation_config.do_sample),
         vocab_size=model.config.get_text_config(decoder=True).vocab_size,
@@ -179,7 +180,8 @@ def hand_back_cache(decoding: SpeculativeDecoding, width: int, cache: Cache) -> 
 def check_model_kwargs(model_kwargs: dict[str, Any]) -> None:
     """Refuse model inputs that this loop does not know how to carry from step to step."""
     for name, value in model_kwargs.items():
-        if name not in _PREPARED and value is not None:
+        absent = value is None or (isinstance(value, dict) and not value)  # models with images prepare an empty dict
+        if name not in _PREPARED and not absent:
             raise ValueError(
                 f"The model input `{name}` is not supported by strategy='spec' yet: leave it out, or drop the strategy"
             )

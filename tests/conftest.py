@@ -26,6 +26,9 @@ from transformers import (
     StableLmConfig,
 )
 
+# Such small matrices only lose by a second thread, and a lot when the machine is shared.
+torch.set_num_threads(1)
+
 VOCAB = 96
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -121,3 +124,42 @@ def make_prompts(batch: int, width: int = 14, seed: int = 0) -> dict[str, torch.
 def llama_pair() -> tuple[PreTrainedModel, PreTrainedModel]:
     """A tiny Llama and a draft that it agrees with about half of the time."""
     return make_pair("llama")
+
+
+@pytest.fixture(scope="session")
+def small_pair() -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Cheaper still, one layer each; drafts hold half of the time, looked-up ones a fifth."""
+    target = make_model(LlamaConfig(**{**SIZES, "num_hidden_layers": 1}), seed=12)
+    return target, perturbed(target, 0.05, seed=13)
+
+
+def ways_to_draft(draft: PreTrainedModel, gammas: tuple[int, ...] = (1, 4, 7)) -> dict[str, dict[str, Any]]:
+    """The arguments of `generate()` that make it speculate, by name: with a draft model, and by prompt look-up."""
+    ways: dict[str, dict[str, Any]] = {
+        f"γ={gamma}": {"strategy": "spec", "assistant_model": draft, "num_assistant_tokens": gamma} for gamma in gammas
+    }
+    ways["look-up"] = {"strategy": "spec", "prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1}
+    return ways
+
+
+def assert_lossless(
+    pair: tuple[PreTrainedModel, PreTrainedModel],
+    inputs: dict[str, Any],
+    fresh: Callable[[], dict[str, Any]] = dict,
+    gammas: tuple[int, ...] = (1, 4, 7),
+) -> torch.Tensor:
+    """Every way to draft gives vanilla's tokens. `fresh` makes the other arguments anew for each call.
+
+    Returns: vanilla's tokens, prompt included.
+    """
+    target, draft = pair
+
+    def tokens(**way: Any) -> torch.Tensor:
+        output = target.generate(**inputs, **way, **fresh())
+        return output if isinstance(output, torch.Tensor) else output.sequences
+
+    expected = tokens()
+    for name, way in ways_to_draft(draft, gammas).items():
+        given = tokens(**way)
+        assert given.tolist() == expected.tolist(), f"{name}: {given.tolist()} instead of {expected.tolist()}"
+    return expected

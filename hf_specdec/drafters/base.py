@@ -72,3 +72,32 @@ class Drafter(ABC):
     def forwards(self) -> int:
         """Model forwards since `start`."""
         return 0
+
+
+def check_draft(draft: Draft, rows: int, max_tokens: int, vocab_size: int, drafter: Drafter) -> None:
+    """Raise on proposals that break the protocol of `Drafter.propose`."""
+    name = type(drafter).__name__
+    if not isinstance(draft, Draft):
+        raise TypeError(f"{name}.propose must return a Draft, got {type(draft).__name__}")
+    tokens = draft.tokens
+    if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64:
+        raise TypeError(
+            f"{name} proposed tokens of type {getattr(tokens, 'dtype', type(tokens))}, expected torch.int64"
+        )
+    if tokens.ndim != 2 or tokens.shape[0] != rows:
+        raise ValueError(
+            f"{name} proposed tokens of shape {tuple(tokens.shape)}, expected [{rows}, k]: one line for each active row"
+        )
+    if tokens.shape[1] > max_tokens:
+        raise ValueError(f"{name} proposed {tokens.shape[1]} tokens per row, asked for at most {max_tokens}")
+    lengths = draft.lengths
+    if lengths is not None and (len(lengths) != rows or not all(0 <= n <= tokens.shape[1] for n in lengths)):
+        raise ValueError(f"{name} gave draft lengths {lengths} for {rows} rows and {tokens.shape[1]} tokens per row")
+    expected = (*tokens.shape, vocab_size)
+    if draft.probs is not None and tuple(draft.probs.shape) != expected:
+        raise ValueError(f"{name} gave probs of shape {tuple(draft.probs.shape)}, expected {list(expected)}")
+    if not drafter.in_vocabulary and tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
+        raise ValueError(
+            f"{name} proposed token ids from {int(tokens.min())} to {int(tokens.max())}, but the target's vocabulary "
+            f"has ids 0 to {vocab_size - 1}"
+        )

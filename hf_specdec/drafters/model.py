@@ -34,7 +34,7 @@ class ModelDrafter(Drafter):
 
     @property
     def forwards(self) -> int:
-        return self._cached.forwards
+        return self.cached.forwards
 
     @property
     def takes_ragged_rows(self) -> bool:
@@ -53,7 +53,7 @@ class ModelDrafter(Drafter):
             capacity=context.prompt_width + 256,
             max_capacity=context.max_length,
         )
-        self._cached = CachedModel(
+        self.cached = CachedModel(
             self.model,
             cache,
             first=request.first,
@@ -62,7 +62,7 @@ class ModelDrafter(Drafter):
             max_slot=[self._max_positions - 1] * context.batch_size,
         )
         if max(context.lengths) < self._max_positions:
-            self._cached.prefill(context)
+            self.cached.prefill(context)
 
     def propose(self, context: Context, max_tokens: int) -> Draft:
         max_tokens = min(max_tokens, self._room(context))
@@ -72,10 +72,10 @@ class ModelDrafter(Drafter):
         valid = torch.ones(len(context.rows), dtype=torch.bool, device=self._request.device)
         for step in range(max_tokens):
             logits = self._next_logits(context, step)
-            valid &= logits.amax(dim=-1).isfinite().squeeze(1)
             scores = self._process(logits, context, offset=step)
             # Where processors leave the draft nothing to say, it speaks unprocessed: q is what was drawn from.
             scores = torch.where(scores.amax(dim=-1, keepdim=True).isfinite(), scores, logits)
+            valid &= scores.amax(dim=-1).isfinite().squeeze(1)
             q = scores.softmax(dim=-1).nan_to_num(nan=1.0)
             drawn = (
                 torch.multinomial(q[:, 0], num_samples=1) if self._request.do_sample else scores[:, 0].argmax(-1, True)
@@ -96,8 +96,8 @@ class ModelDrafter(Drafter):
     def commit(self, context: Context) -> None:
         # The cache holds the context as it was and all drafts but the last: what is committed of that stays.
         for row in context.rows:
-            kept = context.ends[row] + self._cached.slot_offset[row] - 1
-            self._cached.cache.lengths[row] = min(self._cached.cache.lengths[row], kept)
+            kept = context.ends[row] + self.cached.slot_offset[row] - 1
+            self.cached.cache.lengths[row] = min(self.cached.cache.lengths[row], kept)
 
     def _room(self, context: Context) -> int:
         """How many tokens may be drafted before the draft model runs out of positions."""
@@ -111,10 +111,10 @@ class ModelDrafter(Drafter):
 
     def _next_logits(self, context: Context, step: int) -> Tensor:
         """`[rows, 1, vocab]` float32 for the token behind the first `step` drafts."""
-        missing = [n + step for n in self._cached.missing(context)]
-        logits = self._cached.forward(context, max(missing)).logits
+        missing = [n + step for n in self.cached.missing(context)]
+        logits = self.cached.forward(context, max(missing)).logits
         for row, n in zip(context.rows, missing):
-            self._cached.cache.lengths[row] += n
+            self.cached.cache.lengths[row] += n
         last = torch.tensor(missing, device=logits.device)[:, None, None] - 1
         logits = logits.gather(1, last.expand(-1, 1, logits.shape[2])).float().to(self._request.device)
         return _fit_vocabulary(logits, self._request.vocab_size)

@@ -1,0 +1,56 @@
+"""What must hold after every iteration, checked when `HF_SPECDEC_CHECK=1`: slow, for debugging and for tests.
+
+Each row's target cache stands for exactly its committed tokens but the last, at the right positions; the draft's for at
+most those; nothing but padding stands behind what is committed.
+"""
+
+import os
+
+from transformers import DynamicCache
+
+from .context import Context
+from .forward import CachedModel
+
+ENABLED = os.environ.get("HF_SPECDEC_CHECK", "") not in ("", "0")
+TOLERANCE = 1e-3  # of the largest key or value; the same numbers through forwards of other shapes, in float32
+
+
+class InvariantError(AssertionError):
+    """A bug in hf_specdec: please report it with the call that showed it."""
+
+
+def check_iteration(context: Context, target: CachedModel, draft: CachedModel | None = None) -> None:
+    """Raise an InvariantError unless caches and context agree for the active rows."""
+    for row in context.rows:
+        held, due = target.cache.lengths[row], context.ends[row] + target.slot_offset[row] - 1
+        if held != due:
+            raise InvariantError(f"row {row}: the target's cache holds {held} tokens instead of {due}")
+        if draft is not None:
+            held, most = draft.cache.lengths[row], context.ends[row] + draft.slot_offset[row] - 1
+            if held > most:
+                raise InvariantError(f"row {row}: the draft's cache holds {held} tokens, but only {most} are committed")
+        behind = context.tokens[row, context.ends[row] : context.max_length]
+        if not bool((behind == context.pad_token_id).all()):
+            raise InvariantError(f"row {row}: tokens stand behind the committed ones")
+    _check_entries(context, target)
+    if draft is not None:
+        _check_entries(context, draft)
+
+
+def _check_entries(context: Context, cached: CachedModel) -> None:
+    """Compare keys and values with those of one fresh forward over each row's committed tokens."""
+    if cached.column_offset or cached.prompt_positions is not None or not cached.cache.layers:
+        return  # the beginning was not given as tokens of this context
+    for index, row in enumerate(cached.cache.rows):
+        first = context.first[row]
+        begin, end = first + cached.slot_offset[row], cached.cache.lengths[row]
+        if end <= begin or row not in context.rows:
+            continue
+        fresh = DynamicCache()
+        tokens = context.tokens[row : row + 1, first : first + end - begin].to(cached.device)
+        cached.model(input_ids=tokens, past_key_values=fresh, use_cache=True)
+        for layer, (mine, theirs) in enumerate(zip(cached.cache.layers, fresh.layers)):
+            for states, expected in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
+                error = (states[index, :, begin:end] - expected[0]).abs().max()
+                if error > TOLERANCE * expected.abs().max():
+                    raise InvariantError(f"row {row}, layer {layer}: cached entries are off by {float(error):.2g}")

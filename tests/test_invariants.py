@@ -1,0 +1,85 @@
+"""The invariants of the design hold after every iteration, and the check that says so can fail."""
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_pair, make_prompts, perturbed
+from transformers import PreTrainedModel
+
+from hf_specdec import invariants
+from hf_specdec.cache import RaggedCache
+from hf_specdec.forward import CachedModel
+
+
+@pytest.fixture(autouse=True)
+def checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(invariants, "ENABLED", True)
+
+
+def decode(target: PreTrainedModel, draft: PreTrainedModel, batch: int, gamma: int, **kwargs: Any) -> torch.Tensor:
+    return target.generate(
+        **make_prompts(batch, seed=batch),
+        max_new_tokens=20,
+        assistant_model=draft,
+        strategy="spec",
+        num_assistant_tokens=gamma,
+        **kwargs,
+    )
+
+
+@pytest.mark.parametrize("sample", [False, True])
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral-sliding", "bloom"])
+def test_caches_stand_for_the_committed_tokens_after_every_iteration(name: str, batch: int, sample: bool) -> None:
+    target, draft = make_pair(name)
+    torch.manual_seed(0)
+    for gamma in (1, 3, 7):
+        decode(target, draft, batch, gamma, do_sample=sample)
+
+
+def test_a_rollback_that_keeps_one_token_too_many_is_noticed(
+    llama_pair: tuple[PreTrainedModel, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = CachedModel.commit
+
+    def too_long(self: CachedModel, context: Any) -> None:
+        commit(self, context)
+        prefill = context.ends[0] == context.prompt_width
+        for row in context.rows:
+            self.cache.lengths[row] += not prefill
+
+    monkeypatch.setattr(CachedModel, "commit", too_long)
+    with pytest.raises(invariants.InvariantError, match="holds"):
+        decode(*llama_pair, batch=2, gamma=3, do_sample=False)
+
+
+def test_entries_in_the_wrong_slot_are_noticed(
+    llama_pair: tuple[PreTrainedModel, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update = RaggedCache.update
+
+    def shifted(self: RaggedCache, key_states: torch.Tensor, *args: Any) -> Any:
+        return update(self, key_states.roll(1, dims=2), *args)
+
+    monkeypatch.setattr(RaggedCache, "update", shifted)
+    with pytest.raises(invariants.InvariantError, match="off by"):
+        decode(*llama_pair, batch=1, gamma=3, do_sample=False)
+
+
+def test_rollback_moves_no_memory(
+    llama_pair: tuple[PreTrainedModel, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The storage of each layer is allocated once and stays where it is, though most drafts are rejected."""
+    target = llama_pair[0]
+    places: set[int] = set()
+    update = RaggedCache.update
+
+    def remember(self: RaggedCache, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int) -> Any:
+        result = update(self, key_states, value_states, layer_idx)
+        places.add(self.layers[layer_idx].keys.data_ptr())
+        return result
+
+    monkeypatch.setattr(RaggedCache, "update", remember)
+    decode(target, perturbed(target, 0.5), batch=3, gamma=4, do_sample=False)
+    assert len(places) == 2 * target.config.num_hidden_layers  # the target's and the draft's
