@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from .host import to_device
+
 _ROUND = 64  # capacities are multiples of this many tokens
 
 
@@ -127,7 +129,7 @@ class RaggedCache(Cache):
         if self.is_uniform:
             self._write = _Write(used, lengths[0], None)
         else:
-            starts = torch.tensor(lengths, device=self.device)
+            starts = to_device(lengths, self.device)
             self._write = _Write(used, None, starts[:, None] + torch.arange(query_length, device=self.device))
 
     def update(

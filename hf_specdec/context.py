@@ -7,6 +7,8 @@ slices of it, and `decoding.py` alone appends to it.
 import torch
 from torch import Tensor
 
+from .host import to_device
+
 
 class Context:
     """The batch so far. Columns are those of the sequences that `generate()` returns.
@@ -55,7 +57,7 @@ class Context:
     @property
     def row_index(self) -> Tensor:
         """`[active rows]`: the active rows as an index into `tokens`."""
-        return torch.tensor(self.rows, device=self.tokens.device)
+        return to_device(self.rows, self.tokens.device)
 
     def row(self, row: int) -> Tensor:
         """The committed tokens of one row of the batch, without padding: `[length]`."""
@@ -67,7 +69,7 @@ class Context:
 
     def gather(self, starts: list[int], width: int) -> Tensor:
         """`[active rows, width]`: tokens of the active rows from a column of each row's own."""
-        columns = torch.tensor(starts, device=self.tokens.device)[:, None] + self._arange(width)
+        columns = to_device(starts, self.tokens.device)[:, None] + self._arange(width)
         return self.tokens[self.row_index[:, None], columns.clamp(0, self.max_length)]
 
     def write_drafts(self, draft_tokens: Tensor, offset: int = 0) -> None:
@@ -88,7 +90,7 @@ class Context:
     @property
     def first_free(self) -> Tensor:
         """`[active rows]`: the column of each active row's next token."""
-        return torch.tensor(self.active_ends, device=self.tokens.device)
+        return to_device(self.active_ends, self.tokens.device)
 
     def append(self, row: int, tokens: list[int]) -> None:
         """Commit `tokens` to a row of the batch."""
@@ -98,7 +100,7 @@ class Context:
     def write_row(self, row: int, tokens: list[int]) -> None:
         """Put `tokens` behind a row's end, for criteria and processors to see, without committing them."""
         end = self.ends[row]
-        self.tokens[row, end : end + len(tokens)] = torch.tensor(tokens, device=self.tokens.device)
+        self.tokens[row, end : end + len(tokens)] = to_device(tokens, self.tokens.device)
 
     def _arange(self, width: int) -> Tensor:
         return torch.arange(width, device=self.tokens.device)

@@ -18,6 +18,7 @@ from .context import Context
 from .drafters import Draft, Drafter, DraftRequest
 from .drafters.base import check_draft
 from .forward import CachedModel
+from .host import to_device
 from .outputs import Recorder
 from .processors import BlockProcessors
 from .schedule import Schedule
@@ -109,8 +110,7 @@ class SpeculativeDecoding:
             return Draft(context.tokens.new_empty(len(context.rows), 0), lengths=[0] * len(context.rows))
         draft = self.drafter.propose(context, max_tokens)
         check_draft(draft, len(context.rows), max_tokens, self.request.vocab_size, self.drafter)
-        lengths = draft.lengths or [draft.tokens.shape[1]] * len(context.rows)
-        lengths = [min(length, space) for length, space in zip(lengths, room)]
+        lengths = [min(length, space) for length, space in zip(draft.row_lengths, room)]
         longest = max(lengths)
         probs = None if draft.probs is None else draft.probs[:, :longest]
         return Draft(draft.tokens[:, :longest], probs, lengths, draft.valid)
@@ -134,7 +134,7 @@ class SpeculativeDecoding:
         """All positions at once: processors are functions of a prefix, and each position's prefix is known."""
         context = self.context
         scores = BlockProcessors(self.processors)(logits, context)
-        verdict = self._judge(draft.tokens, torch.tensor(draft.lengths, device=scores.device), draft.probs, scores)
+        verdict = self._judge(draft.tokens, to_device(draft.row_lengths, scores.device), draft.probs, scores)
         tokens, accepted, drafted = self._to_host(verdict, draft)
         count = [n + 1 for n in accepted]
         if self.lockstep:
@@ -165,11 +165,10 @@ class SpeculativeDecoding:
     def _accept_in_order(self, draft: Draft, logits: Tensor) -> Committed:
         """One position after the other, as vanilla goes: processors, choice, criteria, on committed tokens only."""
         context, rows = self.context, self.context.rows
-        lengths = draft.lengths or []
         index = context.row_index
         end = context.ends[rows[0]]
         context.clear_drafts()
-        drafted = [tokens[:n] for tokens, n in zip(draft.tokens.tolist(), lengths)]
+        drafted = [tokens[:n] for tokens, n in zip(draft.tokens.tolist(), draft.row_lengths)]
         committed = Committed([[] for _ in rows], [0] * len(rows), [None] * len(rows), drafted)
         for i in range(draft.tokens.shape[1] + 1):
             view = context.view(end + i)
@@ -177,12 +176,12 @@ class SpeculativeDecoding:
             full[index] = logits[:, i]
             raw = full.clone() if self.recorder.wants_logits else full
             scores = self.processors(view, full)
-            has_draft = torch.tensor([i < n for n in lengths], device=scores.device).long()
+            has_draft = to_device([i < n for n in draft.row_lengths], scores.device).long()
             probs = None if draft.probs is None else draft.probs[:, i : i + 1]
             here = scores[index][:, None].expand(-1, 1 + (i < draft.tokens.shape[1]), -1)
             verdict = self._judge(draft.tokens[:, i : i + 1], has_draft, probs, here)
             # What processors leave of a row that has ended in this block does not matter.
-            ended = torch.tensor([why is not None for why in committed.finished], device=scores.device)
+            ended = to_device([why is not None for why in committed.finished], scores.device)
             tokens, accepted, _ = self._to_host(verdict._replace(valid=verdict.valid | ended), draft)
             going = [slot for slot in range(len(rows)) if committed.finished[slot] is None]
             for slot in going:
@@ -221,7 +220,7 @@ class SpeculativeDecoding:
                 self._raise_no_distribution(f"draft model ({type(self.drafter).__name__})", row)
             if not valid:
                 self._raise_no_distribution(f"target model ({type(self.target.model).__name__})", row)
-        drafted = [row[3 + width :][:n] for row, n in zip(packed, draft.lengths or [])]
+        drafted = [row[3 + width :][:n] for row, n in zip(packed, draft.row_lengths)]
         return [row[3 : 3 + width] for row in packed], [row[0] for row in packed], drafted
 
     def _raise_no_distribution(self, model: str, row: int) -> None:

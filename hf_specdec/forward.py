@@ -19,6 +19,7 @@ from transformers.utils import ModelOutput
 
 from .cache import RaggedCache
 from .context import Context
+from .host import to_device
 
 # Layer types whose attention mask is a function of query and key positions.
 _MASKED_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -54,11 +55,11 @@ class CachedModel:
         self.model = model
         self.cache = cache
         self.device = cache.device
-        self.padding_mask = padding_mask
+        self.padding_mask = None if padding_mask is None else padding_mask.to(self.device)
         self.column_offset = column_offset
         self.slot_offset = [column_offset - (0 if padding_mask is not None else f) for f in first]
         self.position_offset = position_offset or [0] * len(first)
-        self.prompt_positions = prompt_positions
+        self.prompt_positions = None if prompt_positions is None else prompt_positions.to(self.device)
         self.max_slot = max_slot
         self.forwards = 0
         parameters = inspect.signature(model.forward).parameters
@@ -110,12 +111,14 @@ class CachedModel:
         cache.activate(rows)
         cache.prepare(width)
 
-        slots = torch.tensor(starts, device=self.device)[:, None] + torch.arange(width, device=self.device)
+        slots = to_device(starts, self.device)[:, None] + torch.arange(width, device=self.device)
         inputs: dict[str, Any] = {"past_key_values": cache, "use_cache": True, "attention_mask": self._mask(slots)}
         if embeds is not None:
-            first = torch.tensor([self.column_offset - self.slot_offset[row] for row in rows], device=self.device)
+            first = to_device([self.column_offset - self.slot_offset[row] for row in rows], self.device)
             columns = (slots + first[:, None]).clamp(max=embeds.shape[1] - 1)
-            inputs["inputs_embeds"] = embeds[rows].gather(1, columns[..., None].expand(-1, -1, embeds.shape[2]))
+            inputs["inputs_embeds"] = (
+                embeds[rows].to(self.device).gather(1, columns[..., None].expand(-1, -1, embeds.shape[2]))
+            )
         else:
             begin = [start - self.slot_offset[row] for row, start in zip(rows, starts)]
             inputs["input_ids"] = context.gather(begin, width).to(self.device).clamp(0, self._vocab_size - 1)
@@ -128,7 +131,7 @@ class CachedModel:
 
     def _positions(self, rows: list[int], slots: Tensor) -> Tensor:
         def by_row(values: list[int]) -> Tensor:
-            return torch.tensor([values[row] for row in rows], device=self.device)[:, None]
+            return to_device([values[row] for row in rows], self.device)[:, None]
 
         if self.max_slot is not None:  # fill behind a row's last token must not ask for positions that do not exist
             slots = slots.clamp(max=by_row(self.max_slot))

@@ -104,7 +104,7 @@ class Recorder:
         return tuple(result)
 
     def attentions(self, steps: int) -> tuple[tuple[Tensor, ...], ...] | None:
-        """Per step, per layer: `[batch, heads, queries, columns so far]`; sliding layers show their window's columns."""
+        """Per step, per layer: `[batch, heads, queries, columns so far]`; sliding layers show those in their window."""
         if not self.wants_attentions:
             return None
         layers, heads = self._attentions[0][0].shape[:2]

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from .context import Context
+from .host import to_device
 
 _BLIND = (
     "TemperatureLogitsWarper",
@@ -87,7 +88,7 @@ class BlockProcessors:
             here = [(i, end - start) for i, start in enumerate(starts) if 0 <= end - start < logits.shape[1]]
             if not here:
                 continue
-            slots, positions = (torch.tensor(index, device=logits.device) for index in zip(*here))
+            slots, positions = (to_device(index, logits.device) for index in zip(*here))
             batch_rows = context.row_index[slots]
             full = logits.new_zeros(context.batch_size, logits.shape[2])
             full[batch_rows] = logits[slots, positions]

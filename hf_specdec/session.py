@@ -7,7 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
 from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
@@ -86,7 +92,7 @@ def prepare(
     cache: Cache = model_kwargs["past_key_values"]
     prompt = read_prompt(input_ids, generation_config, cache, model_kwargs)
     max_length = min(
-        [c.max_length for c in stopping_criteria if hasattr(c, "max_length")], default=generation_config.max_length
+        [c.max_length for c in stopping_criteria if type(c) is MaxLengthCriteria], default=generation_config.max_length
     )
     stopping = Stopping(stopping_criteria, max_length)
 

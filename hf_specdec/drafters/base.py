@@ -27,6 +27,11 @@ class Draft:
     lengths: list[int] | None = None
     valid: Tensor | None = None
 
+    @property
+    def row_lengths(self) -> list[int]:
+        """How many tokens each row proposes."""
+        return [self.tokens.shape[1]] * len(self.tokens) if self.lengths is None else self.lengths
+
 
 @dataclass(frozen=True)
 class DraftRequest:

@@ -8,6 +8,7 @@ from transformers.utils import logging
 from ..cache import RaggedCache
 from ..context import Context
 from ..forward import CachedModel, takes_ragged_rows
+from ..host import to_device
 from ..processors import BlockProcessors
 from .base import Draft, Drafter, DraftRequest
 
@@ -46,7 +47,7 @@ class ModelDrafter(Drafter):
         config = self.model.config.get_text_config(decoder=True)
         self._max_positions: int = getattr(config, "max_position_embeddings", None) or context.max_length
         columns = torch.arange(context.prompt_width, device=self.model.device)
-        padding_mask = columns >= torch.tensor(request.first, device=self.model.device)[:, None]
+        padding_mask = columns >= to_device(request.first, self.model.device)[:, None]
         cache = RaggedCache(
             context.batch_size,
             self.model.device,
@@ -115,7 +116,7 @@ class ModelDrafter(Drafter):
         logits = self.cached.forward(context, max(missing)).logits
         for row, n in zip(context.rows, missing):
             self.cached.cache.lengths[row] += n
-        last = torch.tensor(missing, device=logits.device)[:, None, None] - 1
+        last = to_device(missing, logits.device)[:, None, None] - 1
         logits = logits.gather(1, last.expand(-1, 1, logits.shape[2])).float().to(self._request.device)
         return _fit_vocabulary(logits, self._request.vocab_size)
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..context import Context
+from ..host import to_device
 from .base import Draft, Drafter, DraftRequest
 
 
@@ -31,7 +32,7 @@ class PromptLookupDrafter(Drafter):
 
     def propose(self, context: Context, max_tokens: int) -> Draft:
         ends = context.first_free
-        first = torch.tensor([context.first[row] for row in context.rows], device=ends.device)
+        first = to_device([context.first[row] for row in context.rows], ends.device)
         tokens = context.tokens[context.row_index, : max(context.active_ends)]  # [rows, width]
 
         source = torch.zeros_like(ends)  # the column behind the chosen occurrence
