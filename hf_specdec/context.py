@@ -94,11 +94,15 @@ class Context:
 
     def append(self, row: int, tokens: list[int]) -> None:
         """Commit `tokens` to a row of the batch."""
-        self.write_row(row, tokens)
+        self._write(row, tokens)
         self.ends[row] += len(tokens)
 
     def write_row(self, row: int, tokens: list[int]) -> None:
         """Put `tokens` behind a row's end, for criteria and processors to see, without committing them."""
+        self._write(row, tokens)
+        self._draft_width = max(self._draft_width, len(tokens))
+
+    def _write(self, row: int, tokens: list[int]) -> None:
         end = self.ends[row]
         self.tokens[row, end : end + len(tokens)] = to_device(tokens, self.tokens.device)
 

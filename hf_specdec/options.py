@@ -49,11 +49,12 @@ class Options:
                 f"`num_assistant_tokens_schedule` must be one of {', '.join(SCHEDULES)}, "
                 f"got {self.num_assistant_tokens_schedule!r}"
             )
-        if not 0.0 <= self.assistant_confidence_threshold <= 1.0:
-            raise ValueError(
-                "`assistant_confidence_threshold` is a probability between 0 and 1, "
-                f"got {self.assistant_confidence_threshold!r}"
-            )
+        threshold = self.assistant_confidence_threshold
+        if not isinstance(threshold, (int, float)) or isinstance(threshold, bool):
+            kind = type(threshold).__name__
+            raise TypeError(f"`assistant_confidence_threshold` must be a number, got {threshold!r} of type {kind}")
+        if not 0.0 <= threshold <= 1.0:
+            raise ValueError(f"`assistant_confidence_threshold` is a probability between 0 and 1, got {threshold!r}")
         if self.assistant_early_exit is not None:
             raise ValueError(
                 "`assistant_early_exit` is not supported by strategy='spec' yet: pass a draft model as "

@@ -72,7 +72,7 @@ def load_draft(name: str, dtype: torch.dtype, device: torch.device) -> PreTraine
     """A draft model by Hub id or local path, loaded once per dtype and device."""
     try:
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"`assistant_model` {name!r} could not be loaded: it is neither a local folder with a model nor a Hub id "
             f"that can be reached ({str(error).splitlines()[0]})"
@@ -87,6 +87,8 @@ def check_draft_model(
 ) -> None:
     """Raise a ValueError unless `draft` can draft for `target`."""
     name = type(draft).__name__
+    if not getattr(draft, "can_generate", bool)():
+        raise TypeError(f"`assistant_model` must be a causal language model, but {name} cannot generate text")
     if draft.config.is_encoder_decoder:
         raise ValueError(f"`assistant_model` must be a decoder-only model, {name} is an encoder-decoder model")
     if draft.device != target.device:

@@ -3,8 +3,9 @@
 import weakref
 from typing import Protocol
 
-# Where "heuristic" left off, by draft model; transformers keeps this in the user's generation config instead.
-_learned: "weakref.WeakKeyDictionary[object, int]" = weakref.WeakKeyDictionary()
+# By draft model, where "heuristic" started and where it left off; transformers keeps this in the user's generation
+# config instead.
+_learned: "weakref.WeakKeyDictionary[object, tuple[int, int]]" = weakref.WeakKeyDictionary()
 
 
 class Schedule(Protocol):
@@ -33,19 +34,22 @@ class Heuristic:
 
     Args:
         gamma: where to start.
-        owner: the object whose γ is remembered from call to call; `None` forgets ("heuristic_transient").
+        owner: the object whose γ is remembered from call to call, until a call asks for another start; `None` forgets
+            ("heuristic_transient").
     """
 
     def __init__(self, gamma: int, owner: object | None):
         self._owner = owner
-        self.gamma = gamma if owner is None else _learned.get(owner, gamma)
+        self._start = gamma
+        start, learned = (gamma, gamma) if owner is None else _learned.get(owner, (gamma, gamma))
+        self.gamma = learned if start == gamma else gamma
 
     def update(self, drafted: list[int], accepted: list[int]) -> None:
         if not any(drafted):
             return
         self.gamma = self.gamma + 2 if drafted == accepted else max(1, self.gamma - 1)
         if self._owner is not None:
-            _learned[self._owner] = self.gamma
+            _learned[self._owner] = self._start, self.gamma
 
 
 SCHEDULES = ("constant", "heuristic", "heuristic_transient")

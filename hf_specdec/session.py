@@ -90,7 +90,8 @@ def prepare(
     """Build the decoding of one prepared `generate()` call. Nothing has been fed to any model yet."""
     check_model_kwargs(model_kwargs)
     cache: Cache = model_kwargs["past_key_values"]
-    prompt = read_prompt(input_ids, generation_config, cache, model_kwargs)
+    vocab_size: int = model.config.get_text_config(decoder=True).vocab_size
+    prompt = read_prompt(input_ids, generation_config, cache, model_kwargs, vocab_size)
     max_length = min(
         [c.max_length for c in stopping_criteria if type(c) is MaxLengthCriteria], default=generation_config.max_length
     )
@@ -110,7 +111,7 @@ def prepare(
     recorder = Recorder(generation_config, context, first, prompt.column_offset, prompt.past, windows)
     request = DraftRequest(
         do_sample=bool(generation_config.do_sample),
-        vocab_size=model.config.get_text_config(decoder=True).vocab_size,
+        vocab_size=vocab_size,
         device=context.tokens.device,
         first=context_first,
         lockstep=lockstep,
@@ -185,23 +186,32 @@ def hand_back_cache(decoding: SpeculativeDecoding, width: int, cache: Cache) -> 
 
 def check_model_kwargs(model_kwargs: dict[str, Any]) -> None:
     """Refuse model inputs that this loop does not know how to carry from step to step."""
-    for name, value in model_kwargs.items():
-        absent = value is None or (isinstance(value, dict) and not value)  # models with images prepare an empty dict
-        if name not in _PREPARED and not absent:
-            raise ValueError(
-                f"The model input `{name}` is not supported by strategy='spec' yet: leave it out, or drop the strategy"
-            )
-    cache = model_kwargs.get("past_key_values")
+    cache = model_kwargs.get("past_key_values", model_kwargs.get("cache_params"))  # the latter in Mamba models
     if not isinstance(cache, Cache):
         raise ValueError(
             "strategy='spec' needs a model that keeps a transformers `Cache` as `past_key_values`, "
             f"got {type(cache).__name__}: this model is not supported yet"
         )
     check_layers(cache, "the model")
+    for name, value in model_kwargs.items():
+        absent = value is None or (isinstance(value, dict) and not value)  # models with images prepare an empty dict
+        if name not in _PREPARED and not absent:
+            raise ValueError(
+                f"The model input `{name}` is not supported by strategy='spec' yet: leave it out, or drop the strategy"
+            )
+
+
+def check_not_empty(input_ids: Tensor) -> None:
+    """Refuse a prompt without tokens."""
+    if input_ids.numel() == 0:
+        raise ValueError(
+            f"The prompt is empty: `input_ids` has the shape {tuple(input_ids.shape)}. Pass at least one token per "
+            "row, for instance the BOS token"
+        )
 
 
 def read_prompt(
-    input_ids: Tensor, generation_config: GenerationConfig, cache: Cache, model_kwargs: dict[str, Any]
+    input_ids: Tensor, generation_config: GenerationConfig, cache: Cache, model_kwargs: dict[str, Any], vocab_size: int
 ) -> Prompt:
     """Sort out ids, embeddings, mask, positions and what is cached already."""
     embeds: Tensor | None = model_kwargs.get("inputs_embeds")
@@ -215,12 +225,14 @@ def read_prompt(
     if embeds is not None:
         columns = embeds.shape[1]
     else:
+        check_not_empty(input_ids)
         # As in `GenerationMixin._prefill`: ids as wide as the mask are the whole text, else only what is new.
         known_width = mask.shape[1] if mask is not None else getattr(generation_config, "_mask_length", width)
         columns = width if known_width == width else past + width
-    if mask is not None and mask.shape[1] != columns:
+    if mask is not None and mask.shape != (batch, columns):
         raise ValueError(
-            f"`attention_mask` has {mask.shape[1]} columns, but prompt and `past_key_values` together have {columns}"
+            f"`attention_mask` has the shape {tuple(mask.shape)}, but prompt and `past_key_values` together have "
+            f"{batch} rows and {columns} columns"
         )
     if past and (rows := next(layer.keys.shape[0] for layer in cache.layers if layer.is_initialized)) != batch:
         raise ValueError(f"`past_key_values` has {rows} rows, but the prompt has {batch}: they must be the same")
@@ -230,9 +242,16 @@ def read_prompt(
             "from. Pass at least one token that is not cached"
         )
     mask = torch.ones(batch, columns, dtype=torch.bool, device=input_ids.device) if mask is None else mask.bool()
-    first, real = torch.stack([mask.long().argmax(dim=1), mask.long().sum(dim=1)]).tolist()
+    outside = (input_ids < 0) | (input_ids >= vocab_size)
+    outside &= mask[:, columns - width :] & (embeds is None)
+    first, real, wrong = torch.stack([mask.long().argmax(dim=1), mask.sum(dim=1), outside.sum(dim=1)]).tolist()
     if 0 in real:
         raise ValueError(f"The prompt of row {real.index(0)} is empty: its `attention_mask` is all zeros")
+    if any(wrong):
+        raise ValueError(
+            f"`input_ids` holds {int(input_ids[outside][0])}, but the model's vocabulary has the ids 0 to "
+            f"{vocab_size - 1}: was it tokenized for another model?"
+        )
     position_offset, positions = _read_positions(position_ids, mask, first)
     return Prompt(
         input_ids=input_ids,

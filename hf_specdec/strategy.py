@@ -26,7 +26,7 @@ from transformers.utils import logging
 from .drafters import Drafter
 from .options import OPTION_NAMES, check_cache_implementation, check_generation_config, resolve_options
 from .pairs import make_drafter
-from .session import finish, prepare
+from .session import check_not_empty, finish, prepare
 from .stats import SpeculationStats
 from .trace import Trace
 
@@ -60,11 +60,15 @@ def speculative(
             `prompt_lookup_num_tokens`, `max_matching_ngram_size`, as in the generation config.
 
     Raises:
-        TypeError: for an option of another name.
+        TypeError: for an option of another name, or a record of another type.
     """
     unknown = sorted(set(options) - set(OPTION_NAMES))
     if unknown:
         raise TypeError(f"speculative() got unknown options {unknown}; it knows {', '.join(OPTION_NAMES)}")
+    if not isinstance(speculation_stats, (SpeculationStats, type(None))):
+        raise TypeError(f"`speculation_stats` must be a SpeculationStats, got {type(speculation_stats).__name__}")
+    if not isinstance(speculation_trace, (Trace, type(None))):
+        raise TypeError(f"`speculation_trace` must be a Trace, got {type(speculation_trace).__name__}")
 
     def decode(
         model: PreTrainedModel,
@@ -124,6 +128,9 @@ def _generate_speculatively(model: PreTrainedModel, *args: Any, **kwargs: Any) -
         raise ValueError(
             f"strategy='spec' supports decoder-only models so far; {type(model).__name__} is an encoder-decoder model"
         )
+    prompt = call.get("inputs", call.get("input_ids"))
+    if isinstance(prompt, Tensor) and call.get("inputs_embeds") is None:
+        check_not_empty(prompt)
     # `generate()` would build that cache, which may need packages that are not there, before we are asked.
     configs = (call.get("generation_config"), model.generation_config)
     named = (call.get("cache_implementation"), *(getattr(config, "cache_implementation", None) for config in configs))

@@ -22,7 +22,7 @@ class StepStreamer:
         if self._streamer is None:
             return
         complete = min([output_width, *context.active_ends])
-        columns = context.tokens[:, self._streamed : complete].cpu()
+        columns = context.tokens[:, self._streamed : complete].to("cpu", copy=True)  # a streamer may write into it
         for column in columns.unbind(dim=1):
             self._streamer.put(column)
         self._streamed = max(complete, self._streamed)

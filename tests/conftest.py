@@ -1,11 +1,13 @@
 """Builders shared by the tests: tiny models with real argmax gaps, and drafts that agree only in part."""
 
 import copy
+import string
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -21,6 +23,7 @@ from transformers import (
     PhiConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
     StableLmConfig,
@@ -130,7 +133,19 @@ def llama_pair() -> tuple[PreTrainedModel, PreTrainedModel]:
 def small_pair() -> tuple[PreTrainedModel, PreTrainedModel]:
     """Cheaper still, one layer each; drafts hold half of the time, looked-up ones a fifth."""
     target = make_model(LlamaConfig(**{**SIZES, "num_hidden_layers": 1}), seed=12)
-    return target, perturbed(target, 0.05, seed=13)
+    return target, perturbed(target, 0.08, seed=13)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-pair tokens of one and two letters, so that strings end inside tokens; some end words or lines."""
+    letters = string.ascii_lowercase
+    pairs = [(a, " ") for a in letters[:20]] + [(a, "\n") for a in letters[20:]]
+    pairs += [(a, letters[(i + shift) % 26]) for shift in (3, 7) for i, a in enumerate(letters)][: VOCAB - 56]
+    tokens = ["<pad>", "<bos>", *letters, " ", "\n", *("".join(pair) for pair in pairs)]
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, pairs))
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<bos>")
 
 
 def ways_to_draft(draft: PreTrainedModel, gammas: tuple[int, ...] = (1, 4, 7)) -> dict[str, dict[str, Any]]:

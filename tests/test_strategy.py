@@ -1,0 +1,356 @@
+"""`strategy="spec"` is there when asked for, changes nothing when not, and works by every way into `generate()`."""
+
+import copy
+import functools
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Barrier, Thread
+from typing import Any
+
+import pytest
+import torch
+from conftest import VOCAB, make_pair, make_prompts
+from tokenizers import Tokenizer, decoders, models
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GenerationMixin,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    TextIteratorStreamer,
+    pipeline,
+)
+
+import hf_specdec
+from hf_specdec import SpeculationStats, pairs
+from hf_specdec.strategy import STRATEGIES
+
+GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 14}
+
+
+@functools.cache
+def pair() -> tuple[Any, Any]:
+    return make_pair("llama", 0.04)
+
+
+def prompts(batch: int) -> dict[str, torch.Tensor]:
+    return make_prompts(batch, seed=3)
+
+
+def generate(target: Any, draft: Any, **kwargs: Any) -> Any:
+    """By strategy='spec', which must have worked at it."""
+    stats = SpeculationStats()
+    kwargs = {**GREEDY, "strategy": "spec", **kwargs}
+    out = target.generate(assistant_model=draft, speculation_stats=stats, **kwargs)
+    assert 0 < stats.accepted_tokens < stats.drafted_tokens
+    return out
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Each printable character is a token; padding is on the left."""
+    tokens = ["<pad>", "<s>", *map(chr, range(33, 33 + VOCAB - 2))]
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, []))
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", padding_side="left")
+
+
+# Registration
+
+
+@pytest.fixture
+def registration() -> Iterator[None]:
+    """Whatever a test does to `generate()`, it is registered as before afterwards."""
+    ours, generate = hf_specdec.strategy._original, GenerationMixin.generate
+    yield
+    GenerationMixin.generate, hf_specdec.strategy._original = generate, ours
+
+
+@pytest.mark.parametrize("strategy", [{}, {"strategy": None}], ids=["absent", "None"])
+def test_without_a_strategy_generate_is_what_it_was(strategy, monkeypatch, registration):
+    target, _ = pair()
+    expected = target.generate(**prompts(2), **GREEDY)
+    for name in ("prepare", "make_drafter", "resolve_options"):
+        monkeypatch.setattr(hf_specdec.strategy, name, None)
+    assert target.generate(**prompts(2), **GREEDY, **strategy).equal(expected)
+    hf_specdec.unregister()
+    assert target.generate(**prompts(2), **GREEDY).equal(expected)
+
+
+def test_without_a_strategy_a_draft_means_the_assisted_generation_of_transformers(monkeypatch):
+    target, draft = pair()
+    called = []
+    original = GenerationMixin._assisted_decoding
+    monkeypatch.setattr(
+        GenerationMixin, "_assisted_decoding", lambda *args, **kwargs: called.append(1) or original(*args, **kwargs)
+    )
+    expected = target.generate(**prompts(1), **GREEDY)
+    # A copy of the draft, since assisted generation changes its generation config.
+    assert target.generate(**prompts(1), **GREEDY, assistant_model=copy.deepcopy(draft)).equal(expected)
+    assert called == [1]
+    assert generate(target, draft, **prompts(1)).equal(expected)
+    assert called == [1]
+
+
+def test_registering_twice_changes_nothing(registration):
+    registered = GenerationMixin.generate
+    hf_specdec.register()
+    assert GenerationMixin.generate is registered
+    hf_specdec.unregister()
+    hf_specdec.unregister()
+    assert GenerationMixin.generate is registered.__wrapped__
+
+
+def test_unregistering_restores_the_very_function_and_registering_works_again(registration):
+    target, draft = pair()
+    expected = generate(target, draft, **prompts(2))
+    original = GenerationMixin.generate.__wrapped__
+    hf_specdec.unregister()
+    assert GenerationMixin.generate is original
+    assert original.__module__ == "transformers.generation.utils"
+    with pytest.raises(ValueError, match="strategy"):
+        generate(target, draft, **prompts(2))
+    hf_specdec.register()
+    assert GenerationMixin.generate is not original
+    assert generate(target, draft, **prompts(2)).equal(expected)
+
+
+def test_unregistering_does_not_throw_away_what_others_put_on_top(registration):
+    ours = GenerationMixin.generate
+    GenerationMixin.generate = theirs = lambda *args, **kwargs: ours(*args, **kwargs)
+    with pytest.raises(RuntimeError, match="replaced again"):
+        hf_specdec.unregister()
+    assert GenerationMixin.generate is theirs
+
+
+def test_registering_wraps_what_others_have_put_there(registration):
+    target, draft = pair()
+    hf_specdec.unregister()
+    original, seen = GenerationMixin.generate, []
+
+    def counting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(sorted(kwargs))
+        return original(self, *args, **kwargs)
+
+    GenerationMixin.generate = functools.wraps(original)(counting)
+    hf_specdec.register()
+    assert generate(target, draft, **prompts(1)).equal(target.generate(**prompts(1), **GREEDY))
+    assert len(seen) == 2
+    hf_specdec.unregister()
+    assert GenerationMixin.generate.__wrapped__ is original
+
+
+def test_the_signature_and_documentation_of_generate_stay(registration):
+    registered = GenerationMixin.generate
+    hf_specdec.unregister()
+    assert registered.__doc__ == GenerationMixin.generate.__doc__
+    assert registered.__name__ == "generate"
+
+
+@pytest.mark.parametrize("strategy", ["speculative", "", "SPEC", 3])
+def test_an_unknown_strategy_is_an_error_that_lists_the_known_ones(strategy):
+    target, draft = pair()
+    with pytest.raises(ValueError, match=f"Unknown strategy {strategy!r}.*'spec'"):
+        target.generate(**prompts(1), **GREEDY, assistant_model=draft, strategy=strategy)
+    assert list(STRATEGIES) == ["spec"]
+
+
+def test_a_strategy_and_a_custom_decoding_method_cannot_both_decide():
+    target, draft = pair()
+    with pytest.raises(ValueError, match="`custom_generate` both choose the decoding method"):
+        generate(target, draft, **prompts(1), custom_generate=hf_specdec.speculative(draft))
+
+
+# Ways in
+
+
+def test_arguments_may_be_positional():
+    target, draft = pair()
+    ids = prompts(1)["input_ids"]
+    config = GenerationConfig(max_new_tokens=14, do_sample=False, pad_token_id=0)
+    out = target.generate(ids, config, assistant_model=draft, strategy="spec")
+    assert out.equal(target.generate(ids, config))
+    assert out.equal(generate(target, draft, inputs=ids))
+
+
+def test_models_that_override_generate_and_call_super():
+    class Shouting(LlamaForCausalLM):
+        def generate(self, *args: Any, volume: int = 0, **kwargs: Any) -> Any:
+            self.heard = volume
+            return super().generate(*args, **kwargs)
+
+    target, draft = pair()
+    loud = Shouting(target.config).eval()
+    loud.load_state_dict(target.state_dict())
+    loud.generation_config = target.generation_config
+    assert generate(loud, draft, **prompts(2), volume=11).equal(target.generate(**prompts(2), **GREEDY))
+    assert loud.heard == 11
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("texts", [1, 3])
+def test_pipelines(texts, batch_size):
+    target, draft = copy.deepcopy(pair())  # pipelines write to the generation config of their model
+    tokenizer = make_tokenizer()
+    rows = prompts(texts)["input_ids"].tolist()
+    given = [tokenizer.decode([token for token in row if token]) for row in rows]
+    given = given[0] if texts == 1 else given
+    plain = pipeline("text-generation", model=target, tokenizer=tokenizer)
+    expected = plain(given, batch_size=batch_size, **GREEDY)
+    ours = pipeline(
+        "text-generation", model=target, tokenizer=tokenizer, assistant_model=draft, strategy="spec"
+    )  # by construction ...
+    stats = SpeculationStats()
+    assert ours(given, batch_size=batch_size, **GREEDY, speculation_stats=stats) == expected
+    assert 0 < stats.accepted_tokens < stats.drafted_tokens
+    assert stats.committed_tokens == 14 * texts
+    call = plain(given, batch_size=batch_size, **GREEDY, assistant_model=draft, strategy="spec")  # ... or by call
+    assert call == expected
+
+
+def test_a_decoding_method_needs_no_registration(registration):
+    target, draft = pair()
+    expected = target.generate(**prompts(2), **GREEDY)
+    hf_specdec.unregister()
+    stats = SpeculationStats()
+    method = hf_specdec.speculative(draft, num_assistant_tokens=3, speculation_stats=stats)
+    for _ in range(2):  # and serves many calls
+        assert target.generate(**prompts(2), **GREEDY, custom_generate=method).equal(expected)
+    assert 0 < stats.accepted_tokens < stats.drafted_tokens
+    assert len(stats.accepted_length_histogram) <= 1 + 3
+
+
+def test_a_decoding_method_refuses_options_that_it_does_not_know():
+    with pytest.raises(TypeError, match=r"unknown options \['gamma'\]; it knows num_assistant_tokens, "):
+        hf_specdec.speculative(pair()[1], gamma=3)
+
+
+@pytest.mark.parametrize("name", ["streamer", "assistant_model"])
+def test_a_decoding_method_says_so_when_generate_keeps_an_argument_from_it(name):
+    target, draft = pair()
+    argument = {"streamer": TextIteratorStreamer(make_tokenizer()), "assistant_model": draft}[name]
+    with pytest.raises(ValueError, match=rf"pass it as speculative\({name}=\.\.\.\)"):
+        target.generate(**prompts(1), **GREEDY, custom_generate=hf_specdec.speculative(draft), **{name: argument})
+
+
+def test_a_decoding_method_takes_a_streamer_of_its_own():
+    target, draft = pair()
+    tokenizer = make_tokenizer()
+    streamer = TextIteratorStreamer(tokenizer)
+    ids = target.generate(**prompts(1), **GREEDY, custom_generate=hf_specdec.speculative(draft, streamer=streamer))
+    assert "".join(streamer) == tokenizer.decode(ids[0])
+
+
+def test_importing_registers(registration):
+    hf_specdec.unregister()
+    original = GenerationMixin.generate
+    importlib.reload(hf_specdec)
+    assert GenerationMixin.generate.__wrapped__ is original
+
+
+def test_threads_do_not_disturb_each_other():
+    target, draft = pair()
+    calls = [
+        {
+            **make_prompts(2, seed=seed),
+            "num_assistant_tokens": 2 + seed,
+            "max_new_tokens": 24,
+            "stop_strings": "~~~",
+        }
+        for seed in range(3)
+    ]
+    tokenizer = make_tokenizer()
+    alone = [generate(target, draft, **call, tokenizer=tokenizer) for call in calls]
+    together: dict[int, Any] = {}
+    start = Barrier(len(calls))
+
+    def work(i: int) -> None:
+        start.wait()
+        for _ in range(2):
+            stats = SpeculationStats()
+            out = target.generate(
+                **GREEDY | calls[i],
+                tokenizer=tokenizer,
+                assistant_model=draft,
+                strategy="spec",
+                speculation_stats=stats,
+            )
+            together.setdefault(i, []).append((out.tolist(), stats.committed_tokens))
+
+    threads = [Thread(target=work, args=(i,)) for i in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert together == {i: [(out.tolist(), 2 * 24)] * 2 for i, out in enumerate(alone)}
+
+
+# Drafts by name
+
+
+@pytest.fixture
+def saved_draft(tmp_path: Path) -> Iterator[str]:
+    pair()[1].save_pretrained(tmp_path / "draft")
+    yield str(tmp_path / "draft")
+    pairs.load_draft.cache_clear()
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_draft_may_be_a_path_and_is_loaded_once(saved_draft, kind, monkeypatch):
+    target, _ = pair()
+    loads = []
+    original = AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(
+        pairs.AutoModelForCausalLM, "from_pretrained", lambda *args, **kw: loads.append(args) or original(*args, **kw)
+    )
+    expected = target.generate(**prompts(2), **GREEDY)
+    for _ in range(3):
+        assert generate(target, kind(saved_draft), **prompts(2)).equal(expected)
+    assert loads == [(saved_draft,)]
+
+
+def test_a_draft_by_path_takes_the_targets_dtype(saved_draft):
+    target = copy.deepcopy(pair()[0]).to(torch.bfloat16)
+    out = target.generate(**prompts(2), **GREEDY, assistant_model=saved_draft, strategy="spec")
+    assert out.shape == (2, 28)
+    assert pairs.load_draft(saved_draft, torch.bfloat16, target.device).dtype == torch.bfloat16
+    assert pairs.load_draft.cache_info().misses == 1
+
+
+# Whose options count
+
+
+def test_a_value_of_the_call_beats_the_targets_config_which_beats_the_drafts():
+    target, draft = copy.deepcopy(pair())
+    draft.generation_config.num_assistant_tokens = 6
+    assert longest_draft(target, draft) == 6
+    target.generation_config.num_assistant_tokens = 4
+    assert longest_draft(target, draft) == 4
+    config = GenerationConfig(**GREEDY, num_assistant_tokens=3, pad_token_id=0)
+    assert longest_draft(target, draft, generation_config=config) == 3
+    assert longest_draft(target, draft, generation_config=config, num_assistant_tokens=2) == 2
+
+
+def longest_draft(target: Any, draft: Any, **kwargs: Any) -> int:
+    stats = SpeculationStats()
+    target.generate(**prompts(1), **GREEDY, assistant_model=draft, strategy="spec", speculation_stats=stats, **kwargs)
+    return len(stats.drafted_by_position)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "heuristic", "heuristic_transient"])
+def test_models_and_their_configs_are_left_as_they_were(schedule):
+    """Assisted generation writes the number it has learnt into the draft's generation config."""
+    target, draft = copy.deepcopy(pair())
+    draft.generation_config.num_assistant_tokens = 6
+    draft.generation_config.num_assistant_tokens_schedule = schedule
+    draft.generation_config.stop_strings = target.generation_config.stop_strings = "~~~"
+    objects = [target.generation_config, draft.generation_config, target.config, draft.config]
+    before = copy.deepcopy([thing.to_dict() for thing in objects]), [vars(thing).keys() for thing in objects]
+    given = GenerationConfig(**GREEDY, num_assistant_tokens=4, pad_token_id=0)
+    given_before = copy.deepcopy(given.to_dict())
+    generate(target, draft, **prompts(2), generation_config=given, tokenizer=make_tokenizer())
+    assert ([thing.to_dict() for thing in objects], [vars(thing).keys() for thing in objects]) == before
+    assert given.to_dict() == given_before
+    assert type(given) is GenerationConfig
+    assert target.generation_config is objects[0]
+    assert draft.generation_config is objects[1]
