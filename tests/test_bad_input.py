@@ -1,16 +1,15 @@
 """What cannot work is refused by name, before any model has run, and leaves everything as it was.
 
-What transformers 5.23 assisted generation gets wrong (the table in the project's notes), and where it is tested here:
-batch > 1: everywhere; `num_return_sequences`, `inputs_embeds`: test_outputs.py; static caches: test_cache.py; recurrent
-targets and drafts, beams, padded vocabularies: below; stop strings, criteria of users: test_stopping.py; guidance and
-processors with state: test_processors.py; argmax drafts under sampling: test_acceptance.py; the draft's generation
-config rewritten by the "heuristic" schedule: test_strategy.py.
+What transformers 5.23 assisted generation gets wrong or does not take, and the test file that has it: batches, all of
+them; `num_return_sequences` and `inputs_embeds`, test_outputs.py; static caches, test_cache.py; recurrent targets and
+drafts, beams, here; padded vocabularies, test_pairs.py; stop strings and criteria of users, test_stopping.py; guidance
+and processors with state, test_processors.py; argmax drafts under sampling, test_acceptance.py and test_sampling.py;
+the draft's generation config rewritten by the "heuristic" schedule, test_strategy.py.
 """
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -33,7 +32,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from hf_specdec import SpeculationStats, pairs
+from hf_specdec import SpeculationStats
 
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 14}
 
@@ -329,72 +328,28 @@ def make_tokenizer(words: int, swapped: bool = False) -> PreTrainedTokenizerFast
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary)), pad_token="<pad>")
 
 
-def padded(target: Any, size: int) -> Any:
-    """A draft with `size` embeddings, whose ids from 90 on are no tokens, yet likely to be chosen."""
-    draft = perturbed(target, 0.02)
-    draft.resize_token_embeddings(size, mean_resizing=False)
-    with torch.no_grad():
-        extra = draft.lm_head.weight[VOCAB:]
-        extra.copy_(3 * draft.lm_head.weight[: len(extra)])
+@functools.cache
+def larger_draft() -> Any:
+    draft = copy.deepcopy(llamas()[1])
+    draft.resize_token_embeddings(VOCAB + 8, mean_resizing=False)
     return draft
-
-
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("size", [90, 104], ids=["draft smaller", "draft larger"])
-def test_one_tokenizer_over_embeddings_of_different_sizes(size, batch):
-    target = llamas()[0]
-    draft = padded(target, size)
-    inputs = prompts(batch)
-    tokenizers = {"tokenizer": make_tokenizer(88), "assistant_tokenizer": make_tokenizer(88)}
-    expected = target.generate(**inputs, **GREEDY)
-    assert generate(target, draft, **inputs, **tokenizers).equal(expected)
-    assert (expected >= 90).any()  # the target may say what the smaller draft has never heard of
-    kwargs = {"do_sample": True, "top_k": 1}
-    assert generate(target, draft, **inputs, **tokenizers, **kwargs).equal(expected)
-
-
-@pytest.fixture
-def folders(tmp_path: Path, pair: tuple[Any, Any]) -> Iterator[Callable[..., tuple[Any, Any, Path]]]:
-    """Saves and loads a target and a draft of another size, each with its tokenizer."""
-
-    def make(**draft_tokenizer: Any) -> tuple[Any, Any, Path]:
-        for name, model in {"target": pair[0], "draft": padded(pair[0], 104)}.items():
-            model.save_pretrained(tmp_path / name)
-            make_tokenizer(88, **draft_tokenizer if name == "draft" else {}).save_pretrained(tmp_path / name)
-        target, draft = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("target", "draft"))
-        return target, draft, tmp_path
-
-    yield make
-    pairs.load_draft.cache_clear()
-
-
-def test_tokenizers_are_found_where_the_models_came_from(folders):
-    target, draft, path = folders()
-    expected = target.generate(**prompts(2), **GREEDY)
-    assert generate(target, draft, **prompts(2)).equal(expected)
-    assert generate(target, str(path / "draft"), **prompts(2)).equal(expected)
-
-
-def test_different_tokenizers_where_the_models_came_from_are_refused(folders):
-    target, draft, path = folders(swapped=True)
-    for assistant in (draft, str(path / "draft")):
-        refused(target, assistant, ValueError, r"different tokenizers \(vocabulary sizes 96 and 104\).*same family")
 
 
 @pytest.mark.parametrize("other", [{"words": 87}, {"words": 88, "swapped": True}], ids=["a word less", "words swapped"])
 def test_different_tokenizers_are_refused(other):
     target, draft = llamas()
     tokenizers = {"tokenizer": make_tokenizer(88), "assistant_tokenizer": make_tokenizer(**other)}
-    refused(target, draft, ValueError, "have different tokenizers", **tokenizers)
-    refused(target, padded(target, 104), ValueError, "have different tokenizers", **tokenizers)
+    refused(target, draft, ValueError, "`assistant_model` have different tokenizers.*same family", **tokenizers)
+    refused(target, larger_draft(), ValueError, r"different tokenizers \(vocabulary sizes 96 and 104\)", **tokenizers)
     works(target, draft)
 
 
 def test_one_tokenizer_alone_does_not_make_up_for_the_other():
     target, draft = llamas()
     tokenizer = make_tokenizer(88)
-    refused(target, padded(target, 104), ValueError, "their tokenizers are not known", tokenizer=tokenizer)
-    assert generate(target, draft, **prompts(1), tokenizer=tokenizer) is not None  # sizes agree: no need to know
+    refused(target, larger_draft(), ValueError, "their tokenizers are not known: pass", tokenizer=tokenizer)
+    refused(target, larger_draft(), ValueError, "their tokenizers are not known: pass", assistant_tokenizer=tokenizer)
+    works(target, draft)
 
 
 # Models that break

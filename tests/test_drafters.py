@@ -1,4 +1,4 @@
-"""Drafters: what each of them owes the loop, what it proposes, and that no draft, good or bad, changes a greedy call."""
+"""Drafters: what each of them owes the loop, what it proposes, and that no draft changes a greedy call."""
 
 import random
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from transformers import LlamaConfig, PreTrainedModel
 from hf_specdec import Draft, Drafter, DraftRequest, ModelDrafter, PromptLookupDrafter, SpeculationStats
 from hf_specdec.context import Context
 
-EOS = 55  # ends the rows of these tests at different columns
+EOS = 77  # ends two of the rows of these tests early
 NEW_TOKENS = 24
 
 
@@ -31,15 +31,17 @@ def draft_model(target: PreTrainedModel) -> PreTrainedModel:
 @pytest.fixture(scope="module")
 def vanilla(target: PreTrainedModel) -> dict[int, Tensor]:
     """The greedy output without us, by batch size."""
-    return {rows: generate(target, rows) for rows in (1, 4)}
+    outputs = {rows: generate(target, rows) for rows in (1, 4)}
+    assert [int((row == 0).sum()) for row in outputs[4][:, -NEW_TOKENS:]] == [0, 15, 0, 14]
+    return outputs
 
 
-def generate(target: PreTrainedModel, rows: int, **options: Any) -> Tensor:
+def generate(target: PreTrainedModel, rows: int, seed: int = 0, **options: Any) -> Tensor:
     options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "eos_token_id": EOS} | options
-    return target.generate(**make_prompts(rows), **options)
+    return target.generate(**make_prompts(rows, seed=seed), **options)
 
 
-# -------------------------------------------------------------------------------------------------- drafters of all kinds
+# ------------------------------------------------------------------------------------------------ drafters of all kinds
 
 
 class RandomTokens(Drafter):
@@ -179,14 +181,14 @@ def test_every_drafter_keeps_to_the_protocol(make, rows, do_sample, target, draf
 
 @pytest.mark.parametrize("make", OURS.values(), ids=OURS)
 def test_a_drafter_serves_one_call_after_the_other(make, target, draft_model, vanilla):
-    def call(drafter: Drafter, rows: int) -> list[Any]:
+    def call(drafter: Drafter, rows: int, seed: int) -> list[Any]:
         stats = SpeculationStats()
-        out = generate(target, rows, assistant_model=drafter, strategy="spec", speculation_stats=stats)
+        out = generate(target, rows, seed, assistant_model=drafter, strategy="spec", speculation_stats=stats)
         return [out.tolist(), stats.iterations, stats.draft_forwards]
 
     drafter = make(draft_model, vanilla[4])
-    calls = [call(drafter, rows) for rows in (4, 1, 4)]
-    assert calls == [call(make(draft_model, vanilla[4]), rows) for rows in (4, 1, 4)]
+    calls = [(2, 0), (2, 1), (4, 2)]
+    assert [call(drafter, *each) for each in calls] == [call(make(draft_model, vanilla[4]), *each) for each in calls]
 
 
 # ------------------------------------------------------------------------------------------- greedy calls do not care
@@ -208,8 +210,8 @@ def test_a_greedy_call_does_not_depend_on_the_quality_of_the_draft(noise, rows, 
     draft = perturbed(target, noise)
     out = generate(target, rows, assistant_model=draft, strategy="spec", speculation_stats=stats)
     assert out.equal(vanilla[rows])
-    assert (stats.acceptance_rate > 0.8) == (noise == 0.0)
-    assert (stats.acceptance_rate < 0.1) == (noise == 2.0)
+    if noise in (0.0, 2.0):  # from a draft that knows everything (but where rows end) to one that knows nothing
+        assert round(stats.acceptance_rate) == (noise == 0.0)
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.2, 0.5, 1.0])
@@ -244,7 +246,7 @@ def test_the_truth_is_always_accepted_and_nothing_costs_one_forward_per_token(ta
         assert stats.committed_tokens == NEW_TOKENS
 
 
-# ---------------------------------------------------------------------------------------------------------- draft models
+# -------------------------------------------------------------------------------------------------------- draft models
 
 
 class WatchedModel(Watched):
@@ -255,11 +257,12 @@ class WatchedModel(Watched):
     @torch.no_grad()
     def check(self, context: Context, draft: Draft) -> None:
         for slot, row in enumerate(context.rows):
-            ids = context.row(row)[None]
+            columns = context.tokens[row, : context.ends[row]][None]  # as vanilla shows them, padding included
             for i in range(draft.row_lengths[slot]):
                 token = draft.tokens[slot, i]
-                scores = self.request.processors(ids, self.drafter.model(ids).logits[:, -1].float())
-                q = scores.softmax(-1)[0]
+                logits = self.drafter.model(columns[:, context.first[row] :]).logits[:, -1].float()
+                batch = [x.repeat(context.batch_size, 1) for x in (columns, logits)]
+                q = self.request.processors(*batch)[row].softmax(-1)
                 if self.request.do_sample:
                     assert draft.probs is not None
                     torch.testing.assert_close(draft.probs[slot, i], q, atol=1e-5, rtol=1e-4)
@@ -270,7 +273,7 @@ class WatchedModel(Watched):
                     assert last, "drafts behind an unsure one"
                 elif last:
                     assert i + 1 == self.asked, "stopped at a sure one"
-                ids = torch.cat([ids, token.view(1, 1)], dim=1)
+                columns = torch.cat([columns, token.view(1, 1)], dim=1)
 
     def propose(self, context: Context, max_tokens: int) -> Draft:
         self.asked = max_tokens
@@ -308,7 +311,7 @@ def test_a_draft_model_runs_once_per_drafted_token(target, draft_model):
     assert stats.draft_prefill_forwards == 1
 
 
-# --------------------------------------------------------------------------------------------------------- prompt look-up
+# ------------------------------------------------------------------------------------------------------ prompt look-up
 
 PAD = 0
 
@@ -359,7 +362,7 @@ def test_a_shorter_n_gram_is_tried_where_the_longer_one_is_new():
 def test_without_a_match_nothing_is_proposed():
     assert look_up([[1, 2, 3, 4]]) == [[]]
     assert look_up([[1]]) == [[]]
-    assert look_up([[]] + [[1, 2]]) == [[], []]
+    assert look_up([[], [1, 2]]) == [[], []]
 
 
 def test_where_more_follows_beats_where_it_was_last():
@@ -415,7 +418,7 @@ def test_an_n_gram_has_at_least_one_token():
         PromptLookupDrafter(0)
 
 
-# ----------------------------------------------------------------------------------------------------------- bad drafters
+# -------------------------------------------------------------------------------------------------------- bad drafters
 
 
 class Careless(Drafter):
@@ -438,7 +441,7 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "a list of tokens": (
         Draft([[5], [5]]),
         TypeError,
-        r"Careless proposed tokens of type .*list.*expected torch.int64",
+        r"Careless proposed tokens of type .*list.*, expected",
     ),
     "int32": (Draft(ids(2, 3).int()), TypeError, r"Careless proposed tokens of type torch.int32, expected torch.int64"),
     "floats": (Draft(ids(2, 3).float()), TypeError, r"Careless proposed tokens of type torch.float32, expected"),

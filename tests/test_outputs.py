@@ -154,8 +154,13 @@ def test_nothing_is_recorded_that_was_not_asked_for():
     target, draft = pair()
     out = generate(target, draft, **prompts(1), return_dict_in_generate=True)
     assert out.scores is out.logits is out.hidden_states is out.attentions is None
+    asked = set()
+    hook = target.register_forward_pre_hook(lambda model, args, kwargs: asked.update(kwargs), with_kwargs=True)
     ids = generate(target, draft, **prompts(1), output_scores=True, output_hidden_states=True)
+    hook.remove()
     assert ids.equal(out.sequences)  # without return_dict_in_generate, tokens alone
+    assert "input_ids" in asked
+    assert "output_hidden_states" not in asked
 
 
 def test_the_output_is_of_vanillas_class_and_says_how_speculation_went():

@@ -128,8 +128,8 @@ def test_heuristic_goes_on_where_the_last_call_with_the_same_draft_left_off(targ
 
 
 def test_a_call_that_asks_for_another_start_gets_it(target, draft):
-    assert gammas(target, draft, **HEURISTIC)[-1] != 9
-    assert gammas(target, draft, **HEURISTIC | {"num_assistant_tokens": 7})[0] == 7
+    other = left_off(run(target, draft, **HEURISTIC), 9) + 1
+    assert gammas(target, draft, **HEURISTIC | {"num_assistant_tokens": other})[0] == other != 9
 
 
 @pytest.mark.parametrize("name", ["constant", "heuristic_transient"])
@@ -155,9 +155,9 @@ def test_the_memory_does_not_keep_a_draft_alive(target):
 # -------------------------------------------------------------------------------------------------- whose options count
 
 VALUES: dict[str, list[Any]] = {  # by option: of the draft's config, of the target's, of the call's config, of the call
-    "num_assistant_tokens": [2, 3, 4, 20],  # the last is transformers' own default, given all the same
+    "num_assistant_tokens": [2, 3, 4, 6],
     "num_assistant_tokens_schedule": ["heuristic", "heuristic_transient", "heuristic", "constant"],
-    "assistant_confidence_threshold": [0.1, 0.2, 0.3, 0.4],
+    "assistant_confidence_threshold": [0.1, 0.2, 0.3, 0.5],
     "max_matching_ngram_size": [3, 4, 5, 1],
 }
 DEFAULT = {
@@ -194,6 +194,16 @@ def test_the_call_beats_its_config_which_beats_the_targets_which_beats_the_draft
     assert [getattr(options, name) for options in resolved] == [DEFAULT[name], *VALUES[name]]
 
 
+def test_a_value_that_is_transformers_own_default_is_a_value(target, draft, resolved):
+    """transformers fills its defaults into what it hands on, so they must be told apart from what was given."""
+    given = {"num_assistant_tokens": 20, "num_assistant_tokens_schedule": "constant", "max_matching_ngram_size": 2}
+    for name in given:
+        setattr(target.generation_config, name, VALUES[name][1])
+    run(target, draft, new_tokens=2, **given)
+    run(target, draft, new_tokens=2, generation_config=GenerationConfig(pad_token_id=0, **given))
+    assert [{name: getattr(options, name) for name in given} for options in resolved] == [given, given]
+
+
 def test_a_threshold_of_zero_is_a_value(target, draft, resolved):
     draft.generation_config.assistant_confidence_threshold = 0.4
     run(target, draft, new_tokens=2, assistant_confidence_threshold=0.0)
@@ -226,10 +236,12 @@ def state(model: PreTrainedModel) -> list[Any]:
     return [[id(c), type(c), copy.deepcopy(vars(c))] for c in configs] + [model.training]
 
 
+LOOK_UP = GenerationConfig(max_new_tokens=12, prompt_lookup_num_tokens=3, pad_token_id=0)
 CALLS: dict[str, tuple[dict[str, Any], type[Exception] | None]] = {
     "greedy": ({}, None),
     "sampled": ({"do_sample": True}, None),
     "an option that does not exist": ({"num_assistant_tokns": 3}, ValueError),
+    "look-up, by config": ({"assistant_model": None, "generation_config": LOOK_UP}, None),
     "beams": ({"num_beams": 2}, ValueError),
     "an unknown schedule": ({"num_assistant_tokens_schedule": "linear"}, ValueError),
     "a drafter that fails": ({"assistant_model": Fails()}, ArithmeticError),
@@ -243,7 +255,7 @@ def test_what_the_user_passes_is_as_it_was_afterwards(options, error, target, dr
         model.generation_config.num_assistant_tokens = 6
     inputs = make_prompts(2)
     processors = LogitsProcessorList([Same()])
-    config = GenerationConfig(max_new_tokens=12, prompt_lookup_num_tokens=None, pad_token_id=0)
+    config = options.get("generation_config") or GenerationConfig(max_new_tokens=12, pad_token_id=0)
     kwargs: dict[str, Any] = {
         "assistant_model": draft,
         "strategy": "spec",

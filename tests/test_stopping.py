@@ -239,7 +239,7 @@ class NthCall(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         self.left -= 1
-        return self.left + torch.arange(len(input_ids)) <= 0
+        return self.left + 3 * torch.arange(len(input_ids)) <= 0
 
 
 class AnyRow(StoppingCriteria):
@@ -409,6 +409,24 @@ def test_a_criterion_may_read_the_scores(small_pair, batch, eos):
     arguments["eos_token_id"] = min(set(range(2, VOCAB)) - set(plain.sequences.flatten().tolist())) if eos else None
     expected = assert_lossless(small_pair, inputs, lambda: dict(arguments))
     assert expected.shape[1] < WIDTH + NEW
+
+
+@pytest.mark.parametrize("step_by_step", [False, True])
+def test_decoding_ends_with_the_last_row_and_is_fast_until_then(small_pair, tokenizer, step_by_step):
+    """Rows that are done run on without an EOS token, but neither past the last row's end nor token by token."""
+    target, inputs = small_pair[0], prompts(3)
+    new = new_tokens(target, inputs)
+    stats = SpeculationStats()
+    arguments: dict[str, Any] = {"max_new_tokens": 60, "speculation_stats": stats}
+    if step_by_step:
+        arguments["stopping_criteria"] = [NthCall(3), Recording()]
+    else:
+        strings = [a_stop_string(tokenizer, [row], 4 + 4 * i) for i, row in enumerate(new)]
+        arguments |= {"stop_strings": strings, "tokenizer": tokenizer}
+    way = {"strategy": "spec", "assistant_model": target, "num_assistant_tokens": 4}
+    steps = target.generate(**inputs, **arguments, **way).shape[1] - WIDTH
+    assert 3 < steps < NEW
+    assert stats.target_forwards <= -(-steps // 5) + 1  # and the prefill
 
 
 def test_nothing_is_drafted_or_decoded_past_the_end(small_pair):

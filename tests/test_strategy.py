@@ -4,7 +4,6 @@ import copy
 import functools
 import importlib
 from collections.abc import Iterator
-from pathlib import Path
 from threading import Barrier, Thread
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 from conftest import VOCAB, make_pair, make_prompts
 from tokenizers import Tokenizer, decoders, models
 from transformers import (
-    AutoModelForCausalLM,
     GenerationConfig,
     GenerationMixin,
     LlamaForCausalLM,
@@ -23,7 +21,7 @@ from transformers import (
 )
 
 import hf_specdec
-from hf_specdec import SpeculationStats, pairs
+from hf_specdec import SpeculationStats
 from hf_specdec.strategy import STRATEGIES
 
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 14}
@@ -283,38 +281,6 @@ def test_threads_do_not_disturb_each_other():
     for thread in threads:
         thread.join()
     assert together == {i: [(out.tolist(), 2 * 24)] * 2 for i, out in enumerate(alone)}
-
-
-# Drafts by name
-
-
-@pytest.fixture
-def saved_draft(tmp_path: Path) -> Iterator[str]:
-    pair()[1].save_pretrained(tmp_path / "draft")
-    yield str(tmp_path / "draft")
-    pairs.load_draft.cache_clear()
-
-
-@pytest.mark.parametrize("kind", [str, Path])
-def test_a_draft_may_be_a_path_and_is_loaded_once(saved_draft, kind, monkeypatch):
-    target, _ = pair()
-    loads = []
-    original = AutoModelForCausalLM.from_pretrained
-    monkeypatch.setattr(
-        pairs.AutoModelForCausalLM, "from_pretrained", lambda *args, **kw: loads.append(args) or original(*args, **kw)
-    )
-    expected = target.generate(**prompts(2), **GREEDY)
-    for _ in range(3):
-        assert generate(target, kind(saved_draft), **prompts(2)).equal(expected)
-    assert loads == [(saved_draft,)]
-
-
-def test_a_draft_by_path_takes_the_targets_dtype(saved_draft):
-    target = copy.deepcopy(pair()[0]).to(torch.bfloat16)
-    out = target.generate(**prompts(2), **GREEDY, assistant_model=saved_draft, strategy="spec")
-    assert out.shape == (2, 28)
-    assert pairs.load_draft(saved_draft, torch.bfloat16, target.device).dtype == torch.bfloat16
-    assert pairs.load_draft.cache_info().misses == 1
 
 
 # Whose options count
