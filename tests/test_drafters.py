@@ -246,6 +246,34 @@ def test_the_truth_is_always_accepted_and_nothing_costs_one_forward_per_token(ta
         assert stats.committed_tokens == NEW_TOKENS
 
 
+class TruthBehindTheLengths(Oracle):
+    """Every token is right, but only the first ones are proposed, and of some rows none."""
+
+    def propose(self, context: Context, max_tokens: int) -> Draft:
+        self.lengths = [row % (max_tokens + 1) for row in context.rows]
+        return Draft(super().propose(context, max_tokens).tokens, lengths=self.lengths)
+
+
+def test_tokens_behind_a_rows_length_are_no_drafts(target, vanilla):
+    stats = SpeculationStats()
+    drafter = TruthBehindTheLengths(vanilla[4])
+    generate(target, 4, assistant_model=drafter, strategy="spec", num_assistant_tokens=5, speculation_stats=stats)
+    assert stats.iterations[0] == {"rows": [0, 1, 2, 3], "drafted": [0, 1, 2, 3], "accepted": [0, 1, 2, 3]}
+
+
+@pytest.mark.parametrize("make", DRAFTERS.values(), ids=DRAFTERS)
+def test_a_draft_leaves_room_for_the_targets_own_token(make, target, draft_model, vanilla):
+    stats = SpeculationStats()
+    drafter = make(draft_model, vanilla[4])
+    generate(target, 4, assistant_model=drafter, strategy="spec", speculation_stats=stats, eos_token_id=None)
+    columns = [0] * 4
+    for iteration in stats.iterations:
+        for row, drafted, accepted in zip(*iteration.values(), strict=True):
+            assert drafted < NEW_TOKENS - columns[row]
+            columns[row] += accepted + 1
+    assert columns == [NEW_TOKENS] * 4
+
+
 # -------------------------------------------------------------------------------------------------------- draft models
 
 
@@ -304,11 +332,23 @@ def test_q_is_what_the_draft_model_says_of_each_prefix_after_the_calls_processor
     assert drafter.proposals > 3
 
 
-def test_a_draft_model_runs_once_per_drafted_token(target, draft_model):
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_draft_model_runs_once_per_drafted_token_on_at_most_two_tokens(rows, target, draft_model):
+    """Two where all drafts were accepted: it has not seen the last of them, nor the target's own token."""
     stats = SpeculationStats()
-    generate(target, 4, assistant_model=draft_model, strategy="spec", speculation_stats=stats, eos_token_id=None)
-    assert stats.draft_forwards == sum(max(iteration["drafted"]) for iteration in stats.iterations)
+    widths: list[int] = []
+    hook = draft_model.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    drafter = ModelDrafter(draft_model)
+    options = {"assistant_model": drafter, "strategy": "spec", "speculation_stats": stats, "eos_token_id": None}
+    generate(target, rows, **options)  # of which the first one may ask the model what it can do
+    stats, widths[:] = SpeculationStats(), []
+    generate(target, rows, **options | {"speculation_stats": stats})
+    hook.remove()
     assert stats.draft_prefill_forwards == 1
+    assert stats.draft_forwards == len(widths) - 1 == sum(max(iteration["drafted"]) for iteration in stats.iterations)
+    assert max(widths[1:]) == 2
 
 
 # ------------------------------------------------------------------------------------------------------ prompt look-up

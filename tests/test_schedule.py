@@ -107,7 +107,7 @@ def test_each_iteration_drafts_what_the_schedule_says(name, rows, target, draft)
 # ---------------------------------------------------------------------------------------------------------- the memory
 
 
-HEURISTIC = {"num_assistant_tokens": 9, "num_assistant_tokens_schedule": "heuristic"}
+HEURISTIC: dict[str, Any] = {"num_assistant_tokens": 9, "num_assistant_tokens_schedule": "heuristic"}
 
 
 def left_off(stats: SpeculationStats, start: int) -> int:
@@ -197,11 +197,15 @@ def test_the_call_beats_its_config_which_beats_the_targets_which_beats_the_draft
 def test_a_value_that_is_transformers_own_default_is_a_value(target, draft, resolved):
     """transformers fills its defaults into what it hands on, so they must be told apart from what was given."""
     given = {"num_assistant_tokens": 20, "num_assistant_tokens_schedule": "constant", "max_matching_ngram_size": 2}
+    for name, value in given.items():
+        setattr(draft.generation_config, name, VALUES[name][0])
+        setattr(target.generation_config, name, value)
+    run(target, draft, new_tokens=2)
     for name in given:
         setattr(target.generation_config, name, VALUES[name][1])
-    run(target, draft, new_tokens=2, **given)
     run(target, draft, new_tokens=2, generation_config=GenerationConfig(pad_token_id=0, **given))
-    assert [{name: getattr(options, name) for name in given} for options in resolved] == [given, given]
+    run(target, draft, new_tokens=2, **given)
+    assert [{name: getattr(options, name) for name in given} for options in resolved] == [given] * 3
 
 
 def test_a_threshold_of_zero_is_a_value(target, draft, resolved):

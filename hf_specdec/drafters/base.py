@@ -96,7 +96,8 @@ def check_draft(draft: Draft, rows: int, max_tokens: int, vocab_size: int, draft
     if tokens.shape[1] > max_tokens:
         raise ValueError(f"{name} proposed {tokens.shape[1]} tokens per row, asked for at most {max_tokens}")
     lengths = draft.lengths
-    if lengths is not None and (len(lengths) != rows or not all(0 <= n <= tokens.shape[1] for n in lengths)):
+    counts = range(tokens.shape[1] + 1)
+    if lengths is not None and (len(lengths) != rows or not all(isinstance(n, int) and n in counts for n in lengths)):
         raise ValueError(f"{name} gave draft lengths {lengths} for {rows} rows and {tokens.shape[1]} tokens per row")
     expected = (*tokens.shape, vocab_size)
     if draft.probs is not None and tuple(draft.probs.shape) != expected:
