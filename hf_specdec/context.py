@@ -22,7 +22,7 @@ class Context:
     What stands at or behind a row's `end` is padding, or the drafts of the iteration that is under way.
 
     Attributes:
-        tokens: `[batch, max_length + 1]` int64; the last column is never shown.
+        tokens: `[batch, room + 1]` int64, growing up to `max_length`; the last column takes what lies past it.
         prompt_width: columns of the prompt.
         first: by row of the batch, the first column that is not left padding.
         ends: by row of the batch, one past its last committed token.
@@ -33,7 +33,8 @@ class Context:
         batch, self.prompt_width = prompt.shape
         self.pad_token_id = pad_token_id
         self.max_length = max(max_length, self.prompt_width + 1)
-        self.tokens = prompt.new_full((batch, self.max_length + 1), pad_token_id)  # the last column takes overflow
+        self.tokens = prompt.new_full((batch, 1), pad_token_id)
+        self._make_room(self.prompt_width + 1)
         self.tokens[:, : self.prompt_width] = prompt
         self.first = first
         self.ends = [self.prompt_width] * batch
@@ -70,15 +71,16 @@ class Context:
     def gather(self, starts: list[int], width: int) -> Tensor:
         """`[active rows, width]`: tokens of the active rows from a column of each row's own."""
         columns = to_device(starts, self.tokens.device)[:, None] + self._arange(width)
-        return self.tokens[self.row_index[:, None], columns.clamp(0, self.max_length)]
+        return self.tokens[self.row_index[:, None], columns.clamp(0, self.tokens.shape[1] - 1)]
 
     def write_drafts(self, draft_tokens: Tensor, offset: int = 0) -> None:
         """Put drafts `[active rows, k]` behind the committed tokens, `offset` columns on, for all to see.
 
         What would lie past the last column is lost: it could never be committed.
         """
+        self._make_room(max(self.active_ends) + offset + draft_tokens.shape[1])
         columns = self.first_free[:, None] + offset + self._arange(draft_tokens.shape[1])
-        self.tokens[self.row_index[:, None], columns.clamp(max=self.max_length)] = draft_tokens
+        self.tokens[self.row_index[:, None], columns.clamp(max=self.tokens.shape[1] - 1)] = draft_tokens
         self._draft_width = max(self._draft_width, offset + draft_tokens.shape[1])
 
     def clear_drafts(self) -> None:
@@ -104,7 +106,16 @@ class Context:
 
     def _write(self, row: int, tokens: list[int]) -> None:
         end = self.ends[row]
+        self._make_room(end + len(tokens))
         self.tokens[row, end : end + len(tokens)] = to_device(tokens, self.tokens.device)
+
+    def _make_room(self, width: int) -> None:
+        """Have at least `width` columns, or `max_length` of them if that is less."""
+        if min(width, self.max_length) >= self.tokens.shape[1]:
+            room = min(max(2 * width, 1024), self.max_length)
+            tokens = self.tokens.new_full((len(self.tokens), room + 1), self.pad_token_id)
+            tokens[:, : self.tokens.shape[1] - 1] = self.tokens[:, :-1]
+            self.tokens = tokens
 
     def _arange(self, width: int) -> Tensor:
         return torch.arange(width, device=self.tokens.device)

@@ -135,7 +135,7 @@ class SpeculativeDecoding:
         context = self.context
         scores = BlockProcessors(self.processors)(logits, context)
         verdict = self._judge(draft.tokens, to_device(draft.row_lengths, scores.device), draft.probs, scores)
-        tokens, accepted, drafted = self._to_host(verdict, draft)
+        tokens, accepted, drafted = self._to_host(verdict, draft, logits, scores)
         count = [n + 1 for n in accepted]
         if self.lockstep:
             count = [min(count)] * len(count)
@@ -182,13 +182,14 @@ class SpeculativeDecoding:
             verdict = self._judge(draft.tokens[:, i : i + 1], has_draft, probs, here)
             # What processors leave of a row that has ended in this block does not matter.
             ended = to_device([why is not None for why in committed.finished], scores.device)
-            tokens, accepted, _ = self._to_host(verdict._replace(valid=verdict.valid | ended), draft)
+            verdict = verdict._replace(valid=verdict.valid | ended)
+            tokens, accepted, _ = self._to_host(verdict, draft, logits[:, i : i + 1], here)
             going = [slot for slot in range(len(rows)) if committed.finished[slot] is None]
             for slot in going:
                 row = rows[slot]
                 committed.tokens[slot].append(tokens[slot][0])
                 committed.accepted[slot] += accepted[slot]
-                context.tokens[row, end + i] = tokens[slot][0]
+                context.write_row(row, committed.tokens[slot])
                 self.recorder.token(row, end + i, raw[row], scores[row])
             steps = end + i + 1 - context.prompt_width
             done = self.stopping.criteria(context.view(end + i + 1), self.recorder.scores(steps)).tolist()
@@ -197,7 +198,8 @@ class SpeculativeDecoding:
                 if done[row]:
                     self._done_at.setdefault(row, end + i + 1)
                     if self.stopping.pads_finished_rows or end + i + 1 >= context.max_length:
-                        committed.finished[slot] = "stopping_criteria"
+                        reason = self.stopping.reason(context, row, tokens[slot][0], end + i + 1)
+                        committed.finished[slot] = reason or "stopping_criteria"
             going = [slot for slot in going if committed.finished[slot] is None]
             all_done = len(self._done_at) == context.batch_size
             if all_done or not going or any(accepted[slot] == 0 for slot in going):
@@ -209,19 +211,27 @@ class SpeculativeDecoding:
             return accept_sampled(tokens, lengths, probs, scores)
         return accept_greedy(tokens, lengths, scores)
 
-    def _to_host(self, verdict: Verdict, draft: Draft) -> tuple[list[list[int]], list[int], list[list[int]]]:
+    def _to_host(
+        self, verdict: Verdict, draft: Draft, logits: Tensor, scores: Tensor
+    ) -> tuple[list[list[int]], list[int], list[list[int]]]:
         """The iteration's one synchronisation: new tokens, accepted lengths and drafts as Python numbers."""
         draft_valid = torch.ones_like(verdict.valid) if draft.valid is None else draft.valid
         flags = torch.stack([verdict.accepted, verdict.valid, draft_valid], dim=1)
         packed = torch.cat([flags, verdict.tokens, draft.tokens], dim=1).tolist()
         width = verdict.tokens.shape[1]
-        for row, (_, valid, valid_draft, *_) in zip(self.context.rows, packed):
+        for slot, (row, (accepted, valid, valid_draft, *_)) in enumerate(zip(self.context.rows, packed)):
             if not valid_draft:
                 self._raise_no_distribution(f"draft model ({type(self.drafter).__name__})", row)
-            if not valid:
+            used = slice(accepted + 1)
+            if not valid and not self._vanilla_would_choose(logits[slot, used], scores[slot, used]):
                 self._raise_no_distribution(f"target model ({type(self.target.model).__name__})", row)
         drafted = [row[3 + width :][:n] for row, n in zip(packed, draft.row_lengths)]
         return [row[3 : 3 + width] for row in packed], [row[0] for row in packed], drafted
+
+    def _vanilla_would_choose(self, logits: Tensor, scores: Tensor) -> bool:
+        """Processors may make sound logits infinite or NaN: the argmax of vanilla takes that, sampling cannot."""
+        left = (scores.amax(dim=-1) != float("-inf")).all()
+        return not self.request.do_sample and bool(logits.amax(dim=-1).isfinite().all() & left)
 
     def _raise_no_distribution(self, model: str, row: int) -> None:
         raise ValueError(

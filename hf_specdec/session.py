@@ -172,11 +172,10 @@ def hand_back_cache(decoding: SpeculativeDecoding, width: int, cache: Cache) -> 
     context, target = decoding.context, decoding.target
     context.rows = list(range(context.batch_size))
     context.ends = [width] * context.batch_size
-    ragged = target.padding_mask is None
     shortest = min(target.cache.lengths)
     for row, offset in enumerate(target.slot_offset):
         held = min(target.cache.lengths[row], width + offset - 1)
-        target.cache.lengths[row] = held if ragged else min(shortest, held)  # aligned rows move together
+        target.cache.lengths[row] = min(shortest, held) if decoding.lockstep else held
     target.prefill(context)
     cache.reset()
     first = [target.column_offset - offset for offset in target.slot_offset]

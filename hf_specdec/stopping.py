@@ -56,12 +56,13 @@ class Stopping:
             context.write_row(row, tokens)
         for i, token in enumerate(tokens):
             end = context.ends[row] + i + 1
-            reason = self._reason(context, row, token, end)
+            reason = self.reason(context, row, token, end)
             if reason is not None:
                 return i + 1, reason
         return None
 
-    def _reason(self, context: Context, row: int, token: int, end: int) -> str | None:
+    def reason(self, context: Context, row: int, token: int, end: int) -> str | None:
+        """Which known criterion ends a row behind `token`, its last one before column `end`."""
         if token in self._eos:
             return "eos"
         if end >= self.max_length:

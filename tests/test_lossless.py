@@ -147,3 +147,19 @@ def test_the_shortest_prompts(prompt_tokens: int, llama_pair: tuple[PreTrainedMo
         target.generate(max_new_tokens=8, do_sample=False, assistant_model=draft, strategy="spec"),
         target.generate(max_new_tokens=8, do_sample=False),
     )
+
+
+def test_long_outputs_outgrow_what_was_allocated_at_first(llama_pair: tuple[PreTrainedModel, PreTrainedModel]) -> None:
+    """Context and caches grow; a limit that is never reached costs no memory."""
+    target, draft = llama_pair
+    prompts = make_prompts(2, seed=4)
+    config = {"do_sample": False, "eos_token_id": 5, "pad_token_id": 0}
+    free = target.generate(**prompts, max_new_tokens=1500, do_sample=False)
+    spec = {"assistant_model": draft, "strategy": "spec"}
+    assert torch.equal(target.generate(**prompts, max_new_tokens=1500, do_sample=False, **spec), free)
+    eos = int(free[0, 14 + 30])
+    config["eos_token_id"] = eos
+    if not bool((free[1, 14:200] == eos).any()):
+        prompts = {name: rows[:1] for name, rows in prompts.items()}
+    out = target.generate(**prompts, max_new_tokens=10**10, **config, **spec)
+    assert torch.equal(out, target.generate(**prompts, max_new_tokens=1500, **config))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import VOCAB, assert_lossless, make_prompts, ways_to_draft
+from conftest import VOCAB, assert_lossless, make_pair, make_prompts, ways_to_draft
 from transformers import (
     EpsilonLogitsWarper,
     EtaLogitsWarper,
@@ -485,3 +485,15 @@ def test_these_drafts_are_accepted_in_part(small_pair):
             stats = SpeculationStats()
             target.generate(**make_prompts(batch), max_new_tokens=NEW, speculation_stats=stats, **way)
             assert 0.1 < stats.acceptance_rate < 0.9, name
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_infinite_scores_made_by_processors_are_chosen_as_vanilla_chooses(batch: int) -> None:
+    """-inf (EOS is banned) plus inf (its score grows exponentially) is NaN, and NaN is vanilla's argmax."""
+    target, draft = make_pair("llama")
+    kwargs = {**make_prompts(batch, seed=2), "max_new_tokens": 20, "do_sample": False, "eos_token_id": 7}
+    kwargs |= {"min_new_tokens": 12, "exponential_decay_length_penalty": (2, 1e9)}
+    expected = target.generate(**kwargs)
+    for gamma in (1, 4):
+        out = target.generate(**kwargs, assistant_model=draft, strategy="spec", num_assistant_tokens=gamma)
+        assert out.tolist() == expected.tolist()

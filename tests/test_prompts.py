@@ -77,6 +77,27 @@ def test_rows_with_masked_columns_end_where_they_end_in_vanilla(pairs, layout):
     assert len({(row != 0).sum() for row in expected[:, WIDTH:]}) > 1
 
 
+@pytest.mark.parametrize("name", ["llama", "falcon-alibi"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_cache_comes_back_whatever_the_layout_where_rows_end_early(pairs, name, padded):
+    """Models that cannot attend to rows of different lengths have rows in step, whether or not there is padding."""
+    target, draft = pairs[name]
+    inputs = make_prompts(3)
+    if not padded:
+        inputs = {"input_ids": inputs["input_ids"].clamp(min=2)}
+    new = target.generate(**inputs, max_new_tokens=NEW)[:, WIDTH:].tolist()
+    kwargs = {**inputs, "max_new_tokens": NEW, "eos_token_id": [new[0][2], new[1][5]], "return_dict_in_generate": True}
+    expected = target.generate(**kwargs)
+    given = target.generate(**kwargs, assistant_model=draft, strategy="spec")
+    assert given.sequences.tolist() == expected.sequences.tolist()
+    real = inputs.get("attention_mask", torch.ones(3, WIDTH)).bool()
+    for ours, theirs in zip(given.past_key_values.layers, expected.past_key_values.layers):
+        real = torch.nn.functional.pad(real, (0, theirs.keys.shape[2] - real.shape[1]), value=True)
+        for states in ("keys", "values"):
+            mine, vanillas = (getattr(layer, states).transpose(1, 2)[real] for layer in (ours, theirs))
+            torch.testing.assert_close(mine, vanillas, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("strategy", [None, "spec"])
 def test_right_padding_brings_the_warning_of_transformers(pairs, strategy, caplog):
     inputs = {"input_ids": torch.tensor([[5, 6, 7], [5, 6, 0]]), "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]])}
