@@ -1,7 +1,6 @@
 """The embedded pair: what ships, what its card claims, and losslessness on real text."""
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -75,19 +74,3 @@ def test_the_card_states_data_recipe_loss_and_acceptance() -> None:
     card = (FOLDER / "README.md").read_text(encoding="utf-8").lower()
     for word in ("license", "standard library", "steps", "held-out", "acceptance", "γ = 4"):
         assert word in card, word
-
-
-@pytest.mark.slow
-def test_a_draft_forward_takes_at_most_a_fifth_of_the_targets(pair: Pair) -> None:
-    """A measurement, so not among the tests that run by default. Medians of interleaved one-token forwards."""
-    target, draft, _ = pair
-    token = torch.tensor([[5]])
-    seconds: dict[PreTrainedModel, list[float]] = {target: [], draft: []}
-    with torch.no_grad():
-        for _ in range(200):
-            for model, times in seconds.items():
-                begin = time.perf_counter()
-                model(token)
-                times.append(time.perf_counter() - begin)
-    medians = [sorted(times)[len(times) // 2] for times in seconds.values()]
-    assert medians[1] <= medians[0] / 5
