@@ -355,7 +355,7 @@ def p_value_of_transitions(tokens: np.ndarray, width: int, law: np.ndarray, susp
 
 @pytest.mark.parametrize(("name", "rows"), ALONE_OR_TOGETHER)
 def test_each_token_of_a_long_call_follows_the_targets_law(name, rows, chains):
-    """4000 tokens, in one row or in four uneven ones (in lockstep, as this model ignores masks)."""
+    """20000 tokens, in one row or in four uneven ones (in lockstep, as this model ignores masks)."""
     case = CHAINS[name]
     prompt = torch.tensor([[1, 2, 3], [0, 4, 1], [0, 0, 5], [2, 2, 2]])[:rows]
     options = {"top_k": 0} | case.options
@@ -367,7 +367,7 @@ def test_each_token_of_a_long_call_follows_the_targets_law(name, rows, chains):
         strategy="spec",
         assistant_model=chains.get(case.drafts) if isinstance(case.drafts, str) else case.drafts,
         do_sample=True,
-        max_new_tokens=4000 // rows,
+        max_new_tokens=20_000 // rows,
         speculation_stats=stats,
         **options,
     )
@@ -379,7 +379,7 @@ def test_each_token_of_a_long_call_follows_the_targets_law(name, rows, chains):
 
 
 def test_a_bias_of_five_percent_would_be_seen_in_one_row(chains):
-    """5% in total variation towards the draft, at each of 4000 tokens; 2% would take 25000."""
+    """5% in total variation towards the draft, at each of 20000 tokens; 2% would take 25000."""
     law, draft = (transition_law(chains[name], processors()) for name in ("target", "model"))
     distance = np.abs(draft - law).sum(-1, keepdims=True) / 2
     biased = law + 0.05 / distance * (draft - law)
