@@ -10,8 +10,6 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import GenerationMode
 
-from .schedule import SCHEDULES
-
 # What holds when nobody says anything.
 DEFAULTS: dict[str, Any] = {
     "num_assistant_tokens": 5,
@@ -44,11 +42,6 @@ class Options:
                 raise TypeError(f"`{name}` must be an int, got {value!r} of type {type(value).__name__}")
             if value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}")
-        if self.num_assistant_tokens_schedule not in SCHEDULES:
-            raise ValueError(
-                f"`num_assistant_tokens_schedule` must be one of {', '.join(SCHEDULES)}, "
-                f"got {self.num_assistant_tokens_schedule!r}"
-            )
         threshold = self.assistant_confidence_threshold
         if not isinstance(threshold, (int, float)) or isinstance(threshold, bool):
             kind = type(threshold).__name__
