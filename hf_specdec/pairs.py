@@ -1,6 +1,7 @@
-"""Pairs of target and draft: the embedded one, loading a draft by name, and whether two models fit together."""
+"""Pairs of target and draft: loading them together, the embedded one, and the drafter that a call asks for."""
 
 import functools
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,16 +9,45 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    DynamicCache,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from .cache import check_layers
+from .compatibility import check_draft_model
 from .drafters import Drafter, ModelDrafter, PromptLookupDrafter
 from .options import Options
+from .pair_file import FILE_NAME, ModelReference, PairConfig
 
-_DEMO_PAIR = Path(__file__).parent / "assets" / "demo_pair"
+DEMO_PAIR = Path(__file__).parent / "assets" / "demo_pair"
+
+
+@dataclass
+class SpecPair:
+    """A target, its draft and their tokenizer."""
+
+    target: PreTrainedModel
+    draft: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    config: PairConfig
+
+    @classmethod
+    def from_pretrained(cls, target: str, draft: str | None = None, **kwargs: Any) -> "SpecPair":
+        folder = Path(target)
+        if draft is None and (folder / FILE_NAME).is_file():
+            config = PairConfig.load(folder)
+            names = [str(folder / reference.name_or_path) for reference in (config.target, config.draft)]
+        else:
+            names = [target, str(draft)]
+            config = PairConfig(ModelReference(names[0]), ModelReference(names[1]))
+        models = [AutoModelForCausalLM.from_pretrained(name, **kwargs).eval() for name in names]
+        return cls(models[0], models[1], AutoTokenizer.from_pretrained(names[0]), config)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """`target.generate(...)` with the draft; the pair file's recommendations come last."""
+        if not self.config.speculate:
+            return self.target.generate(*args, **kwargs)
+        options = {**self.config.recommended, **kwargs}
+        return self.target.generate(*args, assistant_model=self.draft, strategy="spec", **options)
 
 
 def demo_pair() -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]:
@@ -26,9 +56,9 @@ def demo_pair() -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBa
     Two small Llamas that write Python, trained by `scripts/train_demo_pair.py`; the card is in their folder.
     """
     target, draft = (
-        AutoModelForCausalLM.from_pretrained(_DEMO_PAIR / name, dtype=torch.float32) for name in ("target", "draft")
+        AutoModelForCausalLM.from_pretrained(DEMO_PAIR / name, dtype=torch.float32) for name in ("target", "draft")
     )
-    return target, draft, AutoTokenizer.from_pretrained(_DEMO_PAIR / "target")
+    return target, draft, AutoTokenizer.from_pretrained(DEMO_PAIR / "target")
 
 
 def make_drafter(
@@ -77,64 +107,3 @@ def load_draft(name: str, dtype: torch.dtype, device: torch.device) -> PreTraine
             f"`assistant_model` {name!r} could not be loaded: it is neither a local folder with a model nor a Hub id "
             f"that can be reached ({str(error).splitlines()[0]})"
         ) from error
-
-
-def check_draft_model(
-    draft: PreTrainedModel,
-    target: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    assistant_tokenizer: PreTrainedTokenizerBase | None,
-) -> None:
-    """Raise a ValueError unless `draft` can draft for `target`."""
-    name = type(draft).__name__
-    if not getattr(draft, "can_generate", bool)():
-        raise TypeError(f"`assistant_model` must be a causal language model, but {name} cannot generate text")
-    if draft.config.is_encoder_decoder:
-        raise ValueError(f"`assistant_model` must be a decoder-only model, {name} is an encoder-decoder model")
-    if draft.device != target.device:
-        raise ValueError(
-            f"`assistant_model` is on {draft.device}, the target on {target.device}: move it with "
-            f"`assistant_model.to({str(target.device)!r})`"
-        )
-    check_layers(DynamicCache(config=draft.config.get_text_config(decoder=True)), f"`assistant_model` ({name})")
-    check_vocabularies(draft, target, tokenizer, assistant_tokenizer)
-
-
-def check_vocabularies(
-    draft: PreTrainedModel,
-    target: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    assistant_tokenizer: PreTrainedTokenizerBase | None,
-) -> None:
-    """Raise a ValueError unless both models mean the same by each token id.
-
-    Embeddings may be padded to different sizes over one tokenizer (Qwen2.5 7B and 0.5B), so where sizes differ the
-    tokenizers decide: those given, else those that the models were loaded with.
-    """
-    sizes = [model.config.get_text_config(decoder=True).vocab_size for model in (target, draft)]
-    if tokenizer is None or assistant_tokenizer is None:
-        if sizes[0] == sizes[1]:
-            return
-        tokenizer = tokenizer or _tokenizer_of(target)
-        assistant_tokenizer = assistant_tokenizer or _tokenizer_of(draft)
-        if tokenizer is None or assistant_tokenizer is None:
-            raise ValueError(
-                f"The vocabularies of target and `assistant_model` differ in size ({sizes[0]} and {sizes[1]}), and "
-                "their tokenizers are not known: pass `tokenizer` and `assistant_tokenizer`, or use a draft of the "
-                "same family"
-            )
-    if tokenizer.get_vocab() != assistant_tokenizer.get_vocab():
-        raise ValueError(
-            f"Target and `assistant_model` have different tokenizers (vocabulary sizes {sizes[0]} and {sizes[1]}), "
-            "which strategy='spec' does not support yet: use a draft of the same family"
-        )
-
-
-def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
-    """The tokenizer stored where the model was loaded from, if it can be had."""
-    if not model.name_or_path:
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(model.name_or_path)
-    except (OSError, ValueError):
-        return None

@@ -1,0 +1,175 @@
+"""The arguments that scripts have in common, and what they stand for: a pair, and prompts.
+
+Without any of them a script works on the embedded pair and its held-out prompts, with no network.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..pairs import DEMO_PAIR, SpecPair
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
+TEXT_COLUMNS = ("text", "prompt", "question", "instruction", "turns")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text to continue.
+
+    Attributes:
+        text: the text.
+        category: what reports group by; "all" where the data names none.
+        reference: the expected continuation, where the data has one.
+    """
+
+    text: str
+    category: str = "all"
+    reference: str | None = None
+
+
+def add_pair_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("pair")
+    add = group.add_argument
+    add("--pair", metavar="PAIR", help="Hub id or folder of a pair (specdec_pair.json); default: the embedded pair")
+    add("--target", help="Hub id or path of the target, instead of --pair")
+    add("--draft", help='Hub id or path of the draft for --target; "auto" (default) looks it up in the catalogue')
+    add("--dtype", choices=DTYPES, default="float32", help="dtype of both models (default: float32)")
+    add("--device", help="where the models run, such as cuda:0 (default: cuda where there is one, else cpu)")
+    add("--revision", help="revision of --pair, or of the target")
+    add("--trust-remote-code", action="store_true", help="let Hub repos run code of their own")
+    add("--threads", type=int, metavar="N", help="threads of torch (default: torch's own choice)")
+
+
+def load_pair(args: argparse.Namespace) -> SpecPair:
+    """The pair that `add_pair_arguments` describes, on its device and ready to generate."""
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    if args.pair is not None and (args.target or args.draft):
+        raise SystemExit("expected --pair, or --target with --draft, got both")
+    if args.draft is not None and args.target is None:
+        raise SystemExit("expected --target beside --draft, got none")
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    source = args.pair or args.target or str(DEMO_PAIR)
+    return SpecPair.from_pretrained(
+        source,
+        args.draft,
+        revision=args.revision,
+        dtype=DTYPES[args.dtype],
+        device_map=device,
+        trust_remote_code=args.trust_remote_code,
+    )
+
+
+def add_prompt_arguments(parser: argparse.ArgumentParser, prompts: int, prompt_tokens: int | None = None) -> None:
+    """`prompts`: how many by default; `prompt_tokens`: how many of each prompt's first tokens are used, all if None."""
+    group = parser.add_argument_group("prompts")
+    add = group.add_argument
+    add("--dataset", metavar="NAME", help="a dataset: Hub id, local folder, or .jsonl/.json/.csv/.txt/.parquet file; "
+        "default: the embedded pair's held-out prompts")  # fmt: skip
+    add("--dataset-config", metavar="NAME", help="configuration of the dataset")
+    add("--split", default="test", help="split of the dataset; local files always have `train` (default: test)")
+    add("--column", help=f"column with the text (default: the first of {', '.join(TEXT_COLUMNS)})")
+    add("--reference-column", help="column with the expected answer, for scripts that compare (default: `reference`)")
+    add("--category-column", default="category", help="column to report by, where it exists (default: category)")
+    add("--prompts", type=int, default=prompts, metavar="N", help=f"how many prompts (default: {prompts})")
+    add("--prompt-tokens", type=int, default=prompt_tokens, metavar="N",
+        help=f"use the first N tokens of each prompt (default: {prompt_tokens or 'all'})")  # fmt: skip
+    add("--chat-template", action="store_true", help="put each prompt through the tokenizer's chat template")
+
+
+def load_prompts(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    """The prompts that `add_prompt_arguments` describes, spread evenly over the dataset (so over its categories)."""
+    if args.prompts < 1:
+        raise SystemExit(f"expected --prompts of at least 1, got {args.prompts}")
+    rows = list(_embedded_rows() if args.dataset is None else _dataset_rows(args))
+    if not rows:
+        raise SystemExit(f"expected prompts in {args.dataset}, found no rows")
+    count = min(args.prompts, len(rows))
+    chosen = [rows[i * len(rows) // count] for i in range(count)]
+    column = args.column or next((name for name in TEXT_COLUMNS if name in chosen[0]), None)
+    if column is None or column not in chosen[0]:
+        raise SystemExit(f"expected a text column, found {sorted(chosen[0])}; name it with --column")
+    reference = args.reference_column or "reference"
+    return [
+        Prompt(
+            _shorten(_text(row[column], args, tokenizer), args.prompt_tokens, tokenizer),
+            str(row.get(args.category_column) or "all"),
+            None if row.get(reference) is None else _first(row[reference]),
+        )
+        for row in chosen
+    ]
+
+
+def encode(prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase, device: torch.device) -> dict[str, torch.Tensor]:
+    """One left-padded batch: `input_ids` and `attention_mask`, `[prompts, tokens]`."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    options: dict[str, Any] = {"return_tensors": "pt", "padding": True, "padding_side": "left"}
+    # A chat template has put the special tokens already.
+    batch = tokenizer([prompt.text for prompt in prompts], **options, return_token_type_ids=False)
+    return dict(batch.to(device))
+
+
+def _embedded_rows() -> Iterable[dict[str, Any]]:
+    lines = (DEMO_PAIR / "heldout_prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    for row in map(json.loads, lines):
+        yield {"text": row["text"], "category": "class" if row["text"].startswith("class") else "function"}
+
+
+def _dataset_rows(args: argparse.Namespace) -> Iterable[dict[str, Any]]:
+    from datasets import load_dataset
+
+    path = Path(args.dataset)
+    loaders = {".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text", ".parquet": "parquet"}
+    try:
+        if path.is_file():
+            if path.suffix not in loaders:
+                raise SystemExit(f"expected --dataset with one of {', '.join(loaders)}, got {path.name}")
+            return load_dataset(loaders[path.suffix], data_files=str(path), split="train")
+        return load_dataset(args.dataset, args.dataset_config, split=args.split)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"--dataset {args.dataset} could not be loaded: {error}") from error
+
+
+def _first(value: Any) -> str:
+    return str(value[0]) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _text(value: Any, args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> str:
+    text = _first(value)  # Spec-Bench's `turns` are a list; the first one stands on its own
+    if not args.chat_template:
+        return text
+    message = [{"role": "user", "content": text}]
+    return str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+
+
+def _shorten(text: str, tokens: int | None, tokenizer: PreTrainedTokenizerBase) -> str:
+    if tokens is None:
+        return text
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return text if len(ids) <= tokens else str(tokenizer.decode(ids[:tokens]))
+
+
+def positive(value: str) -> int:
+    """An argparse type: an int of at least 1."""
+    number = int(value)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
+    return number
+
+
+def quiet() -> None:
+    """Keep loading messages out of the tables."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
