@@ -5,8 +5,10 @@ Importing registers `strategy="spec"` on `generate()`:
     model.generate(**inputs, assistant_model=draft, strategy="spec")
 """
 
+from .catalogue import Suggestion, suggest_draft
 from .drafters import Draft, Drafter, DraftRequest, ModelDrafter, PromptLookupDrafter
-from .pairs import demo_pair
+from .pair_file import PairConfig
+from .pairs import SpecPair, demo_pair
 from .stats import SpeculationStats
 from .strategy import register, speculative, unregister
 from .trace import Trace
@@ -18,12 +20,16 @@ __all__ = [
     "DraftRequest",
     "Drafter",
     "ModelDrafter",
+    "PairConfig",
     "PromptLookupDrafter",
+    "SpecPair",
     "SpeculationStats",
+    "Suggestion",
     "Trace",
     "demo_pair",
     "register",
     "speculative",
+    "suggest_draft",
     "unregister",
 ]
 

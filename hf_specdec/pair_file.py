@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from .options import OPTION_NAMES
+
 FILE_NAME = "specdec_pair.json"
 VERSION = 1
 
@@ -17,7 +19,8 @@ class ModelReference:
     """Where one model of a pair is.
 
     Attributes:
-        name_or_path: a Hub id, or a path relative to the folder of the pair file ("." is that folder).
+        name_or_path: a Hub id, or a folder relative to the pair file's own ("." is that one, "./draft" one inside it; a
+            name without the dot is a folder if there is such a folder, else a Hub id).
         revision: a branch, tag or commit on the Hub.
     """
 
@@ -32,20 +35,25 @@ class PairConfig:
     Attributes:
         target, draft: where the models are.
         speculate: False where measurements showed that speculation does not pay: `pair.generate` then decodes without.
-        recommended: options of `generate()` by their names there, such as `num_assistant_tokens`; what a call gives
-            itself comes first.
+        recommended: options of speculation by their names in `generate()`, such as `num_assistant_tokens`, and no
+            others: a file from elsewhere must not reach the rest of `generate()`. What a call gives comes first.
         tokenizer: what was compared when the pair was made: `vocab_size` and `sha256` of the sorted vocabulary.
         measured: one entry per measurement: date, command, device, dtype, batch size and the figures.
         version: of this schema.
     """
 
-    target: ModelReference
-    draft: ModelReference
+    target: ModelReference = ModelReference("./target")
+    draft: ModelReference = ModelReference("./draft")
     speculate: bool = True
     recommended: dict[str, Any] = field(default_factory=dict)
     tokenizer: dict[str, Any] = field(default_factory=dict)
     measured: list[dict[str, Any]] = field(default_factory=list)
     version: int = VERSION
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.recommended) - set(OPTION_NAMES))
+        if unknown:
+            raise ValueError(f"A pair can recommend {', '.join(OPTION_NAMES)}, not {', '.join(unknown)}")
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
@@ -73,10 +81,23 @@ class PairConfig:
         unknown = sorted(content.keys() - {f.name for f in fields(cls)})
         if unknown:
             raise ValueError(f"{where} has unknown entries {unknown}")
-        target, draft = (ModelReference(**content.pop(name)) for name in ("target", "draft"))
+        kinds = {"speculate": bool, "recommended": dict, "tokenizer": dict, "measured": list}
+        for name, kind in kinds.items():
+            if not isinstance(content.get(name, kind()), kind):
+                raise ValueError(f"`{name}` in {where} must be a {kind.__name__}, got {content[name]!r}")
+        target, draft = (_reference(content.pop(name), f"`{name}` in {where}") for name in ("target", "draft"))
         return cls(target, draft, **content)
 
     @classmethod
     def load(cls, folder: str | Path) -> "PairConfig":
         path = Path(folder) / FILE_NAME
         return cls.from_json(path.read_text(encoding="utf-8"), str(path))
+
+
+def _reference(content: Any, where: str) -> ModelReference:
+    entries = content if isinstance(content, dict) else {}
+    name, revision = entries.get("name_or_path"), entries.get("revision")
+    known = entries.keys() <= {"name_or_path", "revision"}
+    if not known or not isinstance(name, str) or not name or not isinstance(revision, (str, type(None))):
+        raise ValueError(f"{where} must be an object with `name_or_path` and, at most, `revision`, got {content!r}")
+    return ModelReference(name, revision)

@@ -17,7 +17,6 @@ import os
 import platform
 import re
 import statistics
-import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -27,22 +26,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
+from hf_specdec.tools.distillation import HELD_OUT, STDLIB, distillation_loss, first_layers, standard_library
+
 Llama, FastTokenizer = transformers.LlamaForCausalLM, transformers.PreTrainedTokenizerFast
 
-STDLIB = Path(sysconfig.get_paths()["stdlib"])
-# Not prose-like code, or not shipped by every system.
-SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "lib2to3"}
-SKIPPED_FOLDERS |= {"turtledemo", "pydoc_data", "encodings", "__pycache__", "lib-dynload"}
-# Never seen by the tokenizer or by either model.
-HELD_OUT = (
-    *("textwrap.py", "fractions.py", "queue.py", "shlex.py", "statistics.py", "heapq.py", "calendar.py", "pprint.py"),
-    *("tempfile.py", "graphlib.py", "ftplib.py", "configparser.py", "gettext.py", "selectors.py", "sched.py", "csv.py"),
-    *("cmd.py", "json/encoder.py", "concurrent/futures/thread.py", "http/cookies.py", "zipapp.py", "shelve.py"),
-)
 END, PAD = "<|endoftext|>", "<|pad|>"
 GAMMA = 4  # draft length of the acceptance figures
 PROMPT_TOKENS, NEW_TOKENS = 100, 100  # of each held-out prompt when acceptance is measured
@@ -53,18 +44,6 @@ SHAPE_FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_at
 TARGET_SHAPE = (192, 352, 18, 6, 2)
 DRAFT_LAYERS = 2
 SMOKE_SHAPE = (32, 64, 2, 2, 1)
-
-
-def source_files(smoke: bool) -> DatasetDict:
-    """Load the standard library as one document per module, split into `train` and `heldout`."""
-    names = [path.relative_to(STDLIB) for path in sorted(STDLIB.rglob("*.py"))]
-    names = [name for name in names if SKIPPED_FOLDERS.isdisjoint(name.parts) and name.as_posix() not in HELD_OUT]
-    names = [name for name in names if not name.parts[0].startswith("config-")]  # how this very Python was built
-    held_out = [str(STDLIB / name) for name in HELD_OUT if (STDLIB / name).exists()]
-    if not held_out or not names:
-        raise SystemExit(f"Expected the standard library's sources under {STDLIB}, found none; is it a zipped install?")
-    files = {"train": [str(STDLIB / name) for name in (names[:40] if smoke else names)], "heldout": held_out}
-    return load_dataset("text", data_files=files, sample_by="document", encoding_errors="replace")
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> FastTokenizer:
@@ -184,9 +163,7 @@ class Lesson:
         with torch.autocast("cpu", torch.bfloat16):
             logits = draft(self.blocks[chosen], use_cache=False).logits
         p_logits = self.states[chosen].float().flatten(0, 1) @ self.head.T
-        log_q = logits.flatten(0, 1).float().log_softmax(-1)
-        kl = F.kl_div(log_q, p_logits.log_softmax(-1), log_target=True, reduction="batchmean")
-        return kl + argmax_weight * F.nll_loss(log_q, p_logits.argmax(-1))
+        return distillation_loss(logits.flatten(0, 1), p_logits, argmax_weight)
 
 
 @torch.inference_mode()
@@ -205,14 +182,6 @@ def on_policy_blocks(target: Llama, corpus: torch.Tensor, rows: int, sample: boo
     starts = torch.randint(0, corpus.numel() - 96, (rows, 1))
     prompts = corpus.flatten()[starts + torch.arange(96)]
     return torch.cat([continuations(target, part, 160, sample) for part in prompts.split(256)])
-
-
-def new_draft(target: Llama, layers: int, tokenizer: FastTokenizer) -> Llama:
-    """The draft starts as the target's embeddings, first layers and final norm."""
-    shape = [layers if name == "num_hidden_layers" else getattr(target.config, name) for name in SHAPE_FIELDS]
-    draft = new_model(tuple(shape), tokenizer)
-    draft.load_state_dict(target.state_dict(), strict=False)
-    return draft
 
 
 def train_draft(draft: Llama, lessons: list[Lesson], args: argparse.Namespace) -> float:
@@ -359,7 +328,7 @@ def make_draft(args: argparse.Namespace, target: Llama, tokenizer: FastTokenizer
     began = time.perf_counter()
     lessons = make_lessons(args, target, blocks)
     writing_seconds = time.perf_counter() - began
-    draft = new_draft(target, 1 if args.smoke else DRAFT_LAYERS, tokenizer)
+    draft = first_layers(target, 1 if args.smoke else DRAFT_LAYERS)
     seconds = train_draft(draft, lessons, args)
     recipe = {name: getattr(args, name) for name in ("continuations", "lesson_weights", "argmax_weight")}
     training = {"steps": args.draft_steps, "lr": args.draft_lr, "seconds": seconds, "writing_seconds": writing_seconds}
@@ -378,7 +347,7 @@ def make_lessons(args: argparse.Namespace, target: Llama, blocks: torch.Tensor) 
 
 def main(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
-    docs = source_files(args.smoke)
+    docs = standard_library(40 if args.smoke else None)
     if not (args.skip_target or args.skip_draft):
         make_target(args, docs)
     target, tokenizer = load(args.output / "target"), transformers.AutoTokenizer.from_pretrained(args.output / "target")

@@ -1,7 +1,9 @@
-"""Drafts by name, and targets and drafts that share a tokenizer but not the size of their embeddings."""
+"""Pairs loaded, run and saved; drafts by name; one tokenizer over embeddings of different sizes."""
 
 import copy
 import functools
+import logging
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,11 @@ import pytest
 import torch
 from conftest import VOCAB, make_pair, make_prompts, perturbed
 from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from hf_specdec import SpeculationStats, Trace, pairs
+from hf_specdec.pair_file import ModelReference, PairConfig
+from hf_specdec.pairs import SpecPair
 
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 14}
 
@@ -159,3 +163,294 @@ def test_tokenizers_that_are_given_beat_those_that_are_found(folders):
     target, draft, _ = folders(swapped=True)
     tokenizers = {"tokenizer": make_tokenizer(88), "assistant_tokenizer": make_tokenizer(88)}
     assert generate(target, draft, **prompts(2), **tokenizers).equal(target.generate(**prompts(2), **GREEDY))
+
+
+# Pairs by name
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pair from memory, saved."""
+    folder = tmp_path_factory.mktemp("saved")
+    SpecPair(*pair(), make_tokenizer(VOCAB), PairConfig(recommended={"num_assistant_tokens": 3})).save_pretrained(
+        folder
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loaded(saved: Path) -> SpecPair:
+    return SpecPair.from_pretrained(saved)
+
+
+def write_pair_file(folder: Path, target: str, draft: str, **entries: Any) -> Path:
+    PairConfig(ModelReference(target), ModelReference(draft), **entries).save(folder)
+    return folder
+
+
+def same_weights(one: Any, other: Any) -> bool:
+    weights = other.state_dict()
+    return all(weight.equal(weights[name]) for name, weight in one.state_dict().items())
+
+
+def drafted(trace: Trace) -> int:
+    """The longest draft."""
+    return max(len(row.drafted) for iteration in trace.iterations for row in iteration.rows)
+
+
+def test_a_pair_generates_what_its_target_says(loaded):
+    stats = SpeculationStats()
+    out = loaded.generate(**prompts(2), **GREEDY, speculation_stats=stats)
+    assert out.equal(loaded.target.generate(**prompts(2), **GREEDY))
+    assert stats.accepted_tokens > 0
+
+
+def test_a_saved_pair_loads_again(loaded):
+    assert same_weights(loaded.target, pair()[0])
+    assert same_weights(loaded.draft, pair()[1])
+    assert not loaded.target.training and not loaded.draft.training
+    assert loaded.tokenizer.get_vocab() == make_tokenizer(VOCAB).get_vocab()
+    assert loaded.config.recommended == {"num_assistant_tokens": 3}
+
+
+def test_a_pair_can_be_saved_where_it_came_from(saved, tmp_path):
+    for _ in range(2):
+        SpecPair.from_pretrained(saved).save_pretrained(tmp_path)
+        saved = tmp_path
+    assert same_weights(SpecPair.from_pretrained(tmp_path).target, pair()[0])
+
+
+def test_the_pair_file_may_be_beside_the_targets_weights_or_elsewhere(saved, tmp_path):
+    pair()[0].save_pretrained(tmp_path / "root")
+    make_tokenizer(VOCAB).save_pretrained(tmp_path / "root")
+    layouts = [
+        write_pair_file(tmp_path / "root", ".", str(saved / "draft")),
+        write_pair_file(tmp_path / "elsewhere", "../root", str(saved / "draft")),
+        write_pair_file(tmp_path, "root", str(saved / "draft")),
+    ]
+    for folder in layouts:
+        loaded = SpecPair.from_pretrained(str(folder))
+        assert loaded.target.name_or_path == str(tmp_path / "root")
+        assert loaded.draft.name_or_path == str(saved / "draft")
+
+
+@pytest.mark.parametrize("name", ["target", "pair"])
+def test_a_draft_that_is_named_is_used(saved, tmp_path, name):
+    other = perturbed(pair()[0], 0.01, seed=9)
+    SpecPair(pair()[0], other, make_tokenizer(VOCAB)).save_pretrained(tmp_path)
+    loaded = SpecPair.from_pretrained(saved, tmp_path / "draft" if name == "target" else tmp_path)
+    assert same_weights(loaded.draft, other)
+    assert loaded.config.recommended == {}  # that was for the other draft
+
+
+@pytest.mark.parametrize("draft", [None, "auto"])
+def test_without_a_draft_the_pair_file_decides_else_the_catalogue(saved, draft):
+    assert SpecPair.from_pretrained(saved, draft).draft.name_or_path == str(saved / "draft")
+    with pytest.raises(ValueError, match="catalogue"):
+        SpecPair.from_pretrained(saved / "draft", draft)
+
+
+def test_arguments_of_from_pretrained_reach_both_models(saved):
+    options = {
+        "dtype": torch.bfloat16,
+        "attn_implementation": "eager",
+        "device_map": "meta",
+        "trust_remote_code": False,
+    }
+    loaded = SpecPair.from_pretrained(saved, **options, token="unused", local_files_only=True)
+    for model in (loaded.target, loaded.draft):
+        assert model.dtype == torch.bfloat16
+        assert model.config._attn_implementation == "eager"
+        assert model.device.type == "meta"
+    # A tokenizer would keep what it does not understand, and save it.
+    assert not loaded.tokenizer.init_kwargs.keys() & options.keys()
+
+
+@pytest.mark.parametrize("name", ["revision", "draft_revision"])
+def test_a_folder_has_no_revision(saved, name):
+    with pytest.raises(ValueError, match="a local folder, which has no revision 'v1': drop the revision"):
+        SpecPair.from_pretrained(saved / "target", saved / "draft", **{name: "v1"})
+
+
+def test_a_draft_that_is_not_named_has_no_revision_to_name(saved):
+    with pytest.raises(ValueError, match="`draft_revision` is the revision of `draft`, which was not named"):
+        SpecPair.from_pretrained(saved, draft_revision="v1")
+
+
+@pytest.mark.parametrize("arguments", [("./no/folder", "./no/folder"), ("{saved}", "./no/folder")])
+def test_what_is_not_there_is_named(saved, arguments):
+    with pytest.raises(OSError, match=r"\./no/folder is neither a local folder nor a Hub id"):
+        SpecPair.from_pretrained(*(name.format(saved=saved) for name in arguments))
+
+
+def test_only_the_target_needs_a_tokenizer(saved, tmp_path):
+    pair()[1].save_pretrained(tmp_path)
+    loaded = SpecPair.from_pretrained(saved / "target", tmp_path)
+    assert loaded.draft_tokenizer is None
+    assert "tokens" in [note.property for note in loaded.compatibility.notes]
+    with pytest.raises(OSError, match=f"No tokenizer could be loaded from {tmp_path}"):
+        SpecPair.from_pretrained(tmp_path, saved / "draft")
+
+
+# Pairs generate
+
+
+def test_recommendations_give_way_to_the_call(loaded):
+    for given, longest in (
+        ({}, 3),
+        ({"num_assistant_tokens": 2}, 2),
+        ({"generation_config": GenerationConfig(num_assistant_tokens=4)}, 4),
+    ):
+        trace = Trace()
+        loaded.generate(**prompts(1), **GREEDY, **given, speculation_trace=trace)
+        assert drafted(trace) == longest
+
+
+def test_another_draft_may_be_given_to_a_call(loaded):
+    trace = Trace()
+    loaded.generate(**prompts(1), **GREEDY, assistant_model=pair()[0], speculation_trace=trace)
+    assert drafted(trace) == 5  # the recommendation is about the pair's own
+
+
+def test_a_pair_that_does_not_pay_decodes_without_and_says_so_once(loaded, caplog, monkeypatch):
+    unpaying = copy.copy(loaded)
+    unpaying.config = PairConfig(speculate=False)
+    monkeypatch.setattr(pairs.logger, "propagate", True)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("hf_specdec"), "propagate", True)
+    expected = loaded.target.generate(**prompts(2), **GREEDY)
+    stats = SpeculationStats()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            out = unpaying.generate(**prompts(2), **GREEDY, num_assistant_tokens=3, speculation_stats=stats)
+            assert out.equal(expected)
+    assert stats.target_forwards == 0
+    assert sum("does not pay" in record.message for record in caplog.records) == 1
+    assert unpaying.generate(**prompts(2), **GREEDY, strategy="spec", speculation_stats=stats).equal(expected)
+    assert stats.target_forwards > 0
+
+
+@pytest.mark.parametrize("speculate", [True, False])
+def test_the_pairs_tokenizer_serves_stop_strings(tokenizer, speculate):
+    chosen = SpecPair(*pair(), tokenizer, PairConfig(speculate=speculate))
+    free = chosen.target.generate(**prompts(1), **GREEDY)[0]
+    stop = tokenizer.decode(free[16:18])
+    out = chosen.generate(**prompts(1), **GREEDY, stop_strings=[stop])[0]
+    assert out.tolist() == free[: len(out)].tolist()
+    assert len(out) < len(free)
+
+
+# A pair's draft for targets loaded by name
+
+
+def test_auto_is_the_draft_of_the_targets_pair_file(saved, tmp_path):
+    pair()[0].save_pretrained(tmp_path)
+    write_pair_file(tmp_path, ".", str(saved / "draft"))
+    expected = pair()[0].generate(**prompts(2), **GREEDY)
+    for folder in (tmp_path, saved / "target"):  # the file beside the weights, and in the folder above
+        target = AutoModelForCausalLM.from_pretrained(folder)
+        for _ in range(2):
+            assert generate(target, "auto", **prompts(2)).equal(expected)
+    assert pairs.load_draft.cache_info().misses == 2
+
+
+def test_auto_asks_the_catalogue_where_there_is_no_pair_file(saved, tmp_path):
+    for folder in (tmp_path, saved / "draft"):  # the pair file above this one is about another target
+        if folder == tmp_path:
+            pair()[0].save_pretrained(folder)
+        target = AutoModelForCausalLM.from_pretrained(folder)
+        with pytest.raises(ValueError, match=r"'auto' could not be loaded: .*catalogue"):
+            generate(target, "auto", **prompts(1))
+
+
+def test_auto_needs_a_target_with_a_name():
+    with pytest.raises(ValueError, match="this target was not loaded by name"):
+        generate(copy.deepcopy(pair()[0]), "auto", **prompts(1))
+
+
+def test_a_draft_by_name_may_be_a_pair(saved):
+    expected = pair()[0].generate(**prompts(2), **GREEDY)
+    assert generate(pair()[0], str(saved), **prompts(2)).equal(expected)
+
+
+# What does not fit
+
+
+def test_a_draft_with_another_tokenizer_is_refused_with_the_table(saved, tmp_path):
+    pair()[1].save_pretrained(tmp_path)
+    make_tokenizer(VOCAB, swapped=True).save_pretrained(tmp_path)
+    with pytest.raises(ValueError) as error:
+        SpecPair.from_pretrained(saved / "target", tmp_path)
+    assert re.search(r"does not fit.*tokens.*96.*96.*error.*different tokenizers", str(error.value), re.DOTALL)
+    assert "dtype" not in str(error.value)  # which is fine
+
+
+def test_a_tokenizer_that_changed_since_the_pair_was_saved_is_named(tmp_path):
+    SpecPair(*pair(), make_tokenizer(VOCAB)).save_pretrained(tmp_path)
+    for part in ("target", "draft"):
+        make_tokenizer(VOCAB, swapped=True).save_pretrained(tmp_path / part)
+    expected = f"The tokenizer files in {tmp_path / 'target'} have changed since specdec_pair.json was written.*sha256"
+    with pytest.raises(ValueError, match=expected):
+        SpecPair.from_pretrained(tmp_path)
+
+
+def test_notes_are_kept(saved):
+    loaded = SpecPair.from_pretrained(saved / "target", saved / "draft")
+    assert [note.property for note in loaded.compatibility.notes] == ["parameters", "cost ratio"]  # equal in size
+    loaded.draft.to(torch.bfloat16)
+    assert "dtype" not in [note.property for note in loaded.compatibility.notes]
+    assert "dtype" in [note.property for note in loaded.check().notes]
+
+
+# Saving
+
+
+def test_weights_that_are_only_here_must_be_saved(loaded, tmp_path):
+    with pytest.raises(ValueError, match="The target is not on the Hub"):
+        loaded.save_pretrained(tmp_path, weights=False)
+
+
+def test_the_example_on_the_card_runs(saved):
+    card = (saved / "README.md").read_text(encoding="utf-8")
+    assert f'SpecPair.from_pretrained("{saved}")' in card
+    example = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    names: dict[str, Any] = {}
+    exec(example.replace("Once upon a time", "w5").replace("max_new_tokens=64", "max_new_tokens=4"), names)
+    assert names["ids"].shape == (1, 5)
+
+
+def test_the_card_tells_what_was_measured(loaded, tmp_path):
+    measured = [
+        {
+            "date": "2026-11-24",
+            "command": "scripts/tune --pair x",
+            "speed-up": 1.8371,
+            "by category": {"a": 2, "b": 1.5},
+        },
+        {"date": "2026-11-25", "command": "scripts/tune --pair x", "device": "one | two"},
+    ]
+    measuring = copy.copy(loaded)
+    measuring.config = PairConfig(recommended={"num_assistant_tokens": 7}, measured=measured)
+    measuring.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    for line in (
+        "| date | speed-up | by category | device |",
+        "| 2026-11-24 | 1.837 | a: 2, b: 1.5 |  |",
+        "| 2026-11-25 |  |  | one \\| two |",
+        "`num_assistant_tokens=7`",
+    ):
+        assert line in card
+    assert card.count("scripts/tune --pair x") == 1
+    assert SpecPair.from_pretrained(tmp_path).config.measured == measured
+
+
+def test_a_card_of_your_own_is_kept(loaded, tmp_path):
+    (tmp_path / "README.md").write_text("mine", encoding="utf-8")
+    loaded.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == "mine"
+
+
+def test_the_embedded_pair_is_one():
+    embedded = SpecPair.from_pretrained(pairs.DEMO_PAIR)
+    assert embedded.compatibility.findings and not embedded.compatibility.errors + embedded.compatibility.notes
+    assert embedded.config.tokenizer["vocab_size"] == 4096

@@ -1,0 +1,120 @@
+"""The model card of a pair: README.md with the metadata that the Hub reads, how to use the pair, and what was measured.
+
+Owns the text. Where models come from and how they are saved is `pairs.py`'s.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from .loading import hub_file
+from .pair_file import FILE_NAME, ModelReference, PairConfig
+
+# A card with this line is ours to write again; without it, it belongs to whoever took the line out.
+MARK = "<!-- Written by hf_specdec. Remove this line to keep your own changes when the pair is saved again. -->"
+
+
+def write_card(folder: Path, name: str, config: PairConfig, licenses: dict[str, str | None]) -> None:
+    """Write README.md into `folder`, unless there is one that is not ours.
+
+    Args:
+        folder: where specdec_pair.json is.
+        name: what the usage example loads.
+        config: of the pair.
+        licenses: of "target" and "draft"; None where unknown.
+    """
+    path = folder / "README.md"
+    if not path.exists() or MARK in path.read_text(encoding="utf-8"):
+        path.write_text(card_text(name, config, licenses), encoding="utf-8")
+
+
+def card_text(name: str, config: PairConfig, licenses: dict[str, str | None]) -> str:
+    references = {"target": config.target, "draft": config.draft}
+    on_the_hub = [r.name_or_path for r in references.values() if not r.name_or_path.startswith(".")]
+    license = licenses["target"] if licenses["target"] == licenses["draft"] else None
+    data = ModelCardData(
+        base_model=list(dict.fromkeys(on_the_hub)) or None,
+        license=license,
+        library_name="hf_specdec",
+        pipeline_tag="text-generation",
+        tags=["speculative-decoding"],
+    )
+    rows = [
+        [role, f"`{r.name_or_path}`", f"`{r.revision}`" if r.revision else "", licenses[role] or "not stated"]
+        for role, r in references.items()
+    ]
+    return f"""---
+{data.to_yaml()}
+---
+{MARK}
+# {Path(name).name}: a pair for speculative decoding
+
+A target model and the draft model that makes its `generate()` faster, without a change in what it says.
+Loaded with `hf_specdec`.
+
+{_table(["", "model", "revision", "license"], rows)}
+
+## Use
+
+```python
+from hf_specdec.pairs import SpecPair
+
+pair = SpecPair.from_pretrained({json.dumps(name)})
+inputs = pair.tokenizer("Once upon a time", return_tensors="pt").to(pair.target.device)
+ids = pair.generate(**inputs, max_new_tokens=64)
+print(pair.tokenizer.decode(ids[0], skip_special_tokens=True))
+```
+
+`{FILE_NAME}` says where the models are{_recommendation(config)}
+
+## Measured
+
+{_measured(config.measured)}
+"""
+
+
+def license_of(reference: ModelReference, **hub: Any) -> str | None:
+    """The license that a model's own card states, if there is such a card within reach."""
+    path: Path | None = Path(reference.name_or_path, "README.md")
+    if not Path(reference.name_or_path).is_dir():
+        try:
+            path = hub_file(reference.name_or_path, "README.md", reference.revision, **hub)
+        except OSError:
+            return None
+    return ModelCard.load(path, ignore_metadata_errors=True).data.license if path and path.is_file() else None
+
+
+def _recommendation(config: PairConfig) -> str:
+    if not config.speculate:
+        return ", and that measurements found no gain: `pair.generate` decodes without the draft."
+    if not config.recommended:
+        return "."
+    options = ", ".join(f"`{name}={value!r}`" for name, value in config.recommended.items())
+    return f", and what `pair.generate` uses unless told otherwise: {options}."
+
+
+def _measured(measured: list[dict[str, Any]]) -> str:
+    """One line for each measurement, and the commands below."""
+    if not measured:
+        return "Nothing yet: `scripts/tune` measures a pair and writes the result here."
+    columns = [name for name in dict.fromkeys(name for entry in measured for name in entry) if name != "command"]
+    text = _table(columns, [[_cell(entry.get(name)) for name in columns] for entry in measured])
+    commands = dict.fromkeys(str(entry["command"]) for entry in measured if "command" in entry)
+    return text + ("\n\n```bash\n" + "\n".join(commands) + "\n```" if commands else "")
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_cell(v)}" for key, v in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_cell, value))
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "" if value is None else str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,195 @@
+"""Models and pairs by name: local folders and Hub repositories, and the pair file in either.
+
+Decides where a name leads and loads from there; comparing what was loaded is `compatibility.py`'s.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .pair_file import FILE_NAME, ModelReference, PairConfig
+
+# The arguments of `from_pretrained` about where files come from, and those that tokenizers understand as well.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token")
+TOKENIZER_ARGUMENTS = (*HUB_ARGUMENTS, "proxies", "trust_remote_code", "code_revision")
+
+
+@dataclass(frozen=True)
+class FoundPair:
+    """A pair file, and where its models can be loaded from, wherever the file itself was."""
+
+    config: PairConfig
+    target: ModelReference
+    draft: ModelReference
+
+
+def find_pair(
+    name: str, revision: str | None = None, *, roles: Iterable[str] = ("target", "draft"), **arguments: Any
+) -> FoundPair | None:
+    """The pair that a local folder or Hub repository is; None where it holds no pair file, or none can be reached.
+
+    Args:
+        name: a local folder or Hub id.
+        revision: of the Hub repository.
+        roles: the models that are wanted. If they are folders of the Hub repository they are downloaded; what is not
+            wanted is left as the file names it.
+        arguments: of `from_pretrained`; those about the Hub are used.
+
+    Raises:
+        OSError: for a Hub repository that does not exist or may not be read.
+        ValueError: for a pair file that cannot be understood.
+    """
+    if Path(name).is_dir():
+        if not (Path(name) / FILE_NAME).is_file():
+            return None
+        config = PairConfig.load(name)
+        return FoundPair(config, _beside(Path(name), config.target), _beside(Path(name), config.draft))
+    hub = _hub(arguments)
+    try:
+        file = hub_file(name, FILE_NAME, revision, **hub)
+    except LocalEntryNotFoundError:  # the Hub cannot be reached; loading will say so if that matters
+        return None
+    if file is None:
+        return None
+    config = PairConfig.load(file.parent)
+    references = {"target": config.target, "draft": config.draft}
+    return FoundPair(config, **references | {role: _inside(name, file.parent, references[role], hub) for role in roles})
+
+
+def _beside(folder: Path, reference: ModelReference) -> ModelReference:
+    """What a reference in a local folder's pair file means."""
+    name = reference.name_or_path
+    if name.startswith(".") or (folder / name).is_dir():
+        return ModelReference(str((folder / name).resolve()))
+    return reference
+
+
+def _inside(repo: str, snapshot: Path, reference: ModelReference, hub: dict[str, Any]) -> ModelReference:
+    """What a reference in a Hub repository's pair file means; a folder of the repository is downloaded.
+
+    `snapshot` is the repository in the local cache, named after its commit.
+    """
+    commit, name = snapshot.name, PurePosixPath(reference.name_or_path)
+    if name.is_absolute() or ".." in name.parts:
+        raise ValueError(f"{FILE_NAME} of {repo} names {name}, expected a Hub id or a folder inside the repository")
+    if not name.parts:
+        return ModelReference(repo, commit)
+    is_folder = reference.name_or_path.startswith(".")
+    if not is_folder:
+        try:
+            is_folder = hub_file(repo, f"{name}/config.json", commit, **hub) is not None
+        except LocalEntryNotFoundError:
+            is_folder = False
+    if not is_folder:
+        return reference
+    try:
+        snapshot_download(repo, revision=commit, allow_patterns=[f"{name}/*"], **hub)
+    except Exception as error:
+        raise OSError(explain(error, repo, commit)) from error
+    return ModelReference(str(snapshot / name))
+
+
+def pin(reference: ModelReference, **arguments: Any) -> ModelReference:
+    """The reference with its commit in place of a branch or tag, so that all files come from one state of the repo.
+
+    Raises:
+        OSError: if there is no such model, or it may not be read, or it is neither in reach nor in the cache.
+        ValueError: for a revision of a local folder.
+    """
+    if Path(reference.name_or_path).is_dir():
+        if reference.revision is not None:
+            raise ValueError(
+                f"{reference.name_or_path} is a local folder, which has no revision {reference.revision!r}: drop the "
+                "revision, or name the Hub repository"
+            )
+        return reference
+    try:
+        file = hub_file(reference.name_or_path, "config.json", reference.revision, **_hub(arguments))
+    except LocalEntryNotFoundError as error:
+        raise OSError(explain(error, reference.name_or_path, reference.revision)) from error
+    return reference if file is None else ModelReference(reference.name_or_path, file.parent.name)
+
+
+def load_model(reference: ModelReference, **arguments: Any) -> PreTrainedModel:
+    """The causal language model, in evaluation mode; `arguments` are `from_pretrained`'s."""
+    name, revision = reference.name_or_path, reference.revision
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, revision=revision, **arguments).eval()
+    except OSError as error:
+        cause: BaseException = error
+        while cause.__context__ is not None:
+            cause = cause.__context__
+        # transformers names a file that it misses and not why, which may be a broken connection.
+        reason = "" if cause is error else f"; it began with {type(cause).__name__}: {cause}"
+        raise OSError(f"{name} could not be loaded: {error}{reason}") from error
+
+
+def load_tokenizer(reference: ModelReference, **arguments: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model; those of `from_pretrained`'s `arguments` that a tokenizer understands are used.
+
+    Raises:
+        OSError: if there is none, or it cannot be loaded.
+    """
+    understood = {name: value for name, value in arguments.items() if name in TOKENIZER_ARGUMENTS}
+    name = reference.name_or_path
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=reference.revision, **understood)
+    except (OSError, ValueError) as error:
+        raise OSError(f"No tokenizer could be loaded from {name}: {error}") from error
+
+
+def hub_file(repo: str, name: str, revision: str | None = None, **hub: Any) -> Path | None:
+    """One file of a Hub repository, in the local cache; None where the repository has no such file.
+
+    Raises:
+        LocalEntryNotFoundError: if the Hub cannot be reached and the cache does not have the file.
+        OSError: if there is no such repository or revision, or it may not be read.
+    """
+    try:
+        return Path(hf_hub_download(repo, name, revision=revision, **hub))
+    except LocalEntryNotFoundError:
+        raise
+    except EntryNotFoundError:
+        return None
+    except Exception as error:  # the errors of the HTTP client are no OSErrors
+        raise OSError(explain(error, repo, revision)) from error
+
+
+def explain(error: Exception, name: str, revision: str | None) -> str:
+    """Why a model could not be had, in one sentence, and what to do about it."""
+    if isinstance(error, HFValidationError):
+        return f"{name} is neither a local folder nor a Hub id (such as 'Qwen/Qwen3-0.6B')"
+    if isinstance(error, LocalEntryNotFoundError):
+        return (
+            f"{name} is not in the local cache, and the Hub cannot be reached or is switched off (HF_HUB_OFFLINE, "
+            f"local_files_only): go online once, or run `hf download {name}` where there is a network"
+        )
+    if isinstance(error, GatedRepoError):
+        return f"{name} is gated: accept its terms on the Hub, then pass `token` or run `hf auth login`"
+    if isinstance(error, RevisionNotFoundError):
+        return f"{name} has no revision {revision!r} on the Hub: name a branch, tag or commit that it has"
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            f"{name} is neither a local folder nor a repository on the Hub that can be read: check the name; if it is "
+            "private, pass `token` or run `hf auth login`"
+        )
+    if isinstance(error, HfHubHTTPError) and error.response.status_code == 401:
+        return f"The Hub refused the token for {name}: pass a valid `token`, or run `hf auth login`"
+    return f"{name} could not be downloaded: {error}"
+
+
+def _hub(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in arguments.items() if name in HUB_ARGUMENTS and value is not None}

@@ -1,0 +1,132 @@
+"""Bare forwards of target and draft on filled caches: what they take, and the speed-up that they alone would allow."""
+
+import inspect
+import statistics
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+REPEATS = 3  # per batch and round
+
+
+class BareForward:
+    """Forwards of one model over a few more tokens, always at the same place of the same text.
+
+    transformers' own cache and attention, as vanilla decoding uses them; the cache is cropped back after each.
+
+    Args:
+        input_ids, mask: `[rows, columns]`, the text so far.
+    """
+
+    def __init__(self, model: PreTrainedModel, input_ids: Tensor, mask: Tensor):
+        self.model, self.ids, self.mask = model, input_ids, mask
+        self.cache = DynamicCache(config=model.config)
+        few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+        self._forward(input_ids, mask, **few)
+        if hasattr(self.cache, "activate_past_recording"):  # sliding windows can be cropped from here on
+            self.cache.activate_past_recording()
+
+    @property
+    def croppable(self) -> bool:
+        """Whether the cache can be put back; without that nothing can be measured twice."""
+        return bool(getattr(self.cache, "is_croppable", True))
+
+    def seconds(self, tokens: int) -> float:
+        """Wall time of one forward over `tokens` new tokens per row."""
+        ids = self.ids[:, -tokens:]
+        mask = torch.cat([self.mask, torch.ones_like(ids)], dim=1)
+        _synchronize(self.model)
+        began = time.perf_counter()
+        self._forward(ids, mask)
+        _synchronize(self.model)
+        took = time.perf_counter() - began
+        self.cache.crop(-tokens)
+        return took
+
+    @torch.inference_mode()
+    def _forward(self, ids: Tensor, mask: Tensor, **kwargs: Any) -> None:
+        if not bool(self.mask.all()):  # without padding generate() goes without a mask too
+            kwargs["attention_mask"] = mask
+        self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, **kwargs)
+
+
+class BareForwards:
+    """The forwards that the methods of one setting rest on, measured a few times per round.
+
+    Attributes:
+        target_seconds: by tokens per forward, the target's wall times.
+        draft_seconds: wall times of the draft's one-token forward.
+        missing: why there is nothing to measure; else empty.
+    """
+
+    def __init__(self, target: PreTrainedModel, draft: PreTrainedModel):
+        self.target, self.draft = target, draft
+        self.target_seconds: dict[int, list[float]] = {}
+        self.draft_seconds: list[float] = []
+        self.missing = ""
+        self._models: tuple[BareForward, BareForward] | None = None
+
+    def prepare(self, batch: dict[str, Tensor], rows: list[list[int]], lengths: Iterable[int]) -> None:
+        """Fill both caches up to the middle of vanilla's continuations.
+
+        Args:
+            batch: `input_ids` and `attention_mask` of the prompts.
+            rows: what vanilla generated behind them (rows beyond the batch are not looked at).
+            lengths: tokens per target forward to measure.
+        """
+        ids = batch["input_ids"]
+        rows = rows[: len(ids)]
+        half = min(map(len, rows)) // 2
+        ids = torch.cat([ids, torch.tensor([row[:half] for row in rows], dtype=ids.dtype, device=ids.device)], dim=1)
+        mask = torch.cat([batch["attention_mask"], torch.ones_like(ids[:, :half])], dim=1)
+        models = BareForward(self.target, ids, mask), BareForward(self.draft, ids, mask)
+        if not all(model.croppable for model in models):
+            self.missing = "a cache that cannot be rolled back"
+            return
+        self._models = models
+        self.target_seconds = {tokens: [] for tokens in sorted({1, *lengths}) if tokens <= ids.shape[1]}
+        for model in models:  # warm up
+            for tokens in self.target_seconds:
+                model.seconds(tokens)
+
+    def measure(self) -> None:
+        if self._models is None:
+            return
+        target, draft = self._models
+        for _ in range(REPEATS):
+            for tokens, seconds in self.target_seconds.items():
+                seconds.append(target.seconds(tokens))
+            self.draft_seconds.append(draft.seconds(1))
+
+    def ideal(self, tau: float, tokens: int, draft_forwards: float) -> float | None:
+        """The speed-up over vanilla at block efficiency `tau` if nothing but forwards took time.
+
+        τ · t_target(1) / (t_target(γ + 1) + γ · t_draft(1)), with γ + 1 = `tokens` and γ = `draft_forwards`.
+        """
+        if tokens not in self.target_seconds or not self.draft_seconds:
+            return None
+        block = self.target_median(tokens) + draft_forwards * statistics.median(self.draft_seconds)
+        return tau * self.target_median(1) / block
+
+    def to_dict(self) -> dict[str, Any]:
+        """Medians in milliseconds, and c, the cost ratio."""
+        if not self.draft_seconds:
+            return {"missing": self.missing}
+        draft = statistics.median(self.draft_seconds)
+        return {
+            "target_ms": {tokens: round(self.target_median(tokens) * 1000, 3) for tokens in self.target_seconds},
+            "draft_ms": round(draft * 1000, 3),
+            "cost_ratio": round(draft / self.target_median(1), 4),
+        }
+
+    def target_median(self, tokens: int) -> float:
+        return statistics.median(self.target_seconds[tokens])
+
+
+def _synchronize(model: PreTrainedModel) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)

@@ -1,0 +1,381 @@
+"""Distillation: where a draft starts, what it reads, its loss, its training, and the acceptance that results.
+
+Owns no files but the checkpoints that it is told to write; scripts decide on folders, tables and exit codes. Needs the
+extra `train` (accelerate, datasets).
+"""
+
+import copy
+import shutil
+import signal
+import sysconfig
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator, skip_first_batches
+from datasets import Dataset, DatasetDict, load_dataset
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_linear_schedule_with_warmup
+
+from ..stats import SpeculationStats
+
+STDLIB = Path(sysconfig.get_paths()["stdlib"])
+# Not prose-like code, or not shipped by every system.
+SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "lib2to3"}
+SKIPPED_FOLDERS |= {"turtledemo", "pydoc_data", "encodings", "__pycache__", "lib-dynload"}
+# Never seen by the embedded pair; its held-out prompts are cut from these.
+HELD_OUT = (
+    *("textwrap.py", "fractions.py", "queue.py", "shlex.py", "statistics.py", "heapq.py", "calendar.py", "pprint.py"),
+    *("tempfile.py", "graphlib.py", "ftplib.py", "configparser.py", "gettext.py", "selectors.py", "sched.py", "csv.py"),
+    *("cmd.py", "json/encoder.py", "concurrent/futures/thread.py", "http/cookies.py", "zipapp.py", "shelve.py"),
+)
+
+GAMMA = 5  # draft length of the acceptance figures: the library's default
+ROWS_WRITTEN = 64  # rows that the target continues at a time
+CHUNK = 2**24  # logits turned into float32 probabilities at a time: 64 MiB for each of the few temporaries
+
+
+# ------------------------------------------------------------------------------------------------ where a draft starts
+
+
+def first_layers(target: PreTrainedModel, layers: int) -> PreTrainedModel:
+    """A draft made of the target's embeddings, first `layers` layers, final norm and head, in the target's dtype."""
+    draft = random_layers(target, layers)
+    missing = draft.load_state_dict(target.state_dict(), strict=False).missing_keys
+    if missing:
+        raise ValueError(f"{type(target).__name__} with fewer layers has weights that the target lacks: {missing}")
+    return draft
+
+
+def random_layers(target: PreTrainedModel, layers: int) -> PreTrainedModel:
+    """A draft of the target's configuration with `layers` layers and random weights, in the target's dtype."""
+    config = copy.deepcopy(target.config)
+    text = config.get_text_config(decoder=True)
+    if not 1 <= layers < text.num_hidden_layers:
+        raise ValueError(
+            f"a draft of {type(target).__name__} takes 1 to {text.num_hidden_layers - 1} of its "
+            f"{text.num_hidden_layers} layers, got {layers}"
+        )
+    for name, value in text.to_dict().items():
+        if "layer" in name and isinstance(value, list) and len(value) == text.num_hidden_layers:
+            setattr(text, name, value[:layers])  # one entry per layer, such as `layer_types`
+    text.num_hidden_layers = layers
+    draft = type(target)(config).to(target.device, target.dtype).eval()
+    if draft.num_parameters() >= target.num_parameters():
+        raise ValueError(f"{type(target).__name__} does not take its number of layers from `num_hidden_layers`")
+    draft.generation_config = copy.deepcopy(target.generation_config)
+    return draft
+
+
+# ---------------------------------------------------------------------------------------------------- what it reads
+
+
+def standard_library(modules: int | None = None) -> DatasetDict:
+    """Python's standard library, a document per module: the first `modules` (all if None) in `train`, and `heldout`."""
+    names = [path.relative_to(STDLIB) for path in sorted(STDLIB.rglob("*.py"))]
+    names = [name for name in names if SKIPPED_FOLDERS.isdisjoint(name.parts) and name.as_posix() not in HELD_OUT]
+    names = [name for name in names if not name.parts[0].startswith("config-")]  # how this very Python was built
+    held_out = [str(STDLIB / name) for name in HELD_OUT if (STDLIB / name).exists()]
+    if not held_out or not names:
+        raise SystemExit(f"Expected the standard library's sources under {STDLIB}, found none; is it a zipped install?")
+    files = {"train": [str(STDLIB / name) for name in names[:modules]], "heldout": held_out}
+    return load_dataset("text", data_files=files, sample_by="document", encoding_errors="replace")
+
+
+def cut(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int, **options: Any) -> list[list[int]]:
+    """The texts' tokens in pieces of at most `length`, none across two texts; lone tokens teach nothing and go.
+
+    `options` are the tokenizer's, such as `add_special_tokens`.
+    """
+    rows = tokenizer(texts, verbose=False, **options)["input_ids"] if texts else []
+    pieces = [row[at : at + length] for row in rows for at in range(0, len(row), length)]
+    return [piece for piece in pieces if len(piece) > 1]
+
+
+def hold_out(pieces: list[list[int]], count: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Split into `(training, held out)`: `count` pieces, evenly spread, are held out, and with them their doubles."""
+    if len(pieces) <= count:
+        raise ValueError(
+            f"the text has {len(pieces)} pieces of at least two tokens, expected more than the {count} held out: "
+            "give more text, or hold out fewer prompts"
+        )
+    held = [pieces[i * len(pieces) // count] for i in range(count)]
+    kept_apart = {tuple(piece) for piece in held}
+    training = [piece for piece in pieces if tuple(piece) not in kept_apart]
+    if not training:
+        raise ValueError(f"nothing is left to train on: the text repeats the {count} pieces held out")
+    return training, held
+
+
+def draws(size: int, count: int, seed: int) -> list[int]:
+    """`count` of the numbers below `size`: in random order, all of them once before any comes again."""
+    generator = torch.Generator().manual_seed(seed)
+    rounds = [torch.randperm(size, generator=generator) for _ in range(-(-count // size))]
+    return torch.cat(rounds)[:count].tolist() if rounds else []
+
+
+def write(
+    target: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    new_tokens: int,
+    temperature: float | None = None,
+    draft: PreTrainedModel | None = None,
+    what: str | None = None,
+) -> tuple[list[list[int]], SpeculationStats]:
+    """Let the target continue the prompts, greedily if `temperature` is None, drafted by `draft` if there is one.
+
+    Args:
+        what: describes the progress bar; None shows none.
+
+    Returns:
+        Prompt and continuation of each row, up to and with its end token; and what speculation did.
+    """
+    stats = SpeculationStats()
+    config = target.generation_config
+    ends = set() if config.eos_token_id is None else set(torch.tensor(config.eos_token_id).flatten().tolist())
+    padding = next((each for each in (config.pad_token_id, *ends) if each is not None), 0)
+    options: dict[str, Any] = {"do_sample": temperature is not None, "max_new_tokens": new_tokens}
+    options |= {"pad_token_id": padding, "return_dict_in_generate": False}
+    if temperature is not None:
+        options["temperature"] = temperature
+    if draft is not None:
+        options |= {"assistant_model": draft, "strategy": "spec", "speculation_stats": stats}
+        options |= {"num_assistant_tokens": GAMMA, "num_assistant_tokens_schedule": "constant"}
+    starts: Any = range(0, len(prompts), ROWS_WRITTEN)
+    if what is not None:
+        starts = track(starts, what, console=Console(stderr=True))
+    written = []
+    for start in starts:
+        rows = [torch.tensor(prompt) for prompt in prompts[start : start + ROWS_WRITTEN]]
+        ids = pad_sequence(rows, batch_first=True, padding_value=padding, padding_side="left")
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+        out = target.generate(ids.to(target.device), attention_mask=mask.to(target.device), **options)
+        for row, tokens in zip(rows, out[:, ids.shape[1] :].tolist()):
+            length = next((at for at, token in enumerate(tokens, 1) if token in ends), len(tokens))
+            written.append(row.tolist() + tokens[:length])
+    return written, stats
+
+
+def pays(stats: SpeculationStats, draft: PreTrainedModel, target: PreTrainedModel) -> bool:
+    """Whether speculating is likely faster than not: τ > 1 + γ c, with c taken from the parameter counts."""
+    return stats.block_efficiency > 1 + GAMMA * draft.num_parameters() / target.num_parameters()
+
+
+def examples(
+    target: PreTrainedModel,
+    draft: PreTrainedModel | None,
+    pieces: list[list[int]],
+    count: int,
+    prompt_tokens: int,
+    new_tokens: int,
+    temperature: float,
+    seed: int,
+) -> Dataset:
+    """What the draft learns from: `count` texts as they are, and as many continued greedily and by sampling.
+
+    The continuations are the target's own, since that is the text which drafts are verified along. A draft changes
+    how fast they are written, not what they are.
+
+    Returns:
+        `kind` ("text", "greedy", "sampled") and `input_ids`, all of different pieces while these last.
+    """
+    torch.manual_seed(seed)
+    chosen = [pieces[i] for i in draws(len(pieces), 3 * count, seed)]
+    prompts = [piece[:prompt_tokens] for piece in chosen[count:]]
+    greedy, _ = write(target, prompts[:count], new_tokens, None, draft, "target writes, greedily")
+    sampled, _ = write(target, prompts[count:], new_tokens, temperature, draft, "target writes, sampling")
+    kinds = [kind for kind in ("text", "greedy", "sampled") for _ in range(count)]
+    return Dataset.from_dict({"kind": kinds, "input_ids": chosen[:count] + greedy + sampled})
+
+
+# ------------------------------------------------------------------------------------------------------------ loss
+
+
+def distillation_loss(
+    draft_logits: Tensor, target_logits: Tensor, argmax_weight: float = 0.0, mask: Tensor | None = None
+) -> Tensor:
+    """KL(target || draft) over the whole vocabulary, plus cross-entropy on the target's argmax; the mean over tokens.
+
+    One of the divergences that DistillSpec compares (Zhou et al. 2024, arXiv:2310.08461). By Pinsker's inequality it
+    bounds what sampling loses: a draft token is rejected with probability TV(p, q) <= sqrt(KL(p || q) / 2). Greedy
+    acceptance asks for the same argmax only, hence the second term. Only a few rows at a time become float32
+    probabilities, which are computed again in the backward pass instead of being kept.
+
+    Args:
+        draft_logits, target_logits: `[..., vocabulary]`; where one is padded wider, the rest of it is left out.
+        argmax_weight: of the second term.
+        mask: `[...]`, true for the tokens that count; all if None.
+    """
+    width = min(draft_logits.shape[-1], target_logits.shape[-1])
+    q_logits, p_logits = (logits.flatten(0, -2)[:, :width] for logits in (draft_logits, target_logits))
+    keep = torch.ones(len(q_logits), device=q_logits.device) if mask is None else mask.flatten()
+    rows = keep.nonzero()[:, 0]
+    chunks = rows.split(max(1, CHUNK // width))
+    sums = [checkpoint(_summed_loss, q_logits, p_logits, c, argmax_weight, use_reentrant=False) for c in chunks]
+    return torch.stack(sums).sum() / len(rows)
+
+
+def _summed_loss(q_logits: Tensor, p_logits: Tensor, rows: Tensor, argmax_weight: float) -> Tensor:
+    p_logits = p_logits[rows].float()
+    log_q = q_logits[rows].float().log_softmax(-1)
+    kl = F.kl_div(log_q, p_logits.log_softmax(-1), log_target=True, reduction="sum")
+    return kl + argmax_weight * F.nll_loss(log_q, p_logits.argmax(-1), reduction="sum")
+
+
+# -------------------------------------------------------------------------------------------------------- training
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a draft is trained.
+
+    Attributes:
+        steps: updates of the weights.
+        rows: examples of one forward.
+        accumulate: forwards of one step.
+        lr: peak learning rate of AdamW, reached after a tenth of the steps, then falling linearly to zero.
+        argmax_weight: see `distillation_loss`.
+        mixed_precision: "no", "bf16" or "fp16", of both models' forwards; the draft's weights are float32.
+        seed: of the order of the examples.
+    """
+
+    steps: int
+    rows: int
+    accumulate: int = 1
+    lr: float = 1e-3
+    argmax_weight: float = 0.5
+    mixed_precision: str = "no"
+    seed: int = 0
+
+
+class Distillation:
+    """A draft in training.
+
+    Attributes:
+        step: steps done.
+    """
+
+    def __init__(self, draft: PreTrainedModel, target: PreTrainedModel, examples: Dataset, recipe: Recipe) -> None:
+        self.target, self.recipe, self.step = target.eval(), recipe, 0
+        self._trained = copy.deepcopy(draft).to(target.dtype)
+        self._accelerator = Accelerator(
+            cpu=target.device.type == "cpu",
+            mixed_precision=recipe.mixed_precision,
+            gradient_accumulation_steps=recipe.accumulate,
+        )
+        if self._accelerator.num_processes > 1:
+            raise ValueError(f"distillation runs in one process, accelerate has {self._accelerator.num_processes}")
+        here = self._accelerator.device
+        if (here.type, here.index or 0) != (target.device.type, target.device.index or 0):
+            raise ValueError(
+                f"the target is on {target.device}, accelerate trains on {here}: choose the GPU by CUDA_VISIBLE_DEVICES"
+            )
+        draft = draft.float()
+        optimizer = torch.optim.AdamW(draft.parameters(), lr=recipe.lr, betas=(0.9, 0.95), weight_decay=0.01)
+        schedule = get_linear_schedule_with_warmup(optimizer, recipe.steps // 10, recipe.steps)
+        order = draws(len(examples), recipe.steps * recipe.accumulate * recipe.rows, recipe.seed)
+        # Its own generator: a loader draws a seed whenever it is iterated, which a resumed run does once more.
+        loader = DataLoader(
+            examples["input_ids"], recipe.rows, sampler=order, collate_fn=_collate, generator=torch.Generator()
+        )
+        prepared = self._accelerator.prepare(draft, optimizer, loader, schedule)
+        self._draft, self._optimizer, self._loader, self._schedule = prepared
+
+    def train(self) -> Iterator[float]:
+        """Take the remaining steps; gives each one's loss when it is done."""
+        total = 0.0
+        self._draft.train()
+        for batch in skip_first_batches(self._loader, self.step * self.recipe.accumulate):
+            with self._accelerator.accumulate(self._draft):
+                loss = self._loss(batch)
+                self._accelerator.backward(loss)
+                if self._accelerator.sync_gradients:
+                    self._accelerator.clip_grad_norm_(self._draft.parameters(), 1.0)
+                self._optimizer.step()
+                self._schedule.step()
+                self._optimizer.zero_grad()
+            total += loss.item() / self.recipe.accumulate
+            if self._accelerator.sync_gradients:
+                self.step += 1
+                yield total
+                total = 0.0
+
+    def _loss(self, batch: dict[str, Tensor]) -> Tensor:
+        with torch.no_grad(), self._accelerator.autocast():
+            target_logits = self.target(**batch, use_cache=False).logits
+        draft_logits = self._draft(**batch, use_cache=False).logits
+        return distillation_loss(draft_logits, target_logits, self.recipe.argmax_weight, batch["attention_mask"])
+
+    def draft(self) -> PreTrainedModel:
+        """The draft as it is now, in the target's dtype: what gets measured and saved. The next call changes it."""
+        self._trained.load_state_dict(self._draft.state_dict())
+        return self._trained.eval()
+
+    def save(self, folder: Path) -> None:
+        """Write `folder/checkpoint-STEP`, complete or not at all, in place of the one before."""
+        unfinished, before = folder / "unfinished", list(folder.glob("checkpoint-*"))
+        shutil.rmtree(unfinished, ignore_errors=True)
+        self._accelerator.save_state(str(unfinished))
+        unfinished.rename(folder / f"checkpoint-{self.step:06d}")
+        for old in before:
+            shutil.rmtree(old)
+
+    def load(self, folder: Path) -> None:
+        """Go on from the checkpoint in `folder`, if there is one: weights, optimizer, schedule, random state, order."""
+        for saved in sorted(folder.glob("checkpoint-*"))[-1:]:
+            self._accelerator.load_state(str(saved))
+            self.step = int(saved.name.removeprefix("checkpoint-"))
+
+
+def _collate(rows: list[list[int]]) -> dict[str, Tensor]:
+    """Right-padded `input_ids` and `attention_mask`, `[rows, tokens]`."""
+    tensors = [torch.tensor(row) for row in rows]
+    mask = [torch.ones_like(row) for row in tensors]
+    return {
+        "input_ids": pad_sequence(tensors, batch_first=True),
+        "attention_mask": pad_sequence(mask, batch_first=True),
+    }
+
+
+@contextmanager
+def interruptible() -> Iterator[list[int]]:
+    """Collects Ctrl-C instead of raising it, so that a step is never cut in half; the second one raises again."""
+    received: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        received.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# ------------------------------------------------------------------------------------------------- what comes of it
+
+
+def acceptance(
+    target: PreTrainedModel,
+    draft: PreTrainedModel,
+    prompts: list[list[int]],
+    new_tokens: int,
+    temperature: float,
+    seed: int = 0,
+) -> dict[str, SpeculationStats]:
+    """What real speculative runs over the prompts accept, "greedy" and "sampled"; leaves the random state alone."""
+    devices = [target.device] if target.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        temperatures = {"greedy": None, "sampled": temperature}
+        return {name: write(target, prompts, new_tokens, t, draft)[1] for name, t in temperatures.items()}

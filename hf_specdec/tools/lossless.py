@@ -1,0 +1,271 @@
+"""Whether speculation changes what a model says: greedy outputs, token by token (sampled ones: `two_sample.py`).
+
+Owns the comparison and its verdicts; knows nothing of command lines or tables.
+
+Vanilla and speculative decoding must give the same tokens. In a dtype of few digits two correct programs may still
+part, because a forward over several tokens rounds otherwise than one over a single token. So where a row first parts
+from vanilla (what follows differs legitimately), both paths have seen the same prefix, and their logits there decide.
+It is a *numerical tie* when all of this holds, and a *BUG* otherwise:
+
+1. each path chose the best token of its own scores;
+2. the gap between the two tokens, summed over both paths, is at most the *bound*;
+3. up to there, the logits of the two paths differ by at most the bound (over vanilla's TOP best tokens per position).
+
+A row of identical tokens is a BUG too if it fails the third. The bound is the larger of
+
+- the *resolution*: two units in the last place of the dtype at the magnitude of the row's logits, since each of the
+  four logits in the sum of the gaps is rounded by half a unit at the very end;
+- twice the *noise* of the target itself: the largest difference, over all prompts, positions and TOP tokens, between
+  vanilla's logits (one token at a time, with transformers' cache) and one plain forward over the whole unpadded text
+  without any cache. For logits that are off by n at most, the sum of two tokens' gaps is off by 2n at most.
+
+None of our code takes part in measuring the noise, so a bug that spoils our logits cannot excuse itself by it. What the
+bound may hide is said as well: the share of positions at which vanilla's own best two tokens are that close.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..pairs import SpecPair
+from ..stats import SpeculationStats
+from .arguments import Prompt, encode
+
+TOP = 20  # tokens per position whose logits are compared
+IDENTICAL, TIE, BUG = "identical", "tie", "BUG"
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to speculate: `drafter` is "model" or "look-up"."""
+
+    drafter: str
+    gamma: int
+    batch_size: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.drafter} γ={self.gamma}"
+
+    def options(self, pair: SpecPair) -> dict[str, Any]:
+        """The arguments of `generate()`."""
+        if self.drafter == "look-up":
+            return {"strategy": "spec", "prompt_lookup_num_tokens": self.gamma}
+        # The tokenizers were compared when the pair was loaded; naming one for both spares doing so in every call.
+        one = {"tokenizer": pair.tokenizer, "assistant_tokenizer": pair.tokenizer}
+        return {"strategy": "spec", "assistant_model": pair.draft, "num_assistant_tokens": self.gamma, **one}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one call generated for one prompt.
+
+    Attributes:
+        tokens: the new tokens, up to and with the first end token.
+        logits: `[tokens, vocab]`, as the model gave them on the way.
+        scores: `[tokens, vocab]`, what the logits processors made of them; their argmax is chosen.
+    """
+
+    tokens: list[int]
+    logits: Tensor
+    scores: Tensor
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One row of speculative decoding beside vanilla's.
+
+    Attributes:
+        prompt: its number, from 1.
+        position: the number of the first new token that differs, from 1; `None` if none does.
+        tokens: vanilla's and our token there; `None` for one that had ended before.
+        gaps: by how much each path prefers its own token to the other's, in scores; `None` where one had ended.
+        deviation: the largest difference between the two paths' logits up to that position.
+        resolution: two units in the last place at the magnitude of the logits.
+    """
+
+    prompt: int
+    position: int | None
+    tokens: tuple[int | None, int | None]
+    gaps: tuple[float, float] | None
+    deviation: float
+    resolution: float
+
+    def judge(self, noise: float) -> tuple[str, str]:
+        """The verdict, and why: see the rule at the top of this file. `noise`: of the target itself."""
+        bound = max(self.resolution, 2 * noise)
+        if self.position is not None and self.gaps is None:
+            who = "vanilla" if self.tokens[0] is None else "speculation"
+            return BUG, f"{who} ended earlier"
+        if self.gaps is not None and not min(self.gaps) >= 0:
+            return BUG, "not the best token of its own path"
+        if not self.deviation <= bound:
+            return BUG, f"logits off by {self.deviation:.2g}, rounding explains {bound:.2g}"
+        if self.gaps is None:
+            return IDENTICAL, ""
+        if not sum(self.gaps) <= bound:
+            return BUG, f"gaps of {sum(self.gaps):.2g} in all, rounding explains {bound:.2g}"
+        return TIE, f"gaps of {sum(self.gaps):.2g} in all, within {bound:.2g}"
+
+
+@dataclass
+class Rounding:
+    """What vanilla and plain forwards of the target differ by.
+
+    Attributes:
+        noise: the largest difference between their logits.
+        margins: by position, how far vanilla's best score is ahead of its second.
+    """
+
+    noise: float = 0.0
+    margins: list[float] = field(default_factory=list)
+
+    def add(self, row: Row, reference: Tensor) -> None:
+        self.noise = max(self.noise, _difference(row.logits, reference, row.logits))
+        self.margins += (-row.scores.topk(2).values.diff(dim=-1)).flatten().tolist()
+
+
+@dataclass
+class GreedyResult:
+    """All prompts in one way."""
+
+    way: Way
+    rounding: Rounding  # shared by the ways of one batch size, complete when all batches have run
+    comparisons: list[Comparison] = field(default_factory=list)
+    stats: SpeculationStats = field(default_factory=SpeculationStats)
+
+    def verdicts(self) -> list[tuple[Comparison, str, str]]:
+        return [(comparison, *comparison.judge(self.rounding.noise)) for comparison in self.comparisons]
+
+    @property
+    def bound(self) -> float:
+        return max(2 * self.rounding.noise, *(c.resolution for c in self.comparisons))
+
+    @property
+    def near_ties(self) -> float:
+        """The share of vanilla's positions whose best two scores are within the bound: where a tie would pass."""
+        margins = self.rounding.margins
+        return sum(margin <= self.bound for margin in margins) / len(margins)
+
+    def to_dict(self) -> dict[str, Any]:
+        verdicts = self.verdicts()
+        counts = Counter(verdict for _, verdict, _ in verdicts)
+        return asdict(self.way) | {
+            "rows": len(verdicts),
+            "identical": counts[IDENTICAL],
+            "ties": counts[TIE],
+            "bugs": counts[BUG],
+            "acceptance_rate": round(self.stats.acceptance_rate, 4),
+            "block_efficiency": round(self.stats.block_efficiency, 3),
+            "drafted_tokens": self.stats.drafted_tokens,
+            "accepted_tokens": self.stats.accepted_tokens,
+            "deviation": max(c.deviation for c in self.comparisons),
+            "noise": self.rounding.noise,
+            "bound": self.bound,
+            "near_ties": round(self.near_ties, 4),
+            "divergences": [asdict(c) | {"verdict": v, "why": why} for c, v, why in verdicts if v != IDENTICAL],
+        }
+
+
+def check_greedy(
+    pair: SpecPair,
+    prompts: list[Prompt],
+    ways: list[Way],
+    new_tokens: int,
+    advance: Callable[[], None] = lambda: None,
+) -> list[GreedyResult]:
+    """Decode greedily with vanilla and in each way, and compare.
+
+    Args:
+        pair, prompts: what to decode; prompts are left-padded into batches of each way's size.
+        new_tokens: at most, per prompt.
+        advance: called after each batch and way.
+    """
+    roundings = {way.batch_size: Rounding() for way in ways}
+    results = [GreedyResult(way, roundings[way.batch_size]) for way in ways]
+    for batch_size, rounding in roundings.items():
+        for first in range(0, len(prompts), batch_size):
+            inputs = encode(prompts[first : first + batch_size], pair.tokenizer, pair.target.device)
+            vanilla = decode(pair.target, inputs, new_tokens)
+            for prompt, row in zip(unpadded(inputs), vanilla):
+                rounding.add(row, plain_logits(pair.target, prompt, row.tokens))
+            for result in results:
+                if result.way.batch_size != batch_size:
+                    continue
+                options = result.way.options(pair) | {"speculation_stats": result.stats}
+                rows = decode(pair.target, inputs, new_tokens, **options)
+                for number, pair_of_rows in enumerate(zip(vanilla, rows, strict=True), start=first + 1):
+                    result.comparisons.append(compare(number, *pair_of_rows, pair.target.dtype))
+                advance()
+    return results
+
+
+def decode(target: PreTrainedModel, inputs: dict[str, Tensor], new_tokens: int, **options: Any) -> list[Row]:
+    """Greedy `generate()`, by row of the batch."""
+    out = target.generate(
+        **inputs,
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+        output_scores=True,
+        **options,
+    )
+    rows = cut(out.sequences[:, inputs["input_ids"].shape[1] :], target)
+    logits, scores = (torch.stack(steps, dim=1).float() for steps in (out.logits, out.scores))
+    return [Row(tokens, logits[i, : len(tokens)], scores[i, : len(tokens)]) for i, tokens in enumerate(rows)]
+
+
+def cut(tokens: Tensor, model: PreTrainedModel) -> list[list[int]]:
+    """Each row up to and with its first end token; what stands behind it is padding."""
+    eos = model.generation_config.eos_token_id
+    ends = set() if eos is None else set(torch.tensor(eos).flatten().tolist())
+    return [row[: next((i for i, t in enumerate(row, start=1) if t in ends), len(row))] for row in tokens.tolist()]
+
+
+def unpadded(inputs: dict[str, Tensor]) -> Iterator[Tensor]:
+    """The prompts of a batch without padding: `[tokens]` each."""
+    for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"]):
+        yield ids[mask.bool()]
+
+
+@torch.inference_mode()
+def plain_logits(target: PreTrainedModel, prompt: Tensor, tokens: list[int]) -> Tensor:
+    """What one forward over the whole text, without a cache, gives for each of `tokens`: `[tokens, vocab]`."""
+    ids = torch.cat([prompt, prompt.new_tensor(tokens[:-1])])
+    return target(input_ids=ids[None], use_cache=False).logits[0, len(prompt) - 1 :].float()
+
+
+def compare(prompt: int, vanilla: Row, spec: Row, dtype: torch.dtype) -> Comparison:
+    """Two rows that continue the same prompt with a model of that dtype."""
+    shorter = min(len(vanilla.tokens), len(spec.tokens))
+    at = next((i for i in range(shorter) if vanilla.tokens[i] != spec.tokens[i]), shorter)
+    same = slice(at + 1)  # the positions at which both paths had seen the same prefix
+    length = min(at + 1, shorter)
+    deviation = _difference(vanilla.logits[:length], spec.logits[:length], vanilla.logits[:length])
+    resolution = 2 * spacing(float(_top(vanilla.logits[same], vanilla.logits[same]).abs().max()), dtype)
+    if len(vanilla.tokens) == len(spec.tokens) == at:
+        return Comparison(prompt, None, (None, None), None, deviation, resolution)
+    a, b = ((row.tokens[at] if at < len(row.tokens) else None) for row in (vanilla, spec))
+    if a is None or b is None:
+        return Comparison(prompt, at + 1, (a, b), None, deviation, resolution)
+    gaps = float(vanilla.scores[at, a] - vanilla.scores[at, b]), float(spec.scores[at, b] - spec.scores[at, a])
+    return Comparison(prompt, at + 1, (a, b), gaps, deviation, resolution)
+
+
+def spacing(magnitude: float, dtype: torch.dtype) -> float:
+    """The distance between neighbouring numbers of a dtype at a magnitude."""
+    return float(torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(magnitude))) if magnitude else 0.0
+
+
+def _top(logits: Tensor, by: Tensor) -> Tensor:
+    return logits.gather(-1, by.topk(min(TOP, by.shape[-1])).indices)
+
+
+def _difference(a: Tensor, b: Tensor, by: Tensor) -> float:
+    return float((_top(a, by) - _top(b, by)).abs().max())

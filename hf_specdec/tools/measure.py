@@ -1,0 +1,263 @@
+"""Ways to generate, measured against one another on one machine that may be busy with other things too.
+
+Methods take turns batch by batch, and every ratio is taken within a round before the median over the rounds is: what
+slows the machine down for a while slows down both sides. Owns the clocks and the ratios; prints nothing.
+"""
+
+import gc
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from ctypes import CDLL
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+
+from ..stats import SpeculationStats
+from .bare import BareForwards
+
+VANILLA, ASSISTED, OURS = "vanilla", "HF assisted", "hf_specdec"
+Batch = dict[str, Tensor]  # input_ids and attention_mask, [rows, columns], left-padded
+
+
+@dataclass
+class Method:
+    """A way to generate.
+
+    Attributes:
+        name: as tables show it.
+        family: `VANILLA`, `ASSISTED` or `OURS`.
+        options: makes the arguments of `generate()`, anew for each run.
+        gamma: γ where it is one number, else `None`.
+    """
+
+    name: str
+    family: str
+    options: Callable[[], dict[str, Any]] = dict
+    gamma: int | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One `generate()` call.
+
+    Attributes:
+        seconds: wall time in all.
+        first_seconds: wall time until the first new token of every row was there.
+        tokens: new tokens, each row counted to its end.
+        first_tokens: those of them that came out of the same target forward as the first.
+        forwards: forwards of the target, over the prompt included.
+    """
+
+    seconds: float
+    first_seconds: float
+    tokens: int
+    first_tokens: int
+    forwards: int
+
+
+@dataclass
+class Record:
+    """What was measured of one method in one setting.
+
+    Attributes:
+        rounds: `[rounds][batches]`.
+        stats: of the untimed round; only ours fills it.
+        rows: the new tokens of every row, batch after batch, in the untimed round.
+        differing: indices of rows that were not vanilla's in some run.
+        refusal: the first line of the error where the method refuses the input.
+        peak_bytes: memory that one call took on top of what was there before, `None` where it cannot be read.
+    """
+
+    method: Method
+    rounds: list[list[Run]] = field(default_factory=list)
+    stats: SpeculationStats = field(default_factory=SpeculationStats)
+    rows: list[list[int]] = field(default_factory=list)
+    differing: set[int] = field(default_factory=set)
+    refusal: str = ""
+    peak_bytes: int | None = None
+
+
+class Arrivals(BaseStreamer):
+    """A streamer that notes when the first new token arrives, and how many came out of the same target forward."""
+
+    def __init__(self, rows: int):
+        self.rows, self.forwards, self.columns, self.first_seconds = rows, 0, -1, 0.0
+        self._forwards_at_first = 0
+
+    def put(self, value: Tensor) -> None:
+        if self.columns < 0:  # the prompt
+            self.columns = 0
+            return
+        if self.columns == 0:
+            self.first_seconds, self._forwards_at_first = time.perf_counter(), self.forwards
+        if self.forwards == self._forwards_at_first:
+            self.columns += value.numel() // self.rows
+
+    def end(self) -> None:
+        pass
+
+    def count_forward(self, *_: Any) -> None:
+        self.forwards += 1
+
+
+def timed(target: PreTrainedModel, batch: Batch, new_tokens: int, options: dict[str, Any]) -> tuple[Run, Tensor]:
+    """One greedy `generate()` call: its times, and the sequences it returned."""
+    rows, width = batch["input_ids"].shape
+    arrivals = Arrivals(rows)
+    hook = target.register_forward_pre_hook(arrivals.count_forward)
+    synchronize(target.device)
+    began = time.perf_counter()
+    try:
+        sequences = target.generate(**batch, max_new_tokens=new_tokens, do_sample=False, streamer=arrivals, **options)
+        synchronize(target.device)
+        seconds = time.perf_counter() - began
+    finally:
+        hook.remove()
+    lengths = [len(row) for row in new_rows(target, sequences, width)]
+    first = sum(min(length, arrivals.columns) for length in lengths)
+    return Run(seconds, arrivals.first_seconds - began, sum(lengths), first, arrivals.forwards), sequences
+
+
+def new_rows(target: PreTrainedModel, sequences: Tensor, width: int) -> list[list[int]]:
+    """What follows the prompt of `width` columns in each row, up to its first end token (padding follows that)."""
+    eos = target.generation_config.eos_token_id
+    ends = set() if eos is None else set(torch.tensor(eos).flatten().tolist())
+    rows = sequences[:, width:].tolist()
+    return [row[: next((at for at, token in enumerate(row, 1) if token in ends), len(row))] for row in rows]
+
+
+class Comparison:
+    """Methods that take turns on the same batches.
+
+    Call `warm_up` first, then `round` as often as wanted; `weigh` reads peak memory.
+
+    Args:
+        methods: the first one must be vanilla; it is what tokens are compared with.
+        bare: measured after each batch too, if given.
+        advance: called with a method's name before each of its runs.
+
+    Attributes:
+        records: by the methods' names.
+    """
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        methods: Sequence[Method],
+        batches: Sequence[Batch],
+        new_tokens: int,
+        bare: BareForwards | None = None,
+        advance: Callable[[str], None] = lambda name: None,
+    ):
+        self.target, self.batches, self.new_tokens, self.bare, self.advance = target, batches, new_tokens, bare, advance
+        self.records = {method.name: Record(method) for method in methods}
+        self.reference = self.records[methods[0].name]
+
+    def warm_up(self) -> None:
+        """An untimed round, which counts."""
+        for index, record in self._turns(self.records):
+            self._run(record, index, record.stats)
+        if self.bare is not None:
+            self.bare.prepare(self.batches[0], self.reference.rows, map(checked, self.records.values()))
+
+    def round(self, names: Iterable[str] | None = None) -> None:
+        """A timed round of vanilla and the methods named, or of all."""
+        chosen = self.records if names is None else {self.reference.method.name, *names}
+        for record in (self.records[name] for name in chosen):
+            record.rounds.append([])
+        for index, record in self._turns(chosen):
+            run = self._run(record, index)
+            if run is not None:
+                record.rounds[-1].append(run)
+            if record is self.reference and self.bare is not None:
+                self.bare.measure()
+
+    def weigh(self) -> None:
+        """One untimed run of each method on the last batch, for its peak memory."""
+        for record in self.records.values():
+            with peak_memory(self.target.device) as peak:
+                self._run(record, len(self.batches) - 1)
+            record.peak_bytes = None if record.refusal else peak.get("bytes")
+
+    def _turns(self, names: Iterable[str]) -> Iterator[tuple[int, Record]]:
+        """Batch by batch: vanilla, then the others in another order each time, so that none always follows the same."""
+        others = [record for name in names if (record := self.records[name]) is not self.reference]
+        for index in range(len(self.batches)):
+            for record in [self.reference, *random.sample(others, len(others))]:
+                self.advance(record.method.name)
+                yield index, record
+
+    def _run(self, record: Record, index: int, stats: SpeculationStats | None = None) -> Run | None:
+        """One method on one batch; `None` where it refuses. `stats` are given for the run that counts."""
+        if record.refusal:
+            return None
+        batch = self.batches[index]
+        options = record.method.options()
+        if record.method.family == OURS:
+            options["speculation_stats"] = SpeculationStats() if stats is None else stats
+        try:
+            run, sequences = timed(self.target, batch, self.new_tokens, options)
+        except Exception as error:
+            if record.method.family != ASSISTED:
+                raise
+            record.refusal = (str(error) or type(error).__name__).splitlines()[0]
+            return None
+        rows = new_rows(self.target, sequences, batch["input_ids"].shape[1])
+        if stats is not None:
+            record.rows.extend(rows)
+        first = sum(len(batch["input_ids"]) for batch in self.batches[:index])
+        record.differing |= {at for at, row in enumerate(rows, first) if row != self.reference.rows[at]}
+        return run
+
+
+def checked(record: Record) -> int:
+    """Tokens of a usual verification forward: γ + 1, with the mean γ where it varies; 1 where nothing is drafted."""
+    stats = record.stats
+    mean = stats.drafted_tokens / stats.row_iterations if stats.row_iterations else 0
+    return 1 + (round(mean) if record.method.gamma is None else record.method.gamma)
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[dict[str, int]]:
+    """Fills `["bytes"]` with what the block took at its peak on top of what there was; leaves it out if unknown.
+
+    CUDA: of torch's allocator. CPU: of the resident set, whose high-water mark Linux lets us reset.
+    """
+    found: dict[str, int] = {}
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield found
+        torch.cuda.synchronize(device)
+        found["bytes"] = torch.cuda.max_memory_allocated(device) - before
+        return
+    try:
+        if hasattr(libc := CDLL(None), "malloc_trim"):
+            libc.malloc_trim(0)  # else what earlier runs have freed would be taken again unseen
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _resident("VmRSS")
+    except OSError:
+        yield found
+        return
+    yield found
+    found["bytes"] = _resident("VmHWM") - before
+
+
+def _resident(name: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until an accelerator has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,72 @@
+"""The ways to generate that scripts compare: vanilla, HF assisted generation, and ours, by draft length and schedule.
+
+A *way* is how the command line names them: a number is a constant γ, a name is a schedule, "default" sets nothing.
+"""
+
+import copy
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..schedule import SCHEDULES
+from .measure import ASSISTED, OURS, VANILLA, Method
+
+DEFAULT = "default"
+
+
+def vanilla() -> Method:
+    return Method(VANILLA, VANILLA)
+
+
+def assisted(draft: PreTrainedModel, way: str) -> Method:
+    """HF assisted generation.
+
+    transformers reads γ and schedule from the draft's generation config and learns into it, so each run gets a draft of
+    its own, which shares the weights.
+    """
+
+    def options() -> dict[str, Any]:
+        own = copy.copy(draft)
+        own.generation_config = copy.deepcopy(draft.generation_config)
+        own.generation_config.update(**way_options(way))
+        return {"assistant_model": own}
+
+    return Method(f"{ASSISTED} {way_label(way)}", ASSISTED, options, int(way) if way.isdecimal() else None)
+
+
+def assisted_lookup(gamma: int) -> Method:
+    """HF's prompt look-up."""
+    return Method(f"HF look-up γ={gamma}", ASSISTED, lambda: {"prompt_lookup_num_tokens": gamma})
+
+
+def ours(draft: PreTrainedModel, options: dict[str, Any], label: str) -> Method:
+    """strategy="spec" with a draft model and any options of `generate()`."""
+    fixed = options.get("num_assistant_tokens_schedule") == "constant"
+    fixed &= not options.get("assistant_confidence_threshold")
+    return Method(
+        f"{OURS} {label}",
+        OURS,
+        lambda: {"assistant_model": draft, "strategy": "spec", **options},
+        options.get("num_assistant_tokens") if fixed else None,
+    )
+
+
+def ours_lookup(gamma: int) -> Method:
+    options = {"strategy": "spec", "prompt_lookup_num_tokens": gamma}
+    return Method(f"{OURS} look-up γ={gamma}", OURS, options.copy)
+
+
+def way_options(way: str) -> dict[str, Any]:
+    if way == DEFAULT:
+        return {}
+    if way.isdecimal():
+        return {"num_assistant_tokens": int(way), "num_assistant_tokens_schedule": "constant"}
+    return {"num_assistant_tokens_schedule": way}
+
+
+def way_label(way: str) -> str:
+    return f"γ={way}" if way.isdecimal() else way
+
+
+def is_way(way: str) -> bool:
+    return (way.isdecimal() and int(way) > 0) or way in (*SCHEDULES, DEFAULT)

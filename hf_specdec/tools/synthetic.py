@@ -1,0 +1,151 @@
+"""Pairs without training, of any size: big random ones, and the embedded one with the cost of a large model.
+
+For measuring speed where no weights can be downloaded. Each says what agrees with what, and why.
+"""
+
+import argparse
+import copy
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from ..pair_file import ModelReference, PairConfig
+from ..pairs import DEMO_PAIR, SpecPair
+from .arguments import load_pair
+
+KINDS = ("big", "embedded-big")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("synthetic pairs")
+    add = group.add_argument
+    add("--synthetic", choices=KINDS, help="instead of a pair: `big`, a random Llama of 300M whose first two layers "
+        "draft, or `embedded-big`, the embedded pair with a target of 300M that says the same")  # fmt: skip
+    add("--random-draft", action="store_true", help="give the draft random weights, so that it never agrees")
+
+
+def load(args: argparse.Namespace) -> SpecPair:
+    """The pair that the arguments of `add_pair_arguments` and `add_arguments` describe."""
+    if args.synthetic is None:
+        pair = load_pair(args)
+    else:
+        if args.pair or args.target:
+            raise SystemExit("expected --synthetic, or --pair or --target, got both")
+        if args.threads is not None:
+            torch.set_num_threads(args.threads)
+        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = getattr(torch, "float32" if args.dtype == "auto" else args.dtype)
+        pair = big_pair(dtype, device) if args.synthetic == "big" else embedded_big_pair(dtype, device)
+    if args.random_draft:
+        pair.draft, pair.sources = random_like(pair.draft), None
+    return pair
+
+
+def big_pair(
+    dtype: torch.dtype,
+    device: str = "cpu",
+    *,
+    layers: int = 24,
+    hidden_size: int = 1024,
+    intermediate_size: int = 3072,
+    draft_layers: int = 2,
+    epsilon: float = 0.03,
+    seed: int = 0,
+) -> SpecPair:
+    """A random Llama of 306M parameters, and its first layers as the draft, over the embedded pair's tokenizer.
+
+    The layers behind the draft's add only `epsilon` times what they would, so the draft agrees mostly: about four times
+    in five at 0.03, half of the time at 0.08.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_PAIR / "target")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden_size // 64,
+        num_key_value_heads=max(hidden_size // 128, 1),
+        max_position_embeddings=32768,
+        initializer_range=0.05,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    target = _random_llama(config, dtype, device, seed)
+    with torch.no_grad():
+        for layer in target.model.layers[draft_layers:]:
+            layer.self_attn.o_proj.weight *= epsilon
+            layer.mlp.down_proj.weight *= epsilon
+    return SpecPair(target, first_layers(target, draft_layers), tokenizer, _config("big"))
+
+
+def first_layers(target: PreTrainedModel, count: int) -> PreTrainedModel:
+    """A draft that is the target's first layers with its embeddings, norm and head; it shares those weights."""
+    config = copy.deepcopy(target.config)
+    config.num_hidden_layers = count
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:count]
+    with torch.device("meta"):
+        draft = AutoModelForCausalLM.from_config(config)
+    draft.load_state_dict(target.state_dict(), strict=False, assign=True)
+    draft.model.rotary_emb = target.model.rotary_emb
+    draft.generation_config = copy.deepcopy(target.generation_config)
+    return draft.eval()
+
+
+def embedded_big_pair(
+    dtype: torch.dtype, device: str = "cpu", *, layers: int = 48, intermediate_size: int = 10240
+) -> SpecPair:
+    """The embedded pair, its target made big: realistic text and acceptance at the cost ratio of a large model."""
+    pair = SpecPair.from_pretrained(str(DEMO_PAIR), dtype=dtype, device_map=device)
+    pair.target = enlarged(pair.target, layers, intermediate_size)
+    pair.config = _config("embedded-big")
+    return pair
+
+
+def enlarged(model: PreTrainedModel, layers: int, intermediate_size: int, seed: int = 0) -> PreTrainedModel:
+    """A Llama that computes the same function as `model` with more layers and wider MLPs.
+
+    The layers put behind its own add nothing (`o_proj` and `down_proj` are zero), nor do the columns added to each
+    `down_proj`; everything else that is new is random, so that it costs what weights cost.
+    """
+    config = copy.deepcopy(model.config)
+    own, width = config.num_hidden_layers, config.intermediate_size
+    if layers < own or intermediate_size < width:
+        raise ValueError(
+            f"expected at least {own} layers and an intermediate size of {width}, got {layers} and {intermediate_size}"
+        )
+    config.num_hidden_layers, config.intermediate_size = layers, intermediate_size
+    big = _random_llama(config, model.dtype, str(model.device), seed)
+    with torch.no_grad():
+        for layer in big.model.layers:
+            layer.mlp.down_proj.weight.zero_()
+        for layer in big.model.layers[own:]:
+            layer.self_attn.o_proj.weight.zero_()
+        theirs = model.state_dict()
+        for name, parameter in big.state_dict().items():
+            if name in theirs:
+                part = tuple(slice(size) for size in theirs[name].shape)
+                parameter[part] = theirs[name]
+    big.generation_config = copy.deepcopy(model.generation_config)
+    return big
+
+
+def random_like(model: PreTrainedModel, seed: int = 1) -> PreTrainedModel:
+    """A model of the same shape with random weights, embeddings and head apart, so that it agrees with nothing."""
+    config = copy.deepcopy(model.config)
+    config.tie_word_embeddings = False
+    torch.manual_seed(seed)
+    fresh = AutoModelForCausalLM.from_config(config, dtype=model.dtype).to(model.device)
+    fresh.generation_config = copy.deepcopy(model.generation_config)
+    return fresh.eval()
+
+
+def _random_llama(config: LlamaConfig, dtype: torch.dtype, device: str, seed: int) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def _config(name: str) -> PairConfig:
+    return PairConfig(ModelReference(f"synthetic {name} target"), ModelReference(f"synthetic {name} draft"))

@@ -1,0 +1,153 @@
+"""Which draft length and schedule suit a pair: a race that drops the slower half again and again, and its outcome.
+
+Owns the race and what is written into a pair file; the measuring is `measure.py`'s.
+"""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..compatibility import vocabulary_check
+from ..loading import find_pair
+from ..pair_file import FILE_NAME, ModelReference, PairConfig
+from ..pairs import SpecPair
+from .bare import BareForwards
+from .measure import Comparison, Record
+from .methods import ours, vanilla
+from .settings import Setting
+from .summary import Spread, ratio
+
+LEAST_ROUNDS, MOST_ROUNDS = 3, 20  # of the winner: fewer have no quartiles to speak of, more say nothing new
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One choice of options and how it did.
+
+    Attributes:
+        name: as tables show it.
+        options: of `generate()`.
+        record: its runs.
+        speedup: over vanilla in the rounds that it took part in.
+    """
+
+    name: str
+    options: dict[str, Any]
+    record: Record
+    speedup: Spread
+
+
+def candidates(
+    gammas: Sequence[int], schedules: Sequence[str], thresholds: Sequence[float]
+) -> dict[str, dict[str, Any]]:
+    """Options to try, by name: constant γs, schedules from the middle one of them on, and the longest of them cut short
+    where the draft is less sure than a threshold."""
+    gammas = sorted(gammas)
+    constant = {"num_assistant_tokens_schedule": "constant"}
+    found: dict[str, dict[str, Any]] = {f"γ={n}": {"num_assistant_tokens": n, **constant} for n in gammas}
+    for name in schedules:
+        start = gammas[len(gammas) // 2]
+        found[name] = {"num_assistant_tokens": start, "num_assistant_tokens_schedule": name}
+    for threshold in thresholds:
+        options = {"num_assistant_tokens": gammas[-1], **constant, "assistant_confidence_threshold": threshold}
+        found[f"γ≤{gammas[-1]}, confidence {threshold:g}"] = options
+    return found
+
+
+def race(
+    pair: SpecPair,
+    tried: dict[str, dict[str, Any]],
+    setting: Setting,
+    new_tokens: int,
+    seconds: float,
+    bare: BareForwards,
+    report: Callable[[str], None] = lambda text: None,
+) -> list[Contender]:
+    """Measure the candidates against vanilla, each round without the slower half of the last, until `seconds` are over.
+
+    At least one round of all, and `LEAST_ROUNDS` of the winner, are run however long that takes.
+
+    Returns: all contenders, those that went furthest first, then by speed-up.
+    """
+    end = time.monotonic() + seconds
+    methods = {name: ours(pair.draft, options, name) for name, options in tried.items()}
+    comparison = Comparison(pair.target, [vanilla(), *methods.values()], setting.batches, new_tokens, bare, report)
+    records = {name: comparison.records[method.name] for name, method in methods.items()}
+    speedups: dict[str, Spread] = {}
+    comparison.warm_up()
+    alive = list(methods)
+    while True:
+        began = time.monotonic()
+        comparison.round(methods[name].name for name in alive)
+        speedups |= {name: ratio(comparison.reference, records[name]) for name in alive}
+        alive.sort(key=lambda name: -speedups[name].median)
+        over = time.monotonic() + (time.monotonic() - began) / 2 > end
+        done = len(records[alive[0]].rounds)
+        if done >= LEAST_ROUNDS and (over or done >= MOST_ROUNDS):
+            break
+        alive = alive[: max(2, len(alive) // (4 if over else 2))]
+    contenders = [Contender(name, options, records[name], speedups[name]) for name, options in tried.items()]
+    return sorted(contenders, key=lambda contender: (-len(contender.record.rounds), -contender.speedup.median))
+
+
+def outcome(config: PairConfig, best: Contender, entry: dict[str, Any]) -> PairConfig:
+    """The pair file's content after a race: does speculation pay, with which options, and what was measured.
+
+    It pays if the winner was faster than vanilla in three rounds out of four.
+    """
+    pays = best.speedup.q1 >= 1
+    return replace(
+        config, speculate=pays, recommended=best.options if pays else {}, measured=[*config.measured, entry]
+    )  # fmt: skip
+
+
+def measured_entry(
+    best: Contender, bare: BareForwards, setting: Setting, surroundings: dict[str, Any]
+) -> dict[str, Any]:
+    """What a pair file keeps of a race."""
+    kept = ("date", "command", "device", "threads", "dtype", "torch", "transformers")
+    return {name: surroundings[name] for name in kept} | {
+        "batch_size": setting.batch_size,
+        "prompt_tokens": list(setting.lengths),
+        "options": best.options,
+        "acceptance_rate": round(best.record.stats.acceptance_rate, 4),
+        "block_efficiency": round(best.record.stats.block_efficiency, 3),
+        "cost_ratio": bare.to_dict().get("cost_ratio"),
+        "speedup": best.speedup.median,
+        "speedup_quartiles": [best.speedup.q1, best.speedup.q3],
+    }
+
+
+def pair_file_for(pair: SpecPair, folder: Path) -> PairConfig:
+    """The pair file in `folder`, or a new one that refers to where the models of `pair` are.
+
+    Raises:
+        SystemExit: if the folder holds another pair, or the models are nowhere.
+    """
+    if pair.sources is None:
+        raise SystemExit("expected a pair that can be loaded again to write a pair file for, got a synthetic one")
+    if (folder / FILE_NAME).is_file():
+        found = find_pair(str(folder))
+        assert found is not None
+        named = [found.target.name_or_path, found.draft.name_or_path]
+        measured = [source.name_or_path for source in pair.sources]
+        if list(map(_place, named)) != list(map(_place, measured)):
+            raise SystemExit(f"{folder / FILE_NAME} is about {' and '.join(named)}, not {' and '.join(measured)}")
+        return found.config
+    target, draft = (_reference(source, folder) for source in pair.sources)
+    return PairConfig(target, draft, tokenizer=vocabulary_check(pair.tokenizer))
+
+
+def _place(name: str) -> str:
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
+def _reference(source: ModelReference, folder: Path) -> ModelReference:
+    """`source` as a pair file in `folder` names it: Hub ids as they are, local folders by the way there."""
+    if not Path(source.name_or_path).is_dir():
+        return source
+    way = os.path.relpath(Path(source.name_or_path).resolve(), folder.resolve())
+    return ModelReference(way if way.startswith(".") else f"./{way}")

@@ -1,0 +1,164 @@
+#!/usr/bin/env python
+"""How fast: vanilla generate(), HF assisted generation, and hf_specdec, by draft length, batch size and context length.
+
+    ./scripts/benchmark_speed                                      # the embedded pair, no network, about two minutes
+    ./scripts/benchmark_speed --html report.html                   # a page with tables and figures
+    ./scripts/benchmark_speed --target Qwen/Qwen3-4B --draft Qwen/Qwen3-0.6B --dtype bfloat16 \\
+        --dataset question.jsonl --prompts 48 --chat-template      # Spec-Bench's questions, by its categories
+    ./scripts/benchmark_speed --synthetic big --dtype bfloat16 --batch 8 --context 256 --ragged --rounds 5
+
+All methods take turns in one process, batch by batch. Ratios are to vanilla, within a round; the table gives their
+median over the rounds and, in parentheses, the quartiles. "decode" leaves out what the first target forward gives. The
+ideal is the speed-up that the bare forwards of target and draft would allow at the measured τ, with nothing around
+them; "reached" is the share of it that decoding reaches. The first of --batch and the first of --context are the base,
+the others are tried one at a time. Everything is greedy: in float32 all tokens must be vanilla's, or else the exit code
+is 1; in bfloat16 and float16, where near-ties may fall differently, rows that differ are counted. The last line of the
+output is JSON.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from hf_specdec.pairs import SpecPair
+from hf_specdec.tools import arguments, measure, methods, report, summary, synthetic
+from hf_specdec.tools.bare import BareForwards
+from hf_specdec.tools.settings import OWN, Setting, check_positions, make_setting
+
+POOL = 200  # prompts that longer contexts are made of
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_pair_arguments(parser)
+    synthetic.add_arguments(parser)
+    arguments.add_prompt_arguments(parser, prompts=4)
+    add = parser.add_argument_group("methods").add_argument
+    add("--spec", nargs="*", type=way, default=["3", "5", "8", "default"], metavar="WAY",
+        help="ours: γ, a schedule's name, or `default`: what it does by itself (default: 3 5 8 default)")  # fmt: skip
+    add("--hf", nargs="*", type=way, default=["5", "default"], metavar="WAY",
+        help="HF assisted generation, likewise (default: 5 default)")  # fmt: skip
+    add("--lookup", nargs="*", type=arguments.positive, default=[8], metavar="γ",
+        help="prompt look-up, ours and HF's (default: 8)")  # fmt: skip
+    add = parser.add_argument_group("settings").add_argument
+    add("--batch", nargs="+", type=arguments.positive, default=[1, 4], metavar="N", help="rows (default: 1 4)")
+    add("--context", nargs="+", type=context, default=[None, 512], metavar="N",
+        help="prompt tokens, made by joining prompts, or `own` for their own lengths (default: own 512)")  # fmt: skip
+    add("--ragged", action="store_true", help="spread the rows of a batch from a quarter of --context to all of it")
+    add("--new-tokens", type=arguments.positive, default=48, metavar="N", help="tokens per prompt (default: 48)")
+    add("--rounds", type=arguments.positive, default=3, metavar="N", help="timed, after an untimed one (default: 3)")
+    add = parser.add_argument_group("output").add_argument
+    add("--html", metavar="PATH", help="write a report with tables and figures")
+    add("--json", metavar="PATH", help="write the last line to a file as well")
+    return parser.parse_args()
+
+
+def way(value: str) -> str:
+    if not methods.is_way(value):
+        raise argparse.ArgumentTypeError(f"expected a γ of at least 1, `default` or a schedule's name, got {value!r}")
+    return value
+
+
+def context(value: str) -> int | None:
+    return None if value == OWN else arguments.positive(value)
+
+
+def make_methods(args: argparse.Namespace, pair: SpecPair) -> list[measure.Method]:
+    chosen = [methods.vanilla()]
+    chosen += [methods.assisted(pair.draft, name) for name in args.hf]
+    chosen += [methods.ours(pair.draft, methods.way_options(name), methods.way_label(name)) for name in args.spec]
+    for gamma in args.lookup:
+        chosen += [methods.assisted_lookup(gamma), methods.ours_lookup(gamma)]
+    return chosen
+
+
+def make_settings(args: argparse.Namespace, pair: SpecPair) -> list[Setting]:
+    pool = argparse.Namespace(**{**vars(args), "prompts": max(POOL, args.prompts, *args.batch)})
+    prompts = arguments.load_prompts(pool, pair.tokenizer)
+    shapes = [(args.batch[0], length) for length in args.context] + [(rows, args.context[0]) for rows in args.batch[1:]]
+    settings = [
+        make_setting(prompts, args.prompts, rows, length, args.ragged, pair.tokenizer, pair.target.device)
+        for rows, length in shapes
+    ]
+    for setting in settings:
+        for model in (pair.target, pair.draft):
+            check_positions(model, setting, args.new_tokens)
+    return settings
+
+
+def show(console: Console, result: dict[str, Any]) -> None:
+    """One setting's table."""
+    caption = report.bare_forwards(result["bare"])
+    table = Table(title=result["label"], caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.title_justify = table.caption_justify = "left"
+    table.add_column("method", no_wrap=True)
+    for heading in report.COLUMNS:
+        table.add_column(heading, justify="right")
+    for name, figures in result["methods"].items():
+        table.add_row(name, *report.cells(figures))
+        if "refused" in figures:
+            table.caption = f"{table.caption}\n{name} refused: {figures['refused']}"
+    console.print(table)
+    names, cells = report.categories(result)
+    if names:
+        table = Table("method", title=f"speed-up by category: {result['label']}", box=box.SIMPLE_HEAD)
+        table.title_justify = "left"
+        for name in names:
+            table.add_column(name, justify="right")
+        for name, shown in cells.items():
+            table.add_row(name, *shown)
+        console.print(table)
+
+
+def main() -> int:
+    args = parse()
+    arguments.quiet()
+    console = Console(highlight=False, width=max(Console().width, 132))
+    pair = synthetic.load(args)
+    chosen, settings = make_methods(args, pair), make_settings(args, pair)
+    result = report.surroundings(pair, shlex.join(["./scripts/benchmark_speed", *sys.argv[1:]]))
+    result |= {"new_tokens": args.new_tokens, "rounds": args.rounds, "settings": []}
+    runs = sum(len(setting.batches) for setting in settings) * len(chosen) * (args.rounds + 1)
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("measuring", total=runs)
+        for setting in settings:
+            bare = BareForwards(pair.target, pair.draft)
+
+            def advance(name: str, label: str = setting.label) -> None:
+                progress.update(task, advance=1, description=f"{label}: {name}")
+
+            comparison = measure.Comparison(
+                pair.target, chosen, setting.batches, args.new_tokens, bare, advance
+            )  # fmt: skip
+            comparison.warm_up()
+            comparison.weigh()
+            for _ in range(args.rounds):
+                comparison.round()
+            result["settings"].append(summary.summarise(setting, comparison.records, bare))
+    for setting_result in result["settings"]:
+        show(console, setting_result)
+    differing = sum(f.get("differing_rows", 0) for s in result["settings"] for f in s["methods"].values())
+    result["identical"] = differing == 0
+    failed = differing > 0 and pair.target.dtype == torch.float32
+    if args.html:
+        report.write(result, Path(args.html))
+        console.print(f"The report is in {args.html}")
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if failed:
+        console.print(f"[bold red]{differing} rows are not vanilla's[/]: in float32 that is a bug")
+    print(json.dumps(result))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,303 @@
+#!/usr/bin/env python
+"""Train a draft for a target on your text, and say what it gained: acceptance on held-out prompts, before and after.
+
+    ./scripts/distill_draft                                # the embedded target, a draft of its first 2 layers
+    ./scripts/distill_draft --target Qwen/Qwen3-8B --from-layers 4 --dataset my.jsonl --output my-pair
+    ./scripts/distill_draft --target Qwen/Qwen3-8B --draft Qwen/Qwen3-0.6B --dataset my.jsonl --output my-pair
+    ./scripts/distill_draft --output my-pair --resume      # after Ctrl-C, with the settings it was started with
+
+The target continues pieces of the text, greedily and by sampling; on these and on the text itself the draft learns the
+target's distribution (KL, after Zhou et al. 2024, DistillSpec, arXiv:2310.08461). The output folder is a pair:
+draft/ and specdec_pair.json, which names the target. training/ inside it keeps what a resumed run needs.
+
+Prompts are held out from the text (--prompts pieces of it; by default those of the embedded pair) and never trained on.
+The exit code is 1 if greedy acceptance on them did not rise, 130 after Ctrl-C. The last line of the output is JSON.
+"""
+
+import argparse
+import dataclasses
+import json
+import logging
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from datasets import Dataset, DatasetDict, load_from_disk
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from hf_specdec.loading import find_pair, load_model, load_tokenizer, pin
+from hf_specdec.pair_file import FILE_NAME, ModelReference
+from hf_specdec.pairs import DEMO_PAIR, SpecPair
+from hf_specdec.tools import distillation, report
+from hf_specdec.tools.arguments import (
+    DTYPES,
+    add_pair_arguments,
+    add_prompt_arguments,
+    load_pair,
+    load_prompts,
+    positive,
+    quiet,
+)
+from hf_specdec.tools.tuning import pair_file_for
+
+FREE = {"output", "resume", "threads", "device"}  # what a resumed run may have different
+RUN = Path("training", "run.json")  # in the output folder
+Tokens = list[list[int]]
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_pair_arguments(parser)
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--from-layers", type=positive, metavar="K", help="start from the target's embeddings, first K "
+        "layers and head, instead of a draft model (default for the embedded target: 2)")  # fmt: skip
+    start.add_argument("--random", type=positive, metavar="K", help="start from K layers with random weights")
+    add_prompt_arguments(parser, prompts=24, prompt_tokens=64)
+    add = parser.add_argument_group("training").add_argument
+    add("--output", type=Path, metavar="FOLDER", help="where the pair goes (default: a new temporary folder)")
+    add("--resume", action="store_true", help="go on with the unfinished run in --output")
+    add("--steps", type=positive, default=300, help="updates of the draft (default: 300)")
+    add("--rows", type=positive, default=4, help="examples of one forward (default: 4)")
+    add("--accumulate", type=positive, default=1, metavar="N", help="forwards of one step (default: 1)")
+    add("--lr", type=float, help="peak learning rate (default: 1 / hidden size of the draft, which is 0.005 for the "
+        "embedded pair; fine-tuning a good draft wants less)")  # fmt: skip
+    add("--argmax-weight", type=float, default=0.5, metavar="W",
+        help="weight of cross-entropy on the target's choice, for greedy use (default: 0.5)")  # fmt: skip
+    add("--examples", type=positive, default=320, metavar="N",
+        help="pieces of text, and of each kind of continuation (default: 320)")  # fmt: skip
+    add("--block-tokens", type=positive, default=256, metavar="N", help="longest piece of text (default: 256)")
+    add("--new-tokens", type=positive, default=96, metavar="N", help="longest continuation (default: 96)")
+    add("--temperature", type=float, default=1.0, metavar="T", help="of all sampling (default: 1.0)")
+    add("--mixed-precision", choices=("no", "bf16", "fp16"), default="no", help="of the forwards (default: no)")
+    add("--checkpoint-every", type=positive, default=100, metavar="N",
+        help="steps between checkpoints, and measurements of acceptance (default: 100)")  # fmt: skip
+    add("--seed", type=int, default=0, help="of random weights, data and order (default: 0)")
+    return parser
+
+
+def parse() -> argparse.Namespace:
+    """The arguments; those of the first run are the defaults of a resumed one, which may not differ from them."""
+    its = parser()
+    args = its.parse_args()
+    if not args.resume:
+        if args.output is not None and args.output.exists():
+            its.error(f"--output {args.output} exists: give a new folder, or add --resume to go on with a run")
+        args.output = args.output or Path(tempfile.mkdtemp(prefix="distilled-"))
+        return args
+    if args.output is None:
+        its.error("expected --output beside --resume, got none: the folder of the run to go on with")
+    stored = read_run(args.output)["settings"]
+    if (args.output / FILE_NAME).exists():
+        its.error(f"the run in {args.output} is finished: train its pair further with --pair {args.output}")
+    its.set_defaults(**stored)
+    args = its.parse_args()
+    changed = [f"{name} was {stored[name]!r}, now {value!r}" for name, value in settings(args).items()
+        if value != stored[name]]  # fmt: skip
+    if changed:
+        its.error(f"a resumed run keeps its settings, but {'; '.join(changed)}")
+    return args
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: value for name, value in vars(args).items() if name not in FREE}
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    path = folder / RUN
+    if not path.is_file():
+        raise SystemExit(f"expected an unfinished run in {folder}, found no {path}")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_run(folder: Path, run: dict[str, Any]) -> None:
+    path = folder / RUN
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(run, indent=2), encoding="utf-8")
+    unfinished.replace(path)
+
+
+def load_start(args: argparse.Namespace) -> SpecPair:
+    """The target with the draft to begin with."""
+    layers = args.from_layers or (None if args.pair or args.target else 2)
+    if args.random is None and layers is None:
+        return load_pair(args)
+    if args.draft is not None or (args.pair and args.target):
+        raise ValueError("expected --pair or --target with one start, --draft, --from-layers or --random; got several")
+    name = args.pair or args.target or str(DEMO_PAIR)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options = {"dtype": DTYPES[args.dtype], "device_map": device, "trust_remote_code": args.trust_remote_code}
+    found = find_pair(name, args.revision, **options)
+    source = pin(found.target if found else ModelReference(name, args.revision), **options)
+    target = load_model(source, **options)
+    if args.random is not None:
+        draft = distillation.random_layers(target, args.random)
+    else:
+        draft = distillation.first_layers(target, layers)
+    return SpecPair(target, draft, load_tokenizer(source, **options), sources=(source, source))
+
+
+def read_text(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> tuple[Tokens, Tokens]:
+    """Pieces of text to train on, and held-out prompts."""
+    if args.chat_template and args.dataset is None:
+        raise ValueError("expected --dataset beside --chat-template, got none: the default text is no conversation")
+    special = {"add_special_tokens": not args.chat_template}  # a chat template has put them already
+    if args.dataset is None:
+        documents = distillation.standard_library()["train"]["text"]
+        training = distillation.cut(list(documents), tokenizer, args.block_tokens, **special)
+        prompts = [prompt.text for prompt in load_prompts(args, tokenizer)]
+        held = [ids[: args.prompt_tokens] for ids in tokenizer(prompts, **special)["input_ids"]]
+        return training, held
+    path = Path(args.dataset)
+    if path.is_file() and path.suffix == ".txt":
+        documents = [path.read_text(encoding="utf-8")]  # its lines are no texts of their own
+    else:
+        everything = argparse.Namespace(**vars(args) | {"prompts": sys.maxsize, "prompt_tokens": None})
+        documents = [prompt.text for prompt in load_prompts(everything, tokenizer)]
+    training, held = distillation.hold_out(
+        distillation.cut(documents, tokenizer, args.block_tokens, **special), args.prompts
+    )
+    return training, [piece[: args.prompt_tokens] for piece in held]
+
+
+class Run:
+    """One training run and its folder."""
+
+    def __init__(self, args: argparse.Namespace, console: Console) -> None:
+        self.args, self.console, self.folder = args, console, args.output / "training"
+        self.start = load_start(args)
+        self.state = read_run(args.output) if args.resume else {"settings": settings(args), "measured": {}}
+
+    def prepare(self) -> None:
+        """Read the text, measure the draft as it is, and let the target write, unless that was done before."""
+        texts, args, start = self.folder / "texts", self.args, self.start
+        if not texts.is_dir():
+            pieces, self.held = read_text(args, start.tokenizer)
+            write_run(args.output, self.state)
+            before = self.measure(0, start.draft)
+            drafts = distillation.pays(before["greedy"], start.draft, start.target)
+            data = distillation.examples(
+                start.target, start.draft if drafts else None, pieces, args.examples, args.prompt_tokens,
+                args.new_tokens, args.temperature, args.seed,
+            )  # fmt: skip
+            unfinished = self.folder / "texts.unfinished"
+            DatasetDict(train=data, heldout=Dataset.from_dict({"input_ids": self.held})).save_to_disk(unfinished)
+            unfinished.rename(texts)
+        stored = load_from_disk(texts)
+        self.held = stored["heldout"]["input_ids"][:]
+        names = ("steps", "rows", "accumulate", "argmax_weight", "mixed_precision", "seed")
+        lr = 1 / start.draft.config.get_text_config(decoder=True).hidden_size if args.lr is None else args.lr
+        recipe = distillation.Recipe(lr=lr, **{name: getattr(args, name) for name in names})
+        self.training = distillation.Distillation(start.draft, start.target, stored["train"], recipe)
+        self.training.load(self.folder)
+
+    def measure(self, step: int, draft: PreTrainedModel) -> dict[str, Any]:
+        """Acceptance of held-out prompts, kept under the number of steps done."""
+        args = self.args
+        found = distillation.acceptance(
+            self.start.target, draft, self.held, args.new_tokens, args.temperature, args.seed
+        )
+        names = ("acceptance_rate", "block_efficiency", "drafted_tokens")
+        figures = {way: {name: getattr(stats, name) for name in names} for way, stats in found.items()}
+        self.state["measured"][str(step)] = figures
+        write_run(args.output, self.state)
+        rates = ", ".join(f"{way} α {each['acceptance_rate']:.3f}" for way, each in figures.items())
+        self.console.print(f"step {step}: {rates}")
+        return found
+
+    def train(self) -> bool:
+        """Take the remaining steps, with checkpoints and measurements between; False if Ctrl-C came first."""
+        training, steps = self.training, self.args.steps
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with distillation.interruptible() as interrupted, Progress(*columns, console=self.console) as progress:
+            bar = progress.add_task("training", total=steps, completed=training.step)
+            for loss in training.train():
+                progress.update(bar, completed=training.step, description=f"training, loss {loss:.3f}")
+                last = training.step == steps
+                due = training.step % self.args.checkpoint_every == 0
+                if due or last or interrupted:
+                    training.save(self.folder)
+                if interrupted:
+                    return False
+                if due and not last:
+                    self.measure(training.step, training.draft())
+        return True
+
+    def finish(self) -> dict[str, Any]:
+        """Measure the trained draft, and save the pair."""
+        args, output = self.args, self.args.output
+        draft = self.training.draft()
+        self.measure(args.steps, draft)
+        for part in (draft, self.start.tokenizer):
+            part.save_pretrained(output / "draft")
+        sources = (self.start.sources[0], ModelReference(str(output / "draft")))
+        pair = SpecPair(self.start.target, draft, self.start.tokenizer, sources=sources)
+        config = pair.config = pair_file_for(pair, output)
+        measured = self.state["measured"]
+        figures = {"_before": measured["0"], "": measured[str(args.steps)]}
+        about = report.surroundings(pair, shlex.join(["scripts/distill_draft", *sys.argv[1:]]))
+        kept = ("date", "command", "device", "threads", "dtype", "torch", "transformers")
+        entry = {name: about[name] for name in kept} | {
+            "batch_size": min(len(self.held), distillation.ROWS_WRITTEN), "prompts": len(self.held),
+            "new_tokens": args.new_tokens, "options": {"num_assistant_tokens": distillation.GAMMA},
+        }  # fmt: skip
+        for when, found in figures.items():
+            entry |= {f"{name}{when}": found["greedy"][name] for name in ("acceptance_rate", "block_efficiency")}
+            entry[f"sampled_acceptance_rate{when}"] = found["sampled"]["acceptance_rate"]
+        dataclasses.replace(config, measured=[entry]).save(output)
+        for checkpoint in self.folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+        rose = entry["acceptance_rate"] > entry["acceptance_rate_before"]
+        return {"output": str(output), "settings": self.state["settings"], **entry, "steps": measured, "rose": rose}
+
+
+def show(measured: dict[str, Any], prompts: int) -> None:
+    """One row for each measurement, the first and the last being before and after."""
+    title = f"{prompts} held-out prompts, γ = {distillation.GAMMA}"
+    table = Table("steps", title=title, title_justify="left")
+    for heading in ("greedy α", "greedy τ", "sampled α", "sampled τ"):
+        table.add_column(heading, justify="right")
+    for step, figures in measured.items():
+        shown = [(figures[way]["acceptance_rate"], figures[way]["block_efficiency"]) for way in ("greedy", "sampled")]
+        table.add_row("before" if step == "0" else step, *(cell for a, t in shown for cell in (f"{a:.3f}", f"{t:.2f}")))
+    Console(highlight=False).print(table)
+
+
+def main() -> int:
+    args = parse()
+    quiet()
+    datasets.disable_progress_bars()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)  # that tied weights are saved once
+    set_seed(args.seed)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    began = time.perf_counter()
+    try:
+        run = Run(args, Console(stderr=True, highlight=False))
+        run.prepare()
+        if not run.train():
+            raise KeyboardInterrupt
+        result = run.finish()
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"distill_draft: {error}") from error
+    except KeyboardInterrupt:
+        if (args.output / RUN).exists():
+            print(f"\nInterrupted. Go on with: scripts/distill_draft --resume --output {args.output}", file=sys.stderr)
+        return 130
+    show(result["steps"], result["prompts"])
+    print(f"The pair is in {args.output}.")
+    print(json.dumps(result | {"seconds": round(time.perf_counter() - began, 1)}))
+    return 0 if result["rose"] else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

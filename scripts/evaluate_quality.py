@@ -1,0 +1,170 @@
+#!/usr/bin/env python
+"""Quality of vanilla and speculative outputs side by side, greedy and sampled, with Hugging Face's `evaluate`.
+
+    ./scripts/evaluate_quality                                  # the embedded pair, no network, about a minute
+    ./scripts/evaluate_quality --target Qwen/Qwen3-4B --draft Qwen/Qwen3-0.6B --dtype bfloat16 --chat-template \\
+        --dataset openai/gsm8k --dataset-config main --reference-column answer --metrics rouge ./my_metric
+
+Greedy outputs must be identical in float32: the exit code is 1 if they are not. Sampled outputs have the same
+distribution but are not the same, so each metric is averaged over --seeds runs of both methods, and the difference is
+given with a 95 % interval (bootstrap over prompts, both methods' values of a prompt together). An interval with 0 in it
+shows no difference beyond noise; one without 0 happens to 1 metric in 20 though nothing differs, more often with fewer
+than about 30 prompts. This compares quality; the test whether distributions are equal is ./scripts/check_lossless. The
+last line of the output is JSON.
+
+Perplexity is under the target's own distribution, without logits processors. Modules of `evaluate` score each
+continuation on its own; shown is the mean. References for the embedded prompts are what follows them in the standard
+library.
+"""
+
+import argparse
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+
+import hf_specdec
+from hf_specdec.pairs import SpecPair
+from hf_specdec.tools import quality
+from hf_specdec.tools.arguments import (
+    add_pair_arguments,
+    add_prompt_arguments,
+    encode,
+    load_pair,
+    load_prompts,
+    positive,
+    quiet,
+)
+
+MODES = ("greedy", "sampled")
+CAPTION = (
+    "difference: speculative - vanilla; bootstrap over prompts; 1 in 20 intervals excludes 0 by chance\n"
+    "agreement and match with vanilla: with its runs of other seeds, also in the column vanilla"
+)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_pair_arguments(parser)
+    add_prompt_arguments(parser, prompts=40)
+    add = parser.add_argument
+    add("--new-tokens", type=positive, default=64, metavar="N", help="tokens to generate at most (default: 64)")
+    add("--seeds", type=positive, default=4, metavar="N", help="sampled runs of each method (default: 4)")
+    add("--temperature", type=float, default=1.0, help="of the sampled runs (default: 1.0)")
+    add("--batch-size", type=positive, default=20, metavar="N", help="prompts per call (default: 20)")
+    add("--metrics", nargs="*", default=["rouge", "bleu", "sacrebleu"], metavar="NAME", help="modules of `evaluate` "
+        "that compare a text with its reference, by name or path (default: rouge bleu sacrebleu)")  # fmt: skip
+    args = parser.parse_args(arguments)
+    if args.seeds < 2:
+        parser.error(f"expected at least 2 --seeds, so that vanilla can be compared with itself, got {args.seeds}")
+    return args
+
+
+def measure(
+    mode: str, args: argparse.Namespace, pair: SpecPair, batches: list[quality.Batch], console: Console
+) -> tuple[list[quality.Run], list[quality.Run], hf_specdec.SpeculationStats]:
+    """Vanilla's and speculative runs, taking turns, and what speculation did."""
+    sampling = {"do_sample": True, "temperature": args.temperature} if mode == "sampled" else {"do_sample": False}
+    options = sampling | {"max_new_tokens": args.new_tokens}
+    stats = hf_specdec.SpeculationStats()
+    spec = {"assistant_model": pair.draft, "strategy": "spec", "speculation_stats": stats}
+    methods = {"vanilla": options, "speculative": {**pair.config.recommended, **options, **spec}}
+    count = args.seeds if mode == "sampled" else 1
+    runs: dict[str, list[quality.Run]] = {name: [] for name in methods}
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task(f"generating, {mode}", total=count * len(methods))
+        for seed in range(count):
+            for own, (name, chosen) in enumerate(methods.items()):
+                # Of one seed the two methods would share their first random numbers, and not be independent.
+                runs[name].append(quality.generate(pair.target, batches, 2 * seed + own, **chosen))
+                progress.advance(task)
+    return runs["vanilla"], runs["speculative"], stats
+
+
+def show(console: Console, title: str, figures: dict[str, dict[str, Any]], missing: dict[str, str]) -> None:
+    intervals = any("interval" in row for row in figures.values())
+    table = Table("metric", title=title, title_justify="left")
+    for heading in "vanilla", "speculative", "difference, 95 % interval" if intervals else "difference":
+        table.add_column(heading, justify="right")
+    table.add_column("verdict")
+    for name, row in figures.items():
+        difference = f"{row['difference']:+.3f}"
+        if intervals:
+            low, high = row["interval"]
+            difference += f" [{low:+.3f}, {high:+.3f}]"
+            verdict = Text("contains 0", "green") if row["contains_0"] else Text("excludes 0", "yellow")
+        else:
+            verdict = Text("identical", "green") if row["equal"] else Text("differs", "bold red")
+        table.add_row(name, f"{row['vanilla']:.3f}", f"{row['speculative']:.3f}", Text(difference), verdict)
+    for name in missing:
+        table.add_row(name, "-", "-", "-", Text("not available", "dim"))
+    if intervals:
+        table.caption, table.caption_justify = CAPTION, "left"
+    console.print(table)
+
+
+def show_acceptance(console: Console, accepted: dict[str, Any]) -> None:
+    low, high = accepted["acceptance_rate_interval"]
+    positions = ", ".join(f"{rate:.2f}" for rate in accepted["acceptance_by_position"])
+    console.print(
+        f"acceptance rate α = {accepted['acceptance_rate']:.3f} (95 % interval {low:.3f} to {high:.3f}), "
+        f"block efficiency τ = {accepted['block_efficiency']:.2f}; drafts accepted by position: {positions}\n",
+        soft_wrap=True,
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args, console = parse(arguments), Console(highlight=False)
+    quiet()
+    pair = load_pair(args)
+    prompts = load_prompts(args, pair.tokenizer)
+    if len(prompts) < 2:
+        raise SystemExit(f"expected at least 2 prompts, so that they can be drawn from, got {len(prompts)}")
+    if args.dataset is None:
+        prompts = quality.with_true_continuations(prompts, pair.tokenizer, args.new_tokens)
+    references = sum(map(quality.has_reference, prompts))
+    groups = [prompts[i : i + args.batch_size] for i in range(0, len(prompts), args.batch_size)]
+    batches = [encode(group, pair.tokenizer, pair.target.device) for group in groups]
+    agreement = quality.load_metric("token_agreement")
+    metrics, missing = quality.load_text_metrics(args.metrics if references > 1 else [])
+
+    result: dict[str, Any] = {**vars(args), "dtype": str(pair.target.dtype).removeprefix("torch.")}
+    result |= {"prompts": len(prompts), "references": references, "not_available": missing}
+    for mode in MODES:
+        vanilla, speculative, stats = measure(mode, args, pair, batches, console)
+        if mode == "greedy":
+            result["identical"] = vanilla == speculative
+        with console.status(f"scoring, {mode}"):
+            comparisons = quality.compare_runs(vanilla, speculative, agreement)
+            comparisons.append(quality.compare_perplexity(pair.target, batches, vanilla, speculative))
+            if references > 1:
+                comparisons += quality.compare_with_references(
+                    prompts, vanilla, speculative, pair.tokenizer, agreement, metrics
+                )
+            figures = {comparison.name: comparison.to_dict(mode == "sampled") for comparison in comparisons}
+            accepted = quality.acceptance(stats)
+        show(console, f"{mode}, {len(prompts)} prompts, runs per method: {len(vanilla)}", figures, missing)
+        show_acceptance(console, accepted)
+        result[mode] = {"metrics": figures, "acceptance": accepted}
+
+    for name, why in missing.items():
+        console.print(f"{name} is not available ({why})", soft_wrap=True)
+    if references < len(prompts):
+        console.print(
+            f"{references} of {len(prompts)} prompts have a reference to compare with; at least 2 are needed."
+        )
+    failed = result["dtype"] == "float32" and not result["identical"]
+    if not result["identical"]:
+        why = "which in float32 is a bug" if failed else f"as near-ties may in {result['dtype']}"
+        console.print(
+            Text(f"Greedy outputs differ, {why}: see ./scripts/check_lossless.", "bold red" if failed else "")
+        )
+    print(json.dumps(result))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
