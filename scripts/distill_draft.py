@@ -10,7 +10,10 @@ The target continues pieces of the text, greedily and by sampling; on these and 
 target's distribution (KL, after Zhou et al. 2024, DistillSpec, arXiv:2310.08461). The output folder is a pair:
 draft/ and specdec_pair.json, which names the target. training/ inside it keeps what a resumed run needs.
 
-Prompts are held out from the text (--prompts pieces of it; by default those of the embedded pair) and never trained on.
+--dataset is the text, by default the sources of Python's standard library; of a Hub dataset the split `train`, unless
+--split names another. --prompts pieces of it (by default those of the embedded pair) are held out to measure acceptance
+with and never trained on; --prompt-tokens is the length of these and of what the target continues.
+
 The exit code is 1 if greedy acceptance on them did not rise, 130 after Ctrl-C. The last line of the output is JSON.
 """
 
@@ -62,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
         "layers and head, instead of a draft model (default for the embedded target: 2)")  # fmt: skip
     start.add_argument("--random", type=positive, metavar="K", help="start from K layers with random weights")
     add_prompt_arguments(parser, prompts=24, prompt_tokens=64)
+    parser.set_defaults(split="train")
     add = parser.add_argument_group("training").add_argument
     add("--output", type=Path, metavar="FOLDER", help="where the pair goes (default: a new temporary folder)")
     add("--resume", action="store_true", help="go on with the unfinished run in --output")

@@ -61,6 +61,7 @@ record("missing", speculate, "org/missing", "org/draft")
 record("missing draft", speculate, "org/public", "org/missing")
 record("no revision", speculate, "org/public", "org/draft", revision="v9")
 record("old draft", speculate, "org/public", "org/draft", draft_revision=os.environ["OLD_DRAFT"])
+record("old pair", speculate, "org/moved", revision=os.environ["OLD_PAIR"])
 record("unknown to the catalogue", speculate, "org/public")
 record("cut", speculate, "org/cut", "org/draft")
 record("dropped", speculate, "org/dropped", "org/draft")
@@ -140,6 +141,9 @@ def hub(local: SpecPair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[H
         hub.add("org/private", saved, private=True)
         hub.add("org/root", saved / "target")
         hub.add("org/root", pair_file(".", "org/draft", hub.old_draft))  # type: ignore[attr-defined]
+        hub.add("org/moved", saved / "target")
+        hub.old_pair = hub.add("org/moved", pair_file(".", "org/draft"))  # type: ignore[attr-defined]
+        hub.add("org/moved", unlike)
         hub.add("org/escaping", pair_file("../../target", "org/draft"))
         hub.add("org/cut", saved / "target", faults=["cut"])
         hub.add("org/dropped", saved / "target", faults=["cut"] + ["drop"] * 6)  # the client tries 6 times
@@ -154,7 +158,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def online(hub: Hub, home: Path) -> dict[str, Any]:
-    return run(hub, home, ONLINE, OLD_DRAFT=hub.old_draft)  # type: ignore[attr-defined]
+    return run(hub, home, ONLINE, OLD_DRAFT=hub.old_draft, OLD_PAIR=hub.old_pair)  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +213,11 @@ def test_the_targets_weights_may_be_beside_the_pair_file(hub, online, tokens):
 def test_a_pair_file_from_the_hub_names_no_folders_outside_its_repository(online):
     assert online["org/escaping"]["error"] == "ValueError"
     assert "expected a Hub id or a folder inside the repository" in online["org/escaping"]["message"]
+
+
+def test_the_revision_of_a_pair_is_that_of_the_weights_beside_it(hub, online, tokens):
+    assert online["old pair"]["tokens"] == tokens
+    assert online["old pair"]["sources"][0] == f"org/moved@{hub.old_pair}"
 
 
 def test_the_revision_of_the_draft_is_its_own(hub, online, tokens):

@@ -28,11 +28,13 @@ class Prompt:
         text: the text.
         category: what reports group by; "all" where the data names none.
         reference: the expected continuation, where the data has one.
+        is_chat: the text went through a chat template, which puts the special tokens.
     """
 
     text: str
     category: str = "all"
     reference: str | None = None
+    is_chat: bool = False
 
 
 def add_pair_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,7 +77,7 @@ def add_prompt_arguments(parser: argparse.ArgumentParser, prompts: int, prompt_t
     add("--dataset", metavar="NAME", help="a dataset: Hub id, local folder, or .jsonl/.json/.csv/.txt/.parquet file; "
         "default: the embedded pair's held-out prompts")  # fmt: skip
     add("--dataset-config", metavar="NAME", help="configuration of the dataset")
-    add("--split", default="test", help="split of the dataset; local files always have `train` (default: test)")
+    add("--split", default="test", help="split of the dataset; local files always have `train` (default: %(default)s)")
     add("--column", help=f"column with the text (default: the first of {', '.join(TEXT_COLUMNS)})")
     add("--reference-column", help="column with the expected answer, for scripts that compare (default: `reference`)")
     add("--category-column", default="category", help="column to report by, where it exists (default: category)")
@@ -100,9 +102,10 @@ def load_prompts(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -
     reference = args.reference_column or "reference"
     return [
         Prompt(
-            _shorten(_text(row[column], args, tokenizer), args.prompt_tokens, tokenizer),
+            _templated(_shorten(_first(row[column]), args.prompt_tokens, tokenizer), args.chat_template, tokenizer),
             str(row.get(args.category_column) or "all"),
             None if row.get(reference) is None else _first(row[reference]),
+            args.chat_template,
         )
         for row in chosen
     ]
@@ -113,8 +116,9 @@ def encode(prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase, device: to
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     options: dict[str, Any] = {"return_tensors": "pt", "padding": True, "padding_side": "left"}
-    # A chat template has put the special tokens already.
-    batch = tokenizer([prompt.text for prompt in prompts], **options, return_token_type_ids=False)
+    special = not any(prompt.is_chat for prompt in prompts)
+    texts = [prompt.text for prompt in prompts]
+    batch = tokenizer(texts, **options, add_special_tokens=special, return_token_type_ids=False)
     return dict(batch.to(device))
 
 
@@ -140,13 +144,15 @@ def _dataset_rows(args: argparse.Namespace) -> Iterable[dict[str, Any]]:
 
 
 def _first(value: Any) -> str:
+    """The text; the first of several, such as Spec-Bench's `turns`, stands on its own."""
     return str(value[0]) if isinstance(value, (list, tuple)) else str(value)
 
 
-def _text(value: Any, args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> str:
-    text = _first(value)  # Spec-Bench's `turns` are a list; the first one stands on its own
-    if not args.chat_template:
+def _templated(text: str, is_chat: bool, tokenizer: PreTrainedTokenizerBase) -> str:
+    if not is_chat:
         return text
+    if tokenizer.chat_template is None:
+        raise SystemExit("--chat-template: the target's tokenizer has none")
     message = [{"role": "user", "content": text}]
     return str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
 
