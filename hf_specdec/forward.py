@@ -83,20 +83,23 @@ class CachedModel:
         while todo > 0:
             width = min(chunk_size or todo, todo)
             counts = [min(max(n - 1, 0), width) for n in self.missing(context)]
-            outputs.append((counts, self._feed(context, width, keep_logits=False, **kwargs)))
+            outputs.append((counts, self._feed(context, width, keep=1, **kwargs)))
             for row in context.rows:
                 self.cache.lengths[row] += width
             todo -= width
         self.commit(context)
         return outputs
 
-    def forward(self, context: Context, width: int, **kwargs: Any) -> ModelOutput:
+    def forward(self, context: Context, width: int, keep: int | None = None, **kwargs: Any) -> ModelOutput:
         """Feed each active row its uncached tokens and what stands behind them, `width` in all.
 
-        Returns: the model's output, `logits` `[active rows, width, vocab]`. The cache's lengths stay as they were until
-        `commit`.
+        Returns: the model's output, `logits` `[active rows, keep, vocab]` of the last `keep` tokens, by default of all.
+            The cache's lengths stay as they were until `commit`.
         """
-        return self._feed(context, width, keep_logits=True, **kwargs)
+        keep = keep or width
+        output = self._feed(context, width, keep, **kwargs)
+        output.logits = output.logits[:, -keep:]
+        return output
 
     def commit(self, context: Context) -> None:
         """Keep the entries of committed tokens but the last one, forget those of rejected drafts."""
@@ -104,7 +107,7 @@ class CachedModel:
             self.cache.lengths[row] = max(context.ends[row] + self.slot_offset[row] - 1, 0)
 
     def _feed(
-        self, context: Context, width: int, keep_logits: bool, embeds: Tensor | None = None, **kwargs: Any
+        self, context: Context, width: int, keep: int, embeds: Tensor | None = None, **kwargs: Any
     ) -> ModelOutput:
         cache, rows = self.cache, context.rows
         starts = [cache.lengths[row] for row in rows]
@@ -125,7 +128,7 @@ class CachedModel:
         if self._takes_position_ids:
             inputs["position_ids"] = self._positions(rows, slots)
         if self._takes_logits_to_keep:
-            inputs["logits_to_keep"] = 0 if keep_logits else 1
+            inputs["logits_to_keep"] = keep
         self.forwards += 1
         return self.model(**inputs, **kwargs, return_dict=True)
 

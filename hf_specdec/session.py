@@ -109,6 +109,12 @@ def prepare(
     target = _cached_target(model, cache, prompt, context, first, aligned, generation_config)
     windows = [getattr(layer, "sliding_window", None) for layer in cache.layers]
     recorder = Recorder(generation_config, context, first, prompt.column_offset, prompt.past, windows)
+    schedule = make_schedule(
+        options.num_assistant_tokens_schedule,
+        options.prompt_lookup_num_tokens or options.num_assistant_tokens,
+        model,
+        drafter,
+    )
     request = DraftRequest(
         do_sample=bool(generation_config.do_sample),
         vocab_size=vocab_size,
@@ -116,17 +122,15 @@ def prepare(
         first=context_first,
         lockstep=lockstep,
         processors=known(logits_processor),
+        prefill_chunk_size=generation_config.prefill_chunk_size,
+        go_on=schedule.go_on,
     )
     return SpeculativeDecoding(
         context=context,
         target=target,
         drafter=drafter,
         request=request,
-        schedule=make_schedule(
-            options.num_assistant_tokens_schedule,
-            options.prompt_lookup_num_tokens or options.num_assistant_tokens,
-            getattr(drafter, "model", None),
-        ),
+        schedule=schedule,
         processors=logits_processor,
         stopping=stopping,
         recorder=recorder,

@@ -156,7 +156,8 @@ class SpeculationStats(RowStats):
     Attributes:
         target_forwards: verification forwards of the target, each for all rows together.
         draft_forwards: forwards of the draft model while drafting; 0 for drafters without a model.
-        target_prefill_forwards: forwards of the target over the prompt that verified nothing.
+        target_prefill_forwards: forwards of the target over the prompt that verified nothing; 0 where the first
+            verification takes the whole prompt along.
         draft_prefill_forwards: forwards of the draft model over the prompt that drafted nothing.
         prefill_seconds: wall time before the first iteration.
         draft_seconds: wall time of drafting.

@@ -1,6 +1,7 @@
 """The protocol between the decoding loop and whatever proposes tokens."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -8,6 +9,9 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from ..context import Context
+
+# Whether to draft another token, given the probabilities of the latest ones, by active row.
+GoOn = Callable[[list[float]], bool]
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class DraftRequest:
         device: where `Draft.tokens` and `Draft.probs` must be.
         first: by row of the batch, the column where its tokens begin.
         lockstep: all rows always have the same number of columns.
+        prefill_chunk_size: feed at most so many tokens per row at once, `None` for all.
+        go_on: to be asked after each token but the last where a drafter `shows_confidence`, which stops when told False.
     """
 
     do_sample: bool
@@ -52,6 +58,8 @@ class DraftRequest:
     first: list[int]
     lockstep: bool = False
     processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
+    prefill_chunk_size: int | None = None
+    go_on: GoOn | None = None
 
 
 class Drafter(ABC):
@@ -59,9 +67,11 @@ class Drafter(ABC):
 
     Attributes:
         in_vocabulary: proposals are the target's tokens by construction, so that the loop need not look.
+        shows_confidence: it asks `DraftRequest.go_on`, and reading its probabilities does not wait for a device.
     """
 
     in_vocabulary = False
+    shows_confidence = False
 
     def start(self, request: DraftRequest, context: Context) -> None:
         """A new `generate()` call begins. `context` holds the prompts; state of an earlier call must go."""
