@@ -88,6 +88,7 @@ class SpeculativeDecoding:
             self.commit(committed, output)
             self.roll_back()
             self.streamer.advance(self.context, self.output_width)
+        self.stats.draft_prefill_forwards += self.drafter.prefill_forwards
         return self.output_width
 
     def prefill(self) -> None:
@@ -105,7 +106,7 @@ class SpeculativeDecoding:
             )
         for counts, output in chunks:
             self.recorder.layers(output, counts)
-        self.stats.add_prefill(perf_counter() - start, len(chunks), self.drafter.forwards)
+        self.stats.add_prefill(perf_counter() - start, len(chunks))
 
     def draft(self) -> Draft:
         """Up to γ tokens for each active row, but never so many that the target's own would not fit behind them."""

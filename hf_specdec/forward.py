@@ -61,7 +61,8 @@ class CachedModel:
         self.position_offset = position_offset or [0] * len(first)
         self.prompt_positions = None if prompt_positions is None else prompt_positions.to(self.device)
         self.max_slot = max_slot
-        self.forwards = 0
+        self.forwards = 0  # whose logits were wanted
+        self.prefill_forwards = 0
         parameters = inspect.signature(model.forward).parameters
         self._vocab_size: int = model.config.get_text_config(decoder=True).vocab_size
         self._takes_position_ids = "position_ids" in parameters
@@ -84,6 +85,7 @@ class CachedModel:
             width = min(chunk_size or todo, todo)
             counts = [min(max(n - 1, 0), width) for n in self.missing(context)]
             outputs.append((counts, self._feed(context, width, keep=1, **kwargs)))
+            self.prefill_forwards += 1
             for row in context.rows:
                 self.cache.lengths[row] += width
             todo -= width
@@ -97,6 +99,7 @@ class CachedModel:
             The cache's lengths stay as they were until `commit`.
         """
         keep = keep or width
+        self.forwards += 1
         output = self._feed(context, width, keep, **kwargs)
         output.logits = output.logits[:, -keep:]
         return output
@@ -129,7 +132,6 @@ class CachedModel:
             inputs["position_ids"] = self._positions(rows, slots)
         if self._takes_logits_to_keep:
             inputs["logits_to_keep"] = keep
-        self.forwards += 1
         return self.model(**inputs, **kwargs, return_dict=True)
 
     def _positions(self, rows: list[int], slots: Tensor) -> Tensor:

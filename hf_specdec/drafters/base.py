@@ -49,7 +49,7 @@ class DraftRequest:
         first: by row of the batch, the column where its tokens begin.
         lockstep: all rows always have the same number of columns.
         prefill_chunk_size: feed at most so many tokens per row at once, `None` for all.
-        go_on: to be asked after each token but the last where a drafter `shows_confidence`, which stops when told False.
+        go_on: asked after each token but the last by drafters with `shows_confidence`; they stop when told False.
     """
 
     do_sample: bool
@@ -85,7 +85,12 @@ class Drafter(ABC):
 
     @property
     def forwards(self) -> int:
-        """Model forwards since `start`."""
+        """Model forwards since `start` that drafted."""
+        return 0
+
+    @property
+    def prefill_forwards(self) -> int:
+        """Model forwards since `start` that only filled a cache."""
         return 0
 
 

@@ -39,6 +39,10 @@ class ModelDrafter(Drafter):
         return self.cached.forwards
 
     @property
+    def prefill_forwards(self) -> int:
+        return self.cached.prefill_forwards
+
+    @property
     def takes_ragged_rows(self) -> bool:
         return takes_ragged_rows(self.model)
 
