@@ -89,6 +89,7 @@ class SpeculativeDecoding:
             self.roll_back()
             self.streamer.advance(self.context, self.output_width)
         self.stats.draft_prefill_forwards += self.drafter.prefill_forwards
+        self.drafter.end()
         return self.output_width
 
     def prefill(self) -> None:

@@ -49,6 +49,7 @@ class DraftRequest:
         first: by row of the batch, the column where its tokens begin.
         lockstep: all rows always have the same number of columns.
         prefill_chunk_size: feed at most so many tokens per row at once, `None` for all.
+        static: forwards are to have fixed shapes.
         go_on: asked after each token but the last by drafters with `shows_confidence`; they stop when told False.
     """
 
@@ -59,6 +60,7 @@ class DraftRequest:
     lockstep: bool = False
     processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
     prefill_chunk_size: int | None = None
+    static: bool = False
     go_on: GoOn | None = None
 
 
@@ -82,6 +84,9 @@ class Drafter(ABC):
 
     def commit(self, context: Context) -> None:
         """The context now ends behind what was committed; rejected drafts must be forgotten."""
+
+    def end(self) -> None:
+        """The `generate()` call is over."""
 
     @property
     def forwards(self) -> int:

@@ -7,9 +7,11 @@ from transformers.utils import logging
 
 from ..cache import RaggedCache
 from ..context import Context
-from ..forward import CachedModel, takes_ragged_rows
+from ..forward import CachedModel
 from ..host import to_device
+from ..masks import takes_ragged_rows
 from ..processors import BlockProcessors
+from ..static import WIDTHS, borrow
 from .base import Draft, Drafter, DraftRequest
 
 logger = logging.get_logger(__name__)
@@ -53,19 +55,20 @@ class ModelDrafter(Drafter):
         self._max_positions: int = getattr(config, "max_position_embeddings", None) or context.max_length
         columns = torch.arange(context.prompt_width, device=self.model.device)
         padding_mask = columns >= to_device(request.first, self.model.device)[:, None]
-        cache = RaggedCache(
-            context.batch_size,
-            self.model.device,
-            capacity=context.prompt_width + 256,
-            max_capacity=context.max_length,
-        )
+        rows, device, static = context.batch_size, self.model.device, None
+        padded = request.lockstep and max(request.first) > 0
+        if request.static and not padded and self.takes_ragged_rows:
+            cache, static = borrow(self.model, rows, device, context.max_length + WIDTHS[-1])
+        else:
+            cache = RaggedCache(rows, device, context.prompt_width + 256, max_capacity=context.max_length)
         self.cached = CachedModel(
             self.model,
             cache,
             first=request.first,
-            padding_mask=padding_mask if request.lockstep and max(request.first) > 0 else None,
+            padding_mask=padding_mask if padded else None,
             position_offset=[-f for f in request.first] if request.lockstep else None,
             max_slot=[self._max_positions - 1] * context.batch_size,
+            static=static,
         )
 
     def propose(self, context: Context, max_tokens: int) -> Draft:
@@ -113,6 +116,9 @@ class ModelDrafter(Drafter):
         for row in context.rows:
             kept = context.ends[row] + self.cached.slot_offset[row] - 1
             self.cached.cache.lengths[row] = min(self.cached.cache.lengths[row], kept)
+
+    def end(self) -> None:
+        self.cached.release()
 
     def _room(self, context: Context) -> int:
         """How many tokens may be drafted before the draft model runs out of positions."""
