@@ -132,6 +132,24 @@ class RaggedCache(Cache):
             starts = to_device(lengths, self.device)
             self._write = _Write(used, None, starts[:, None] + torch.arange(query_length, device=self.device))
 
+    def prepare_slots(self, slots: Tensor) -> None:
+        """Announce a forward whose tokens go to `slots` `[active rows, q]`, and see the whole capacity."""
+        self._write = _Write(self.capacity, None, slots)
+
+    def is_reusable(self, rows: int, device: torch.device, capacity: int) -> bool:
+        """Whether a call over so many rows, with so many slots, could have been given this storage."""
+        return len(self.lengths) == rows and self.device == device and self.capacity >= capacity
+
+    def clear(self) -> None:
+        """Forget all entries, keeping the storage."""
+        self.lengths = [0] * len(self.lengths)
+        self._storage = list(range(len(self.lengths)))
+        self._active = len(self.lengths)
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.keys.zero_()
+                layer.values.zero_()
+
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:

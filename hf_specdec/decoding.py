@@ -88,24 +88,32 @@ class SpeculativeDecoding:
             self.commit(committed, output)
             self.roll_back()
             self.streamer.advance(self.context, self.output_width)
+        self.stats.draft_prefill_forwards += self.drafter.prefill_forwards
+        self.drafter.end()
         return self.output_width
 
     def prefill(self) -> None:
-        """Feed the prompts to both models, all but the last token, which the first verification feeds."""
+        """Feed the prompts to both models, all but the last token, which the first verification feeds.
+
+        Prompts of equal lengths are left to that verification altogether: one forward less.
+        """
         start = perf_counter()
         self.drafter.start(self.request, self.context)
-        chunks = self.target.prefill(
-            self.context, self.prefill_chunk_size, embeds=self.pending_embeds, **self.recorder.forward_kwargs
-        )
+        chunks: list[tuple[list[int], ModelOutput]] = []
+        equal = len(set(self.target.missing(self.context))) == 1
+        if not equal or self.prefill_chunk_size or self.pending_embeds is not None or self.recorder.forward_kwargs:
+            chunks = self.target.prefill(
+                self.context, self.prefill_chunk_size, embeds=self.pending_embeds, **self.recorder.forward_kwargs
+            )
         for counts, output in chunks:
             self.recorder.layers(output, counts)
-        self.stats.add_prefill(perf_counter() - start, len(chunks), self.drafter.forwards)
+        self.stats.add_prefill(perf_counter() - start, len(chunks))
 
     def draft(self) -> Draft:
         """Up to γ tokens for each active row, but never so many that the target's own would not fit behind them."""
         context = self.context
         room = [max(context.max_length - end - 1, 0) for end in context.active_ends]
-        max_tokens = 0 if self.pending_embeds is not None else min(self.schedule.gamma, max(room))
+        max_tokens = 0 if self.pending_embeds is not None else min(self.schedule.plan(len(context.rows)), max(room))
         if max_tokens == 0:
             return Draft(context.tokens.new_empty(len(context.rows), 0), lengths=[0] * len(context.rows))
         draft = self.drafter.propose(context, max_tokens)
@@ -119,8 +127,10 @@ class SpeculativeDecoding:
         """One target forward over each row's last committed token and its drafts: `[rows, γ + 1, vocab]` logits."""
         self.context.clear_drafts()
         self.context.write_drafts(draft.tokens)
+        proposed = draft.tokens.shape[1]
+        width = max(self.target.missing(self.context)) + proposed
         output = self.target.forward(
-            self.context, draft.tokens.shape[1] + 1, embeds=self.pending_embeds, **self.recorder.forward_kwargs
+            self.context, width, keep=proposed + 1, embeds=self.pending_embeds, **self.recorder.forward_kwargs
         )
         self.pending_embeds = None
         return output
@@ -254,7 +264,6 @@ class SpeculativeDecoding:
             )
             for slot, row in enumerate(context.rows)
         ]
-        self.schedule.update([len(step.drafted) for step in steps], committed.accepted)
         iteration = Iteration(
             rows=steps,
             draft_seconds=clock[1] - clock[0],
@@ -262,6 +271,7 @@ class SpeculativeDecoding:
             other_seconds=perf_counter() - clock[2],
             draft_forwards=draft_forwards,
         )
+        self.schedule.update(iteration)
         self.stats.add(iteration)
         if self.trace is not None:
             self.trace.add(iteration)

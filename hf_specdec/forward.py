@@ -9,22 +9,19 @@ included, all rows always have equal lengths, and a 2-D mask says what is paddin
 """
 
 import inspect
-import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
 from .cache import RaggedCache
 from .context import Context
 from .host import to_device
-
-# Layer types whose attention mask is a function of query and key positions.
-_MASKED_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
-# Attention implementations that take a 4-D mask.
-_MASK_TAKING = {"sdpa", "eager"}
+from .masks import ragged_mask
+from .static import WIDTHS, StaticForwards, give_back
 
 
 class CachedModel:
@@ -39,6 +36,7 @@ class CachedModel:
         position_offset: by row of the batch, position id minus slot.
         prompt_positions: `[batch, columns]` position ids of the first columns, where that offset does not give them.
         max_slot: by row of the batch, the last slot that will ever be committed; positions are not asked for beyond it.
+        static: runs short forwards with fixed shapes; for the ragged layout, and a cache whose capacity never grows.
     """
 
     def __init__(
@@ -51,6 +49,7 @@ class CachedModel:
         position_offset: list[int] | None = None,
         prompt_positions: Tensor | None = None,
         max_slot: list[int] | None = None,
+        static: StaticForwards | None = None,
     ):
         self.model = model
         self.cache = cache
@@ -61,7 +60,9 @@ class CachedModel:
         self.position_offset = position_offset or [0] * len(first)
         self.prompt_positions = None if prompt_positions is None else prompt_positions.to(self.device)
         self.max_slot = max_slot
-        self.forwards = 0
+        self.static = static
+        self.forwards = 0  # whose logits were wanted
+        self.prefill_forwards = 0
         parameters = inspect.signature(model.forward).parameters
         self._vocab_size: int = model.config.get_text_config(decoder=True).vocab_size
         self._takes_position_ids = "position_ids" in parameters
@@ -83,28 +84,53 @@ class CachedModel:
         while todo > 0:
             width = min(chunk_size or todo, todo)
             counts = [min(max(n - 1, 0), width) for n in self.missing(context)]
-            outputs.append((counts, self._feed(context, width, keep_logits=False, **kwargs)))
+            outputs.append((counts, self._feed(context, width, keep=1, **kwargs)))
+            self.prefill_forwards += 1
             for row in context.rows:
                 self.cache.lengths[row] += width
             todo -= width
         self.commit(context)
         return outputs
 
-    def forward(self, context: Context, width: int, **kwargs: Any) -> ModelOutput:
+    def forward(self, context: Context, width: int, keep: int | None = None, **kwargs: Any) -> ModelOutput:
         """Feed each active row its uncached tokens and what stands behind them, `width` in all.
 
-        Returns: the model's output, `logits` `[active rows, width, vocab]`. The cache's lengths stay as they were until
-        `commit`.
+        Returns: the model's output, `logits` `[active rows, keep, vocab]` of the last `keep` tokens, by default of all.
+            The cache's lengths stay as they were until `commit`.
         """
-        return self._feed(context, width, keep_logits=True, **kwargs)
+        keep = keep or width
+        self.forwards += 1
+        if self.static is not None and width <= WIDTHS[-1] and not any(value is not None for value in kwargs.values()):
+            return CausalLMOutputWithPast(logits=self._feed_static(self.static, context, width)[:, -keep:])
+        output = self._feed(context, width, keep, **kwargs)
+        output.logits = output.logits[:, -keep:]
+        return output
 
     def commit(self, context: Context) -> None:
         """Keep the entries of committed tokens but the last one, forget those of rejected drafts."""
         for row in context.rows:
             self.cache.lengths[row] = max(context.ends[row] + self.slot_offset[row] - 1, 0)
 
+    def release(self) -> None:
+        """The call is over: what is kept for the next one may be used by it."""
+        if self.static is not None:
+            give_back(self.model, self.cache, self.static)
+
+    def _feed_static(self, static: StaticForwards, context: Context, width: int) -> Tensor:
+        rows = context.rows
+        self.cache.activate(rows)
+        starts = [self.cache.lengths[row] for row in rows]
+        last = [self.cache.capacity] * len(rows) if self.max_slot is None else [self.max_slot[row] for row in rows]
+        places = torch.tensor([starts, [self.position_offset[row] for row in rows], last])
+        return static(self.model, self._tokens(context, starts, width), places.to(self.device, non_blocking=True))
+
+    def _tokens(self, context: Context, starts: list[int], width: int) -> Tensor:
+        """`[active rows, width]` ids for the slots from `starts` on."""
+        begin = [start - self.slot_offset[row] for row, start in zip(context.rows, starts)]
+        return context.gather(begin, width).to(self.device).clamp(0, self._vocab_size - 1)
+
     def _feed(
-        self, context: Context, width: int, keep_logits: bool, embeds: Tensor | None = None, **kwargs: Any
+        self, context: Context, width: int, keep: int, embeds: Tensor | None = None, **kwargs: Any
     ) -> ModelOutput:
         cache, rows = self.cache, context.rows
         starts = [cache.lengths[row] for row in rows]
@@ -120,13 +146,11 @@ class CachedModel:
                 embeds[rows].to(self.device).gather(1, columns[..., None].expand(-1, -1, embeds.shape[2]))
             )
         else:
-            begin = [start - self.slot_offset[row] for row, start in zip(rows, starts)]
-            inputs["input_ids"] = context.gather(begin, width).to(self.device).clamp(0, self._vocab_size - 1)
+            inputs["input_ids"] = self._tokens(context, starts, width)
         if self._takes_position_ids:
             inputs["position_ids"] = self._positions(rows, slots)
         if self._takes_logits_to_keep:
-            inputs["logits_to_keep"] = 0 if keep_logits else 1
-        self.forwards += 1
+            inputs["logits_to_keep"] = keep
         return self.model(**inputs, **kwargs, return_dict=True)
 
     def _positions(self, rows: list[int], slots: Tensor) -> Tensor:
@@ -151,79 +175,3 @@ class CachedModel:
         if self.cache.is_uniform:
             return None  # plain causal attention: transformers builds it, or skips it
         return ragged_mask(self.model, slots, used)
-
-
-def ragged_mask(model: PreTrainedModel, slots: Tensor, used: int) -> Tensor | dict[str, Tensor]:
-    """The 4-D mask for queries at `slots` `[rows, q]` over `used` slots, in the form the model's layers expect.
-
-    Returns: `[rows, 1, q, used]`, bool (True = attend) for sdpa and additive for eager; by layer type when the config
-    has `layer_types`, as `create_masks_for_generate` of transformers does it.
-    """
-    config = model.config.get_text_config(decoder=True)
-    queries = slots[:, None, :, None]
-    keys = torch.arange(used, device=slots.device)
-    causal = keys <= queries
-
-    def mask_for(layer_type: str) -> Tensor:
-        mask = causal
-        if layer_type == "sliding_attention":
-            mask = causal & (keys > queries - config.sliding_window)
-        elif layer_type == "chunked_attention":
-            mask = causal & (keys // config.attention_chunk_size == queries // config.attention_chunk_size)
-        if config._attn_implementation == "eager":
-            lowest = torch.finfo(model.dtype).min
-            return torch.where(mask, torch.zeros((), dtype=model.dtype, device=mask.device), lowest)
-        return mask
-
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is not None:
-        return {layer_type: mask_for(layer_type) for layer_type in set(layer_types)}
-    if getattr(config, "sliding_window", None) is not None:
-        return mask_for("sliding_attention")
-    if getattr(config, "attention_chunk_size", None) is not None:
-        return mask_for("chunked_attention")
-    return mask_for("full_attention")
-
-
-_honours_masks: "weakref.WeakKeyDictionary[PreTrainedModel, bool]" = weakref.WeakKeyDictionary()
-
-
-def takes_ragged_rows(model: PreTrainedModel) -> bool:
-    """Whether the model can decode rows of different lengths together, that is, follows positions and 4-D masks.
-
-    Asked of the model itself, once: the second of two tokens is told by mask and position that it is alone; its logits
-    must then be those that it has alone. (Models with ALiBi, for example, read distances off a 2-D mask instead.)
-    """
-    config = model.config.get_text_config(decoder=True)
-    if config._attn_implementation not in _MASK_TAKING:
-        return False
-    if not set(getattr(config, "layer_types", None) or ()) <= _MASKED_LAYER_TYPES:
-        return False
-    if model not in _honours_masks:
-        _honours_masks[model] = _probe(model)
-    return _honours_masks[model]
-
-
-def _probe(model: PreTrainedModel) -> bool:
-    pair = torch.tensor([[1, 2]], device=model.device)
-    alone = pair[:, 1:]
-    # Two keys, of which the query behind them sees only the second: the causal mask of slot 0, then slot 0 again,
-    # moved right by one.
-    slots = torch.tensor([[0, 0]], device=model.device)
-    mask = ragged_mask(model, slots, 2)
-
-    def turn(m: Tensor) -> Tensor:
-        return torch.cat([m[:, :, :1], m[:, :, 1:].flip(-1)], dim=2)
-
-    masks = {key: turn(m) for key, m in mask.items()} if isinstance(mask, dict) else turn(mask)
-    kwargs: dict[str, Any] = {"use_cache": False, "return_dict": True}
-    if "position_ids" in inspect.signature(model.forward).parameters:
-        kwargs["position_ids"] = slots
-    try:
-        masked = model(input_ids=pair, attention_mask=masks, **kwargs).logits[:, -1]
-        kwargs.pop("position_ids", None)
-        expected = model(input_ids=alone, **kwargs).logits[:, -1]
-        plain = model(input_ids=pair, **kwargs).logits[:, -1]
-    except Exception:  # whatever a model does with a mask that it does not know: it cannot take it
-        return False
-    return bool((masked - expected).abs().max() < 0.1 * (plain - expected).abs().max())

@@ -12,8 +12,8 @@ from transformers.generation import GenerationMode
 
 # What holds when nobody says anything.
 DEFAULTS: dict[str, Any] = {
-    "num_assistant_tokens": 5,
-    "num_assistant_tokens_schedule": "constant",
+    "num_assistant_tokens": None,  # the schedule's own choice
+    "num_assistant_tokens_schedule": None,  # "constant" where γ is given, else "optimal"
     "assistant_confidence_threshold": 0.0,
     "prompt_lookup_num_tokens": None,
     "max_matching_ngram_size": 2,
@@ -26,7 +26,7 @@ OPTION_NAMES = tuple(DEFAULTS)
 class Options:
     """The resolved options; attributes are named as in the generation config."""
 
-    num_assistant_tokens: int
+    num_assistant_tokens: int | None
     num_assistant_tokens_schedule: str
     assistant_confidence_threshold: float
     prompt_lookup_num_tokens: int | None
@@ -36,7 +36,7 @@ class Options:
     def __post_init__(self) -> None:
         for name in ("num_assistant_tokens", "prompt_lookup_num_tokens", "max_matching_ngram_size"):
             value = getattr(self, name)
-            if value is None and name == "prompt_lookup_num_tokens":
+            if value is None and name != "max_matching_ngram_size":
                 continue
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"`{name}` must be an int, got {value!r} of type {type(value).__name__}")
@@ -79,7 +79,12 @@ def resolve_options(
         ]
         return next((value for value in candidates if value is not None), DEFAULTS[name])
 
-    return Options(**{name: resolve(name) for name in OPTION_NAMES})
+    options = {name: resolve(name) for name in OPTION_NAMES}
+    # Who sets γ and no schedule means that γ.
+    if options["num_assistant_tokens_schedule"] is None:
+        gamma = options["num_assistant_tokens"] or options["prompt_lookup_num_tokens"]
+        options["num_assistant_tokens_schedule"] = "optimal" if gamma is None else "constant"
+    return Options(**options)
 
 
 def check_generation_config(config: GenerationConfig) -> None:

@@ -1,7 +1,13 @@
 """How long the next draft should be: the `num_assistant_tokens_schedule` of transformers."""
 
 import weakref
-from typing import Protocol
+from typing import Any, Protocol
+
+from .drafters.base import GoOn
+from .optimal import MAX_GAMMA, Optimal, estimates_for
+from .stats import Iteration
+
+DEFAULT_GAMMA = 5
 
 # By draft model, where "heuristic" started and where it left off; transformers keeps this in the user's generation
 # config instead.
@@ -9,21 +15,33 @@ _learned: "weakref.WeakKeyDictionary[object, tuple[int, int]]" = weakref.WeakKey
 
 
 class Schedule(Protocol):
-    """Knows γ."""
+    """Knows γ.
 
-    gamma: int
+    Attributes:
+        go_on: decides token by token whether to draft another one (see `DraftRequest`); `None` leaves it at the plan.
+    """
 
-    def update(self, drafted: list[int], accepted: list[int]) -> None:
-        """Learn from one iteration: how many drafts each active row had, and how many of them were accepted."""
+    go_on: GoOn | None
+
+    def plan(self, rows: int) -> int:
+        """The longest draft of the next iteration, over so many active rows."""
+
+    def update(self, iteration: Iteration) -> None:
+        """Learn from one iteration."""
 
 
 class Constant:
     """Always the same γ."""
 
+    go_on: GoOn | None = None
+
     def __init__(self, gamma: int):
         self.gamma = gamma
 
-    def update(self, drafted: list[int], accepted: list[int]) -> None:
+    def plan(self, rows: int) -> int:
+        return self.gamma
+
+    def update(self, iteration: Iteration) -> None:
         pass
 
 
@@ -38,27 +56,43 @@ class Heuristic:
             ("heuristic_transient").
     """
 
+    go_on: GoOn | None = None
+
     def __init__(self, gamma: int, owner: object | None):
         self._owner = owner
         self._start = gamma
         start, learned = (gamma, gamma) if owner is None else _learned.get(owner, (gamma, gamma))
         self.gamma = learned if start == gamma else gamma
 
-    def update(self, drafted: list[int], accepted: list[int]) -> None:
-        if not any(drafted):
+    def plan(self, rows: int) -> int:
+        return self.gamma
+
+    def update(self, iteration: Iteration) -> None:
+        if not any(step.drafted for step in iteration.rows):
             return
-        self.gamma = self.gamma + 2 if drafted == accepted else max(1, self.gamma - 1)
+        everything = all(step.accepted == len(step.drafted) for step in iteration.rows)
+        self.gamma = self.gamma + 2 if everything else max(1, self.gamma - 1)
         if self._owner is not None:
             _learned[self._owner] = self._start, self.gamma
 
 
-SCHEDULES = ("constant", "heuristic", "heuristic_transient")
+SCHEDULES = ("optimal", "constant", "heuristic", "heuristic_transient")
 
 
-def make_schedule(name: str, gamma: int, owner: object | None) -> Schedule:
-    """A schedule by its name in the generation config; `owner` is the draft model, if any."""
+def make_schedule(name: str, gamma: int | None, target: object, drafter: Any) -> Schedule:
+    """A schedule by its name in the generation config.
+
+    Args:
+        name: one of `SCHEDULES`.
+        gamma: where to start, and for "optimal" the longest draft; `None` for the schedule's own choice.
+        target: the target model, on which costs depend.
+        drafter: the drafter; what is learned is remembered by its `model`, if it has one.
+    """
     if name not in SCHEDULES:
         raise ValueError(f"`num_assistant_tokens_schedule` must be one of {', '.join(SCHEDULES)}, got {name!r}")
+    owner = getattr(drafter, "model", None)
+    if name == "optimal":
+        return Optimal(gamma or MAX_GAMMA, estimates_for(target, owner or target), drafter.shows_confidence)
     if name == "constant":
-        return Constant(gamma)
-    return Heuristic(gamma, owner if name == "heuristic" else None)
+        return Constant(gamma or DEFAULT_GAMMA)
+    return Heuristic(gamma or DEFAULT_GAMMA, owner if name == "heuristic" else None)

@@ -23,11 +23,13 @@ from .cache import RaggedCache, check_layers
 from .context import Context
 from .decoding import SpeculativeDecoding
 from .drafters import Drafter, DraftRequest, ModelDrafter
-from .forward import CachedModel, takes_ragged_rows
+from .forward import CachedModel
+from .masks import takes_ragged_rows
 from .options import Options
 from .outputs import Recorder
 from .processors import known, unknown_names
 from .schedule import make_schedule
+from .static import WIDTHS, borrow
 from .stats import SpeculationStats
 from .stopping import Stopping
 from .streaming import StepStreamer
@@ -109,6 +111,12 @@ def prepare(
     target = _cached_target(model, cache, prompt, context, first, aligned, generation_config)
     windows = [getattr(layer, "sliding_window", None) for layer in cache.layers]
     recorder = Recorder(generation_config, context, first, prompt.column_offset, prompt.past, windows)
+    schedule = make_schedule(
+        options.num_assistant_tokens_schedule,
+        options.prompt_lookup_num_tokens or options.num_assistant_tokens,
+        model,
+        drafter,
+    )
     request = DraftRequest(
         do_sample=bool(generation_config.do_sample),
         vocab_size=vocab_size,
@@ -116,17 +124,16 @@ def prepare(
         first=context_first,
         lockstep=lockstep,
         processors=known(logits_processor),
+        prefill_chunk_size=generation_config.prefill_chunk_size,
+        static=target.static is not None,
+        go_on=schedule.go_on,
     )
     return SpeculativeDecoding(
         context=context,
         target=target,
         drafter=drafter,
         request=request,
-        schedule=make_schedule(
-            options.num_assistant_tokens_schedule,
-            options.prompt_lookup_num_tokens or options.num_assistant_tokens,
-            getattr(drafter, "model", None),
-        ),
+        schedule=schedule,
         processors=logits_processor,
         stopping=stopping,
         recorder=recorder,
@@ -148,6 +155,7 @@ def finish(
     wants_dict = bool(generation_config.return_dict_in_generate)
     if wants_dict or getattr(cache, "_is_user_defined", False):
         hand_back_cache(decoding, width, cache)
+    decoding.target.release()
     sequences = decoding.context.view(width).clone()
     if not wants_dict:
         return sequences
@@ -303,18 +311,20 @@ def _cached_target(
     generation_config: GenerationConfig,
 ) -> CachedModel:
     columns = context.max_length + prompt.column_offset
-    fixed = generation_config.cache_implementation == "static"
-    cache = RaggedCache(
-        len(first),
-        prompt.mask.device if model.device.type == "meta" else model.device,
-        capacity=columns if fixed else prompt.mask.shape[1] + 256,
-        max_capacity=columns,
-    )
+    padded = aligned and not bool(prompt.mask.all())
+    device = prompt.mask.device if model.device.type == "meta" else model.device
+    cache = RaggedCache(len(first), device, capacity=prompt.mask.shape[1] + 256, max_capacity=columns)
+    static = None
+    if generation_config.cache_implementation == "static":
+        if padded or prompt.positions is not None or not takes_ragged_rows(model):
+            logger.warning_once(f"{type(model).__name__} and this prompt need forwards of changing shapes.")
+            cache = RaggedCache(len(first), device, capacity=columns, max_capacity=columns)
+        else:
+            cache, static = borrow(model, len(first), device, columns + WIDTHS[-1])
     if prompt.past:
         cache.load(source, first)
     # Position ids minus slots: slot = column - first.
     position_offset = [offset + f for offset, f in zip(prompt.position_offset, first)]
-    padded = aligned and not bool(prompt.mask.all())
     return CachedModel(
         model,
         cache,
@@ -324,4 +334,5 @@ def _cached_target(
         position_offset=position_offset,
         prompt_positions=prompt.positions,
         max_slot=[columns - 2 - f for f in first],
+        static=static,
     )

@@ -156,8 +156,9 @@ class SpeculationStats(RowStats):
     Attributes:
         target_forwards: verification forwards of the target, each for all rows together.
         draft_forwards: forwards of the draft model while drafting; 0 for drafters without a model.
-        target_prefill_forwards: forwards of the target over the prompt that verified nothing.
-        draft_prefill_forwards: forwards of the draft model over the prompt that drafted nothing.
+        target_prefill_forwards: forwards of the target over the prompt that verified nothing; 0 where the first
+            verification takes the whole prompt along.
+        draft_prefill_forwards: forwards of the draft model over prompts, or what it had missed, that drafted nothing.
         prefill_seconds: wall time before the first iteration.
         draft_seconds: wall time of drafting.
         verify_seconds: wall time of the target's verification.
@@ -197,11 +198,10 @@ class SpeculationStats(RowStats):
             }
         )
 
-    def add_prefill(self, seconds: float, target_forwards: int, draft_forwards: int) -> None:
+    def add_prefill(self, seconds: float, target_forwards: int) -> None:
         """Count the work on the prompt that came before the first iteration."""
         self.prefill_seconds += seconds
         self.target_prefill_forwards += target_forwards
-        self.draft_prefill_forwards += draft_forwards
 
     @property
     def seconds(self) -> float:

@@ -23,6 +23,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
+from .attention import folded_attention
 from .drafters import Drafter
 from .options import OPTION_NAMES, check_cache_implementation, check_generation_config, resolve_options
 from .pairs import make_drafter
@@ -95,9 +96,10 @@ def speculative(
             speculation_trace,
             model_kwargs,
         )
-        width = decoding.run()
-        decoding.streamer.end()
-        return finish(decoding, width, generation_config, model_kwargs)
+        with folded_attention():
+            width = decoding.run()
+            decoding.streamer.end()
+            return finish(decoding, width, generation_config, model_kwargs)
 
     return decode
 

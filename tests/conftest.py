@@ -29,6 +29,8 @@ from transformers import (
     StableLmConfig,
 )
 
+from hf_specdec import options
+
 # Such small matrices only lose by a second thread, and a lot when the machine is shared.
 torch.set_num_threads(1)
 
@@ -121,6 +123,12 @@ def make_prompts(batch: int, width: int = 14, seed: int = 0) -> dict[str, torch.
         padding = int(torch.randint(0, width, (1,), generator=generator))
         mask[row, :padding] = 0
     return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
+
+
+@pytest.fixture(autouse=True)
+def drafts_that_do_not_go_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default schedule measures time, and the same call may draft more or less: tests ask for it by name."""
+    monkeypatch.setitem(options.DEFAULTS, "num_assistant_tokens_schedule", "constant")
 
 
 @pytest.fixture(scope="session")

@@ -116,7 +116,7 @@ BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"num_assistant_tokens_schedule": "linear"},
         ValueError,
-        "`num_assistant_tokens_schedule` must be one of constant, heuristic, .*got 'linear'",
+        "`num_assistant_tokens_schedule` must be one of optimal, constant, heuristic, .*got 'linear'",
     ),
     (
         {"assistant_confidence_threshold": 1.5},
@@ -481,5 +481,5 @@ def test_a_draft_with_fewer_positions_than_the_target_drafts_while_it_can(archit
     kwargs = {**prompts(batch), **GREEDY, "max_new_tokens": 24}
     out = target.generate(**kwargs, assistant_model=draft, strategy="spec", speculation_stats=stats)
     assert out.equal(target.generate(**kwargs))
-    assert (stats.drafted_tokens > 0) == (stats.draft_prefill_forwards > 0) == (positions > 14)
+    assert (stats.drafted_tokens > 0) == (stats.draft_forwards > 0) == (positions > 14)
     assert sum(f"has {positions} positions" in record.message for record in caplog.records) == 1

@@ -13,9 +13,10 @@ from conftest import SIZES, make_model, make_prompts, perturbed
 from transformers import GenerationConfig, LlamaConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation.candidate_generator import AssistedCandidateGenerator
 
-from hf_specdec import Draft, Drafter, SpeculationStats, pairs, strategy
+from hf_specdec import Draft, Drafter, PromptLookupDrafter, SpeculationStats, pairs, strategy
 from hf_specdec.options import Options
 from hf_specdec.schedule import make_schedule
+from hf_specdec.stats import Iteration, RowStep
 
 
 @pytest.fixture
@@ -43,6 +44,14 @@ def run(target: PreTrainedModel, draft: Any, rows: int = 1, new_tokens: int = 30
     return stats
 
 
+def iteration_of(drafted: list[int], accepted: list[int]) -> Iteration:
+    """What one iteration did, by row, as far as schedules look."""
+    steps = [
+        RowStep(row, 10, [7] * n, k, [7] * k + [8]) for row, (n, k) in enumerate(zip(drafted, accepted, strict=True))
+    ]
+    return Iteration(steps, draft_seconds=0.1, verify_seconds=0.2, other_seconds=0.0, draft_forwards=max(drafted))
+
+
 # ------------------------------------------------------------------------------------------------------------ the rule
 
 
@@ -54,13 +63,13 @@ def test_the_heuristic_is_the_rule_of_transformers(name):
     theirs.assistant_generation_config = SimpleNamespace(
         num_assistant_tokens_schedule=name, assistant_confidence_threshold=0
     )
-    ours = make_schedule(name, 4, None)
+    ours = make_schedule(name, 4, None, PromptLookupDrafter())
     seen = set()
     for _ in range(200):
         drafted = ours.gamma
         accepted = drafted if rng.random() < 0.3 else rng.randrange(drafted)
         theirs.update_candidate_strategy(None, torch.zeros(1, drafted + 1, 1), accepted)
-        ours.update([drafted], [accepted])
+        ours.update(iteration_of([drafted], [accepted]))
         assert ours.gamma == theirs.num_assistant_tokens
         seen.add(ours.gamma)
     assert min(seen) == 1
@@ -68,23 +77,23 @@ def test_the_heuristic_is_the_rule_of_transformers(name):
 
 
 def test_the_constant_schedule_stays():
-    schedule = make_schedule("constant", 4, None)
+    schedule = make_schedule("constant", 4, None, PromptLookupDrafter())
     for accepted in (4, 0, 2):
-        schedule.update([4], [accepted])
+        schedule.update(iteration_of([4], [accepted]))
         assert schedule.gamma == 4
 
 
 def test_a_batch_drafts_longer_only_when_all_rows_accepted_everything():
-    schedule = make_schedule("heuristic", 4, None)
-    schedule.update([4, 4, 2], [4, 4, 2])
+    schedule = make_schedule("heuristic", 4, None, PromptLookupDrafter())
+    schedule.update(iteration_of([4, 4, 2], [4, 4, 2]))
     assert schedule.gamma == 6
-    schedule.update([6, 6, 6], [6, 5, 6])
+    schedule.update(iteration_of([6, 6, 6], [6, 5, 6]))
     assert schedule.gamma == 5
 
 
 def test_an_iteration_without_drafts_teaches_nothing():
-    schedule = make_schedule("heuristic", 4, None)
-    schedule.update([0, 0], [0, 0])
+    schedule = make_schedule("heuristic", 4, None, PromptLookupDrafter())
+    schedule.update(iteration_of([0, 0], [0, 0]))
     assert schedule.gamma == 4
 
 
@@ -92,11 +101,11 @@ def test_an_iteration_without_drafts_teaches_nothing():
 @pytest.mark.parametrize("name", ["constant", "heuristic", "heuristic_transient"])
 def test_each_iteration_drafts_what_the_schedule_says(name, rows, target, draft):
     stats = run(target, draft, rows, num_assistant_tokens=3, num_assistant_tokens_schedule=name)
-    schedule = make_schedule(name, 3, None)
+    schedule = make_schedule(name, 3, None, PromptLookupDrafter())
     said = []
     for iteration in stats.iterations:
         said.append(schedule.gamma)
-        schedule.update(iteration["drafted"], iteration["accepted"])
+        schedule.update(iteration_of(iteration["drafted"], iteration["accepted"]))
     drafted = [max(iteration["drafted"]) for iteration in stats.iterations]
     fits = [i for i, n in enumerate(drafted) if n == said[i]]
     assert fits[-1] + 1 == len(fits) >= len(drafted) - 4  # the last drafts are cut to what still fits
@@ -112,9 +121,9 @@ HEURISTIC: dict[str, Any] = {"num_assistant_tokens": 9, "num_assistant_tokens_sc
 
 def left_off(stats: SpeculationStats, start: int) -> int:
     """Where the heuristic is after a call that started with γ = `start`."""
-    schedule = make_schedule("heuristic", start, None)
+    schedule = make_schedule("heuristic", start, None, PromptLookupDrafter())
     for iteration in stats.iterations:
-        schedule.update(iteration["drafted"], iteration["accepted"])
+        schedule.update(iteration_of(iteration["drafted"], iteration["accepted"]))
     return schedule.gamma
 
 
@@ -161,7 +170,7 @@ VALUES: dict[str, list[Any]] = {  # by option: of the draft's config, of the tar
     "max_matching_ngram_size": [3, 4, 5, 1],
 }
 DEFAULT = {
-    "num_assistant_tokens": 5,
+    "num_assistant_tokens": None,  # the schedule decides
     "num_assistant_tokens_schedule": "constant",
     "assistant_confidence_threshold": 0.0,
     "max_matching_ngram_size": 2,

@@ -125,8 +125,8 @@ def test_used_stats_go_on_counting():
 def test_the_prefill_is_counted_apart():
     stats = filled([iteration(row_step(5, 3))])
     rates = stats.acceptance_rate, stats.block_efficiency, stats.target_forwards, stats.draft_forwards
-    stats.add_prefill(seconds=2.0, target_forwards=3, draft_forwards=1)
-    assert (stats.target_prefill_forwards, stats.draft_prefill_forwards, stats.prefill_seconds) == (3, 1, 2.0)
+    stats.add_prefill(seconds=2.0, target_forwards=3)
+    assert (stats.target_prefill_forwards, stats.prefill_seconds) == (3, 2.0)
     assert (stats.acceptance_rate, stats.block_efficiency, stats.target_forwards, stats.draft_forwards) == rates
     assert stats.seconds == 2.0 + 0.25 + 0.5 + 0.125
 

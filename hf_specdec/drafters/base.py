@@ -1,6 +1,7 @@
 """The protocol between the decoding loop and whatever proposes tokens."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -8,6 +9,9 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from ..context import Context
+
+# Whether to draft another token, given the probabilities of the latest ones, by active row.
+GoOn = Callable[[list[float]], bool]
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,9 @@ class DraftRequest:
         device: where `Draft.tokens` and `Draft.probs` must be.
         first: by row of the batch, the column where its tokens begin.
         lockstep: all rows always have the same number of columns.
+        prefill_chunk_size: feed at most so many tokens per row at once, `None` for all.
+        static: forwards are to have fixed shapes.
+        go_on: asked after each token but the last by drafters with `shows_confidence`; they stop when told False.
     """
 
     do_sample: bool
@@ -52,6 +59,9 @@ class DraftRequest:
     first: list[int]
     lockstep: bool = False
     processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
+    prefill_chunk_size: int | None = None
+    static: bool = False
+    go_on: GoOn | None = None
 
 
 class Drafter(ABC):
@@ -59,9 +69,11 @@ class Drafter(ABC):
 
     Attributes:
         in_vocabulary: proposals are the target's tokens by construction, so that the loop need not look.
+        shows_confidence: it asks `DraftRequest.go_on`, and reading its probabilities does not wait for a device.
     """
 
     in_vocabulary = False
+    shows_confidence = False
 
     def start(self, request: DraftRequest, context: Context) -> None:
         """A new `generate()` call begins. `context` holds the prompts; state of an earlier call must go."""
@@ -73,9 +85,17 @@ class Drafter(ABC):
     def commit(self, context: Context) -> None:
         """The context now ends behind what was committed; rejected drafts must be forgotten."""
 
+    def end(self) -> None:
+        """The `generate()` call is over."""
+
     @property
     def forwards(self) -> int:
-        """Model forwards since `start`."""
+        """Model forwards since `start` that drafted."""
+        return 0
+
+    @property
+    def prefill_forwards(self) -> int:
+        """Model forwards since `start` that only filled a cache."""
         return 0
 
 

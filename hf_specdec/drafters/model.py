@@ -7,9 +7,11 @@ from transformers.utils import logging
 
 from ..cache import RaggedCache
 from ..context import Context
-from ..forward import CachedModel, takes_ragged_rows
+from ..forward import CachedModel
 from ..host import to_device
+from ..masks import takes_ragged_rows
 from ..processors import BlockProcessors
+from ..static import WIDTHS, borrow
 from .base import Draft, Drafter, DraftRequest
 
 logger = logging.get_logger(__name__)
@@ -32,10 +34,15 @@ class ModelDrafter(Drafter):
     def __init__(self, model: PreTrainedModel, confidence_threshold: float = 0.0):
         self.model = model
         self.confidence_threshold = confidence_threshold
+        self.shows_confidence = model.device.type == "cpu"
 
     @property
     def forwards(self) -> int:
         return self.cached.forwards
+
+    @property
+    def prefill_forwards(self) -> int:
+        return self.cached.prefill_forwards
 
     @property
     def takes_ragged_rows(self) -> bool:
@@ -48,57 +55,70 @@ class ModelDrafter(Drafter):
         self._max_positions: int = getattr(config, "max_position_embeddings", None) or context.max_length
         columns = torch.arange(context.prompt_width, device=self.model.device)
         padding_mask = columns >= to_device(request.first, self.model.device)[:, None]
-        cache = RaggedCache(
-            context.batch_size,
-            self.model.device,
-            capacity=context.prompt_width + 256,
-            max_capacity=context.max_length,
-        )
+        rows, device, static = context.batch_size, self.model.device, None
+        padded = request.lockstep and max(request.first) > 0
+        if request.static and not padded and self.takes_ragged_rows:
+            cache, static = borrow(self.model, rows, device, context.max_length + WIDTHS[-1])
+        else:
+            cache = RaggedCache(rows, device, context.prompt_width + 256, max_capacity=context.max_length)
         self.cached = CachedModel(
             self.model,
             cache,
             first=request.first,
-            padding_mask=padding_mask if request.lockstep and max(request.first) > 0 else None,
+            padding_mask=padding_mask if padded else None,
             position_offset=[-f for f in request.first] if request.lockstep else None,
             max_slot=[self._max_positions - 1] * context.batch_size,
+            static=static,
         )
-        if max(context.lengths) < self._max_positions:
-            self.cached.prefill(context)
 
     def propose(self, context: Context, max_tokens: int) -> Draft:
         max_tokens = min(max_tokens, self._room(context))
+        if max_tokens > 0:
+            self._catch_up(context)
         tokens: list[Tensor] = []  # each [rows, 1]
         probs: list[Tensor] = []  # each [rows, 1, vocab]
         lengths = [max_tokens] * len(context.rows)
         valid = torch.ones(len(context.rows), dtype=torch.bool, device=self._request.device)
         for step in range(max_tokens):
-            logits = self._next_logits(context, step)
-            scores = self._process(logits, context, offset=step)
-            # Where processors leave the draft nothing to say, it speaks unprocessed: q is what was drawn from.
-            scores = torch.where(scores.amax(dim=-1, keepdim=True).isfinite(), scores, logits)
-            valid &= scores.amax(dim=-1).isfinite().squeeze(1)
-            q = scores.softmax(dim=-1).nan_to_num(nan=1.0)
-            drawn = (
-                torch.multinomial(q[:, 0], num_samples=1) if self._request.do_sample else scores[:, 0].argmax(-1, True)
-            )
-            tokens.append(drawn)
+            scores = self._next_scores(context, step)
+            best, argmax = scores[:, 0].max(dim=-1, keepdim=True)
+            valid &= best.isfinite().squeeze(1)
             if self._request.do_sample:
+                q = scores.softmax(dim=-1).nan_to_num(nan=1.0)
+                drawn = torch.multinomial(q[:, 0], num_samples=1)
                 probs.append(q)
+            else:
+                drawn = argmax
+            tokens.append(drawn)
             context.write_drafts(drawn, offset=step)
-            if self.confidence_threshold > 0:
-                unsure = q[:, 0].gather(-1, drawn).squeeze(-1) < self.confidence_threshold
-                lengths = [min(n, step + 1) if stop else n for n, stop in zip(lengths, unsure.tolist())]
-                if max(lengths) <= step + 1:
-                    break
+            lengths, done = self._stop(step, lengths, scores, drawn)
+            if done:
+                break
         if not tokens:
             return Draft(context.tokens.new_empty(len(context.rows), 0))
+        lengths = [min(n, len(tokens)) for n in lengths]
         return Draft(torch.cat(tokens, dim=1), torch.cat(probs, dim=1) if probs else None, lengths, valid)
+
+    def _stop(self, step: int, lengths: list[int], scores: Tensor, drawn: Tensor) -> tuple[list[int], bool]:
+        """Where the rows' drafts end, as far as it is known after a step, and whether that was the last one."""
+        go_on, last = self._request.go_on, step + 1 >= max(lengths)
+        if self.confidence_threshold == 0 and (go_on is None or last):
+            return lengths, last
+        chosen = scores[:, 0].gather(-1, drawn) - scores[:, 0].logsumexp(dim=-1, keepdim=True)
+        confidence: list[float] = chosen.exp().squeeze(-1).tolist()
+        unsure = [p < self.confidence_threshold for p in confidence]
+        lengths = [min(n, step + 1) if stop else n for n, stop in zip(lengths, unsure)]
+        last = step + 1 >= max(lengths)
+        return lengths, last or (go_on is not None and not go_on(confidence))
 
     def commit(self, context: Context) -> None:
         # The cache holds the context as it was and all drafts but the last: what is committed of that stays.
         for row in context.rows:
             kept = context.ends[row] + self.cached.slot_offset[row] - 1
             self.cached.cache.lengths[row] = min(self.cached.cache.lengths[row], kept)
+
+    def end(self) -> None:
+        self.cached.release()
 
     def _room(self, context: Context) -> int:
         """How many tokens may be drafted before the draft model runs out of positions."""
@@ -110,15 +130,28 @@ class ModelDrafter(Drafter):
             )
         return max(room, 0)
 
-    def _next_logits(self, context: Context, step: int) -> Tensor:
-        """`[rows, 1, vocab]` float32 for the token behind the first `step` drafts."""
+    def _catch_up(self, context: Context) -> None:
+        """Feed what the cache is behind, prompts at first, unless the next forward can do it in passing."""
+        missing, chunk = self.cached.missing(context), self._request.prefill_chunk_size
+        if max(missing) > (chunk or max(missing)) or (len(set(missing)) > 1 and max(missing) > 2):
+            self.cached.prefill(context, chunk)
+
+    def _next_scores(self, context: Context, step: int) -> Tensor:
+        """`[rows, 1, vocab]` float32, processed, for the token behind the first `step` drafts."""
         missing = [n + step for n in self.cached.missing(context)]
-        logits = self.cached.forward(context, max(missing)).logits
+        equal = min(missing) == max(missing)
+        logits = self.cached.forward(context, max(missing), keep=1 if equal else None).logits
         for row, n in zip(context.rows, missing):
             self.cached.cache.lengths[row] += n
-        last = to_device(missing, logits.device)[:, None, None] - 1
-        logits = logits.gather(1, last.expand(-1, 1, logits.shape[2])).float().to(self._request.device)
-        return _fit_vocabulary(logits, self._request.vocab_size)
+        if not equal:
+            last = to_device(missing, logits.device)[:, None, None] - 1
+            logits = logits.gather(1, last.expand(-1, 1, logits.shape[2]))
+        logits = _fit_vocabulary(logits.float().to(self._request.device), self._request.vocab_size)
+        if not self._request.processors:
+            return logits
+        scores = self._process(logits, context, offset=step)
+        # Where processors leave the draft nothing to say, it speaks unprocessed: q is what was drawn from.
+        return torch.where(scores.amax(dim=-1, keepdim=True).isfinite(), scores, logits)
 
 
 def _fit_vocabulary(logits: Tensor, vocab_size: int) -> Tensor:

@@ -1,0 +1,132 @@
+"""Decode attention that never copies K and V: the queries that share a K/V head become queries of one head.
+
+With grouped queries and a mask, transformers repeats every K and V head for each of its query heads, at every layer of
+every step; with a long context that costs more than the rest of the model. Here `[rows, heads, q, d]` queries are seen
+as `[rows, kv_heads, groups·q, d]`, which needs no copy. Prefill, and whatever else this cannot express, is left to the
+function that was registered before.
+
+While calls of `generate(strategy="spec")` run, `sdpa` of transformers' `AttentionInterface` is the function here, which
+folds only in threads that are inside such a call. No model and no config is touched.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
+
+_NAME = "sdpa"
+# Above this many folded queries the copies are small beside the products.
+_MAX_QUERIES = 256
+# Arguments that a folded call could not honour, unless they are None.
+_UNFOLDABLE = ("position_bias", "softcap", "cache", "s_aux", "sinks")
+
+
+class _Thread(threading.local):
+    calls = 0  # nested calls of ours in this thread
+
+    def __init__(self) -> None:
+        self.masks: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
+
+
+_thread = _Thread()
+_lock = threading.Lock()
+_calls = 0  # over all threads
+_original: AttentionFunction | None = None
+
+
+@contextmanager
+def folded_attention() -> Iterator[None]:
+    """Inside, attention of this thread's models on "sdpa" is folded where it can be."""
+    global _calls, _original
+    with _lock:
+        _calls += 1
+        if _calls == 1:
+            _original = ALL_ATTENTION_FUNCTIONS[_NAME]
+            AttentionInterface.register(_NAME, _attend)
+    _thread.calls += 1
+    try:
+        yield
+    finally:
+        _thread.calls -= 1
+        if _thread.calls == 0:
+            _thread.masks.clear()
+        with _lock:
+            _calls -= 1
+            if _calls == 0 and ALL_ATTENTION_FUNCTIONS[_NAME] is _attend:
+                AttentionInterface.register(_NAME, _original)
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    if (
+        _thread.calls
+        and dropout == 0.0
+        and _folds(query, key, attention_mask)
+        and all(kwargs.get(name) is None for name in _UNFOLDABLE)
+    ):
+        return folded(query, key, value, attention_mask, scaling), None
+    assert _original is not None
+    return _original(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+
+
+def _folds(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
+    heads, queries = query.shape[1:3]
+    groups, rest = divmod(heads, key.shape[1])
+    if groups < 2 or rest or groups * queries > _MAX_QUERIES:
+        return False
+    if mask is None:
+        return queries == 1  # several queries without a mask are a causal prefill
+    return mask.ndim == 4 and mask.shape[1] == 1 and mask.shape[2] == queries
+
+
+def folded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None = None) -> Tensor:
+    """Attention of grouped queries, without a copy of `key` or `value`.
+
+    Args:
+        query: `[rows, heads, q, d]`.
+        key, value: `[rows, kv_heads, k, d]`; heads is a multiple of kv_heads.
+        mask: `[rows or 1, 1, q, k]`, bool (True = attend) or additive; `None` attends to everything.
+        scaling: of the scores; by default `1 / sqrt(d)`.
+
+    Returns: `[rows, q, heads, d]`, as transformers' attention functions do.
+    """
+    rows, heads, queries, width = query.shape
+    groups = heads // key.shape[1]
+    if mask is not None:
+        mask = _folded_mask(mask, groups, query.dtype)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query.reshape(rows, heads // groups, groups * queries, width), key, value, attn_mask=mask, scale=scaling
+    )
+    return out.reshape(rows, heads, queries, value.shape[3]).transpose(1, 2).contiguous()
+
+
+def _folded_mask(mask: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+    """`[rows, 1, groups·q, k]`, additive; made once per forward, not once per layer."""
+    name = (id(mask), mask._version, groups, dtype)
+    known = _thread.masks.get(name)
+    if known is None:
+        if len(_thread.masks) >= 4:  # layer types of one forward, or target and draft; older ones are done with
+            _thread.masks.clear()
+        additive = mask
+        if mask.dtype == torch.bool:
+            additive = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+            additive.masked_fill_(~mask, torch.finfo(dtype).min)  # -inf would make NaN of padding, which sees nothing
+        rows, _, queries, keys = mask.shape
+        folded = additive.expand(rows, groups, queries, keys).reshape(rows, 1, groups * queries, keys)
+        known = _thread.masks[name] = mask, folded  # holding `mask` keeps its id from being used again
+    return known[1]

@@ -1,0 +1,90 @@
+"""Masks for rows of different lengths, and which models follow them."""
+
+import inspect
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+# Layer types whose attention mask is a function of query and key positions.
+_MASKED_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
+# Attention implementations that take a 4-D mask.
+_MASK_TAKING = {"sdpa", "eager"}
+
+
+def ragged_mask(model: PreTrainedModel, slots: Tensor, used: int) -> Tensor | dict[str, Tensor]:
+    """The 4-D mask for queries at `slots` `[rows, q]` over `used` slots, in the form the model's layers expect.
+
+    Returns: `[rows, 1, q, used]`, bool (True = attend) for sdpa and additive for eager; by layer type when the config
+    has `layer_types`, as `create_masks_for_generate` of transformers does it.
+    """
+    config = model.config.get_text_config(decoder=True)
+    queries = slots[:, None, :, None]
+    keys = torch.arange(used, device=slots.device)
+    causal = keys <= queries
+
+    def mask_for(layer_type: str) -> Tensor:
+        mask = causal
+        if layer_type == "sliding_attention":
+            mask = causal & (keys > queries - config.sliding_window)
+        elif layer_type == "chunked_attention":
+            mask = causal & (keys // config.attention_chunk_size == queries // config.attention_chunk_size)
+        if config._attn_implementation == "eager":
+            lowest = torch.finfo(model.dtype).min
+            return torch.where(mask, torch.zeros((), dtype=model.dtype, device=mask.device), lowest)
+        return mask
+
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None:
+        return {layer_type: mask_for(layer_type) for layer_type in set(layer_types)}
+    if getattr(config, "sliding_window", None) is not None:
+        return mask_for("sliding_attention")
+    if getattr(config, "attention_chunk_size", None) is not None:
+        return mask_for("chunked_attention")
+    return mask_for("full_attention")
+
+
+_honours_masks: "weakref.WeakKeyDictionary[PreTrainedModel, bool]" = weakref.WeakKeyDictionary()
+
+
+def takes_ragged_rows(model: PreTrainedModel) -> bool:
+    """Whether the model can decode rows of different lengths together, that is, follows positions and 4-D masks.
+
+    Asked of the model itself, once: the second of two tokens is told by mask and position that it is alone; its logits
+    must then be those that it has alone. (Models with ALiBi, for example, read distances off a 2-D mask instead.)
+    """
+    config = model.config.get_text_config(decoder=True)
+    if config._attn_implementation not in _MASK_TAKING:
+        return False
+    if not set(getattr(config, "layer_types", None) or ()) <= _MASKED_LAYER_TYPES:
+        return False
+    if model not in _honours_masks:
+        _honours_masks[model] = _probe(model)
+    return _honours_masks[model]
+
+
+def _probe(model: PreTrainedModel) -> bool:
+    pair = torch.tensor([[1, 2]], device=model.device)
+    alone = pair[:, 1:]
+    # Two keys, of which the query behind them sees only the second: the causal mask of slot 0, then slot 0 again,
+    # moved right by one.
+    slots = torch.tensor([[0, 0]], device=model.device)
+    mask = ragged_mask(model, slots, 2)
+
+    def turn(m: Tensor) -> Tensor:
+        return torch.cat([m[:, :, :1], m[:, :, 1:].flip(-1)], dim=2)
+
+    masks = {key: turn(m) for key, m in mask.items()} if isinstance(mask, dict) else turn(mask)
+    kwargs: dict[str, Any] = {"use_cache": False, "return_dict": True}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        kwargs["position_ids"] = slots
+    try:
+        masked = model(input_ids=pair, attention_mask=masks, **kwargs).logits[:, -1]
+        kwargs.pop("position_ids", None)
+        expected = model(input_ids=alone, **kwargs).logits[:, -1]
+        plain = model(input_ids=pair, **kwargs).logits[:, -1]
+    except Exception:  # whatever a model does with a mask that it does not know: it cannot take it
+        return False
+    return bool((masked - expected).abs().max() < 0.1 * (plain - expected).abs().max())

@@ -1,0 +1,117 @@
+"""Forwards of fixed shapes (`cache_implementation="static"`): on CUDA captured once as graphs, then replayed.
+
+A decode step of a small model costs more to launch than to compute. Here the only inputs are token ids and where each
+row's tokens go; slots, positions and masks are made on the device, attention is over the whole capacity, and widths are
+rounded up to a few, so that a step of the same rows is the same kernels on the same memory. Caches and graphs are kept
+with the model for the next call. On other devices the same code runs without graphs.
+"""
+
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .cache import RaggedCache
+from .masks import ragged_mask
+
+logger = logging.get_logger(__name__)
+
+# Tokens per row; what does not fit is fed in the ordinary way.
+WIDTHS = (1, 2, 3, 5, 9, 17)
+
+
+@dataclass
+class _Step:
+    """Buffers of one (rows, width): `ids` `[rows, width]`, `places` `[3, rows]`, `logits` `[rows, width, vocab]`."""
+
+    ids: Tensor
+    places: Tensor  # by row: the first slot, the position id of slot 0, the last slot whose position may be asked for
+    logits: Tensor | None = None
+    graph: "torch.cuda.CUDAGraph | None" = None
+
+
+class StaticForwards:
+    """Runs a model on a cache of fixed capacity, with one set of buffers for each (rows, width).
+
+    Args:
+        cache: its storage must stay where it is.
+    """
+
+    def __init__(self, cache: RaggedCache):
+        self._cache = cache
+        self._steps: dict[tuple[int, int], _Step] = {}
+        self._captures = cache.device.type == "cuda"
+
+    def __call__(self, model: PreTrainedModel, ids: Tensor, places: Tensor) -> Tensor:
+        """`[rows, width, vocab]` logits, valid until the next call.
+
+        Args:
+            ids: `[rows, width]`, the tokens of each active row of the cache; at most `WIDTHS[-1]`.
+            places: `[3, rows]`, see `_Step`.
+        """
+        rows, width = ids.shape
+        padded = next(w for w in WIDTHS if w >= width)
+        step = self._steps.get((rows, padded))
+        if step is None:
+            step = self._steps[rows, padded] = _Step(ids.new_zeros(rows, padded), torch.zeros_like(places))
+        step.ids[:, :width].copy_(ids)
+        step.places.copy_(places)
+        if self._captures and step.graph is None:
+            self._capture(model, step)
+        if step.graph is None:
+            step.logits = self._run(model, step)
+        else:
+            step.graph.replay()
+        assert step.logits is not None
+        return step.logits[:, :width]
+
+    def _run(self, model: PreTrainedModel, step: _Step) -> Tensor:
+        first, position, last = step.places[:, :, None].unbind()
+        slots = first + torch.arange(step.ids.shape[1], device=step.ids.device)
+        self._cache.prepare_slots(slots)
+        positions = (slots.minimum(last) + position).clamp(min=0)
+        mask = ragged_mask(model, slots, self._cache.capacity)
+        inputs = {"past_key_values": self._cache, "use_cache": True, "attention_mask": mask, "return_dict": True}
+        return model(input_ids=step.ids, position_ids=positions, **inputs).logits
+
+    def _capture(self, model: PreTrainedModel, step: _Step) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(stream):
+                for _ in range(2):  # libraries allocate their workspaces the first time
+                    self._run(model, step)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                step.logits = self._run(model, step)
+            step.graph = graph
+        except RuntimeError as error:
+            self._captures = False
+            logger.warning_once(
+                f"{type(model).__name__} could not be captured as a CUDA graph ({str(error).splitlines()[0]}): its "
+                "forwards are launched one by one."
+            )
+
+
+_kept: "weakref.WeakKeyDictionary[PreTrainedModel, tuple[RaggedCache, StaticForwards]]" = weakref.WeakKeyDictionary()
+
+
+def borrow(
+    model: PreTrainedModel, rows: int, device: torch.device, capacity: int
+) -> tuple[RaggedCache, StaticForwards]:
+    """An empty cache of at least `capacity` slots, and the forwards on it: those of an earlier call where they fit."""
+    kept = _kept.pop(model, None)  # nobody else may use them meanwhile
+    if kept is not None and kept[0].is_reusable(rows, device, capacity):
+        kept[0].clear()
+        return kept
+    cache = RaggedCache(rows, device, capacity, capacity)
+    return cache, StaticForwards(cache)
+
+
+def give_back(model: PreTrainedModel, cache: RaggedCache, forwards: StaticForwards) -> None:
+    """The call is over: keep them for the next one."""
+    _kept[model] = cache, forwards
