@@ -59,7 +59,7 @@ Loaded with `hf_specdec`.
 ## Use
 
 ```python
-from hf_specdec.pairs import SpecPair
+from hf_specdec import SpecPair
 
 pair = SpecPair.from_pretrained({json.dumps(name)})
 inputs = pair.tokenizer("Once upon a time", return_tensors="pt").to(pair.target.device)

@@ -140,7 +140,7 @@ def load_start(args: argparse.Namespace) -> SpecPair:
     name = args.pair or args.target or str(DEMO_PAIR)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     options = {"dtype": DTYPES[args.dtype], "device_map": device, "trust_remote_code": args.trust_remote_code}
-    found = find_pair(name, args.revision, **options)
+    found = find_pair(name, args.revision, roles=("target",), **options)
     source = pin(found.target if found else ModelReference(name, args.revision), **options)
     target = load_model(source, **options)
     if args.random is not None:
