@@ -17,8 +17,8 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from .catalogue import suggest_draft
 from .loading import find_pair
-from .options import DEFAULTS
 from .pair_file import FILE_NAME, ModelReference, PairConfig
+from .schedule import DEFAULT_GAMMA
 
 TEMPLATES = Path(__file__).parent / "assets" / "export"
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -47,7 +47,7 @@ def export_pair(pair: PairConfig, to: str, folder: str | Path) -> Exported:
     """
     if to not in EXPORTERS:
         raise ValueError(f"Unknown export {to!r}; known: {', '.join(EXPORTERS)}")
-    gamma = pair.recommended.get(GAMMA, DEFAULTS[GAMMA])
+    gamma = pair.recommended.get(GAMMA, DEFAULT_GAMMA)
     if not isinstance(gamma, int) or isinstance(gamma, bool) or gamma < 1:
         raise ValueError(f"`recommended` in the pair file must have `{GAMMA}` of at least 1, got {gamma!r}")
     files, notes = EXPORTERS[to](pair, gamma)
@@ -146,9 +146,8 @@ def _sglang(pair: PairConfig, gamma: int) -> tuple[dict[str, str], list[str]]:
 
 def _custom_generate(pair: PairConfig, gamma: int) -> tuple[dict[str, str], list[str]]:
     _refuse_encoder_decoders(_config(pair.target), _config(pair.draft))
-    recommended = {GAMMA: gamma, **pair.recommended}
     files = {
-        "custom_generate/generate.py": _fill("generate.py.txt", pair, recommended=pprint.pformat(recommended)),
+        "custom_generate/generate.py": _fill("generate.py.txt", pair, recommended=pprint.pformat(pair.recommended)),
         "custom_generate/requirements.txt": (TEMPLATES / "requirements.txt").read_text(encoding="utf-8"),
     }
     notes = (

@@ -30,6 +30,8 @@ from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
+from hf_specdec.compatibility import vocabulary_check
+from hf_specdec.pair_file import PairConfig
 from hf_specdec.tools.distillation import HELD_OUT, STDLIB, distillation_loss, first_layers, standard_library
 
 Llama, FastTokenizer = transformers.LlamaForCausalLM, transformers.PreTrainedTokenizerFast
@@ -333,6 +335,7 @@ def make_draft(args: argparse.Namespace, target: Llama, tokenizer: FastTokenizer
     recipe = {name: getattr(args, name) for name in ("continuations", "lesson_weights", "argmax_weight")}
     training = {"steps": args.draft_steps, "lr": args.draft_lr, "seconds": seconds, "writing_seconds": writing_seconds}
     ship(draft, tokenizer, args.output / "draft", **training, **recipe)
+    PairConfig(tokenizer=vocabulary_check(tokenizer)).save(args.output)
 
 
 def make_lessons(args: argparse.Namespace, target: Llama, blocks: torch.Tensor) -> list[Lesson]:

@@ -2,7 +2,7 @@
 
 import copy
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -28,6 +28,7 @@ from transformers import (
     Qwen3Config,
     StableLmConfig,
 )
+from transformers.utils import logging
 
 from hf_specdec import options
 
@@ -129,6 +130,27 @@ def make_prompts(batch: int, width: int = 14, seed: int = 0) -> dict[str, torch.
 def drafts_that_do_not_go_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """The default schedule measures time, and the same call may draft more or less: tests ask for it by name."""
     monkeypatch.setitem(options.DEFAULTS, "num_assistant_tokens_schedule", "constant")
+
+
+@pytest.fixture(autouse=True)
+def scripts_that_leave_no_settings() -> Iterator[None]:
+    """Scripts silence transformers in their own process, which here is that of the tests."""
+    verbosity = logging.get_verbosity()
+    yield
+    logging.set_verbosity(verbosity)
+    logging.enable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def evaluate_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """`evaluate` copies modules into a cache, which must stay the same for the life of a process."""
+    evaluate = pytest.importorskip("evaluate")
+    folder = tmp_path_factory.mktemp("evaluate")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate.config, "HF_MODULES_CACHE", folder / "modules")
+        patch.setattr(evaluate.config, "HF_METRICS_CACHE", folder / "metrics")
+        patch.setattr(evaluate.config, "HF_EVALUATE_OFFLINE", True)
+        yield
 
 
 @pytest.fixture(scope="session")

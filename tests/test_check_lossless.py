@@ -18,7 +18,6 @@ import torch
 from conftest import SIZES, make_model, perturbed
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedTokenizerFast
-from transformers.utils import logging
 
 from hf_specdec import acceptance, decoding, demo_pair
 from hf_specdec.acceptance import Verdict
@@ -46,10 +45,7 @@ def check(capsys: pytest.CaptureFixture[str]) -> Iterator[Check]:
         code = script.main(list(arguments))
         return code, json.loads(capsys.readouterr().out.splitlines()[-1])
 
-    verbosity = logging.get_verbosity()
     yield run
-    logging.set_verbosity(verbosity)
-    logging.enable_progress_bar()
 
 
 def save_pair(folder: Path, tokenizer: PreTrainedTokenizerFast, initializer_range: float) -> list[str]:
@@ -116,15 +112,20 @@ def test_samples_are_granted_what_rounding_explains():
 
 
 def keep_a_rejected_token(monkeypatch):
-    """The target's cache is not set back far enough by one."""
+    """The target's cache has the entry of the first rejected token where that of the last committed one should be."""
     roll_back = decoding.SpeculativeDecoding.roll_back
 
-    def too_little(self: decoding.SpeculativeDecoding) -> None:
+    def one_off(self: decoding.SpeculativeDecoding) -> None:
+        active = list(self.context.rows)
         roll_back(self)
-        for row in self.context.rows:
-            self.target.cache.lengths[row] += 1
+        cache = self.target.cache
+        for index, row in enumerate(active):
+            end = cache.lengths[row]
+            for layer in cache.layers:
+                layer.keys[index, :, end - 1] = layer.keys[index, :, end]
+                layer.values[index, :, end - 1] = layer.values[index, :, end]
 
-    monkeypatch.setattr(decoding.SpeculativeDecoding, "roll_back", too_little)
+    monkeypatch.setattr(decoding.SpeculativeDecoding, "roll_back", one_off)
 
 
 def accept_everything(monkeypatch):

@@ -65,15 +65,12 @@ def module() -> ModuleType:
 @pytest.fixture
 def script(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Script]:
     """Runs the script in this process; returns its exit code."""
-    verbosity = transformers.logging.get_verbosity()
 
     def run(*arguments: object) -> int:
         monkeypatch.setattr(sys, "argv", ["distill_draft", *map(str, arguments)])
         return module.main()
 
     yield run
-    transformers.logging.set_verbosity(verbosity)
-    transformers.logging.enable_progress_bar()
     datasets.enable_progress_bars()
 
 

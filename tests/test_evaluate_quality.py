@@ -13,7 +13,6 @@ import torch
 from conftest import ARCHITECTURES, SIZES, make_model, make_prompts
 from torch import Tensor
 from transformers import LlamaConfig
-from transformers.utils import logging
 
 import hf_specdec
 from hf_specdec import decoding
@@ -24,6 +23,7 @@ from hf_specdec.tools.arguments import Prompt
 from hf_specdec.tools.quality import Comparison
 
 evaluate = pytest.importorskip("evaluate")
+pytestmark = pytest.mark.usefixtures("evaluate_cache")
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "evaluate_quality.py"
 SMALL = ["--prompts", "3", "--new-tokens", "10", "--seeds", "2", "--prompt-tokens", "40"]
@@ -49,17 +49,6 @@ class Bleu(evaluate.Metric):
 Script = Callable[..., tuple[int, str, dict[str, Any]]]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def evaluate_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """`evaluate` copies modules into a cache, which must stay the same for the life of a process."""
-    folder = tmp_path_factory.getbasetemp() / "evaluate"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate.config, "HF_MODULES_CACHE", folder / "modules")
-        patch.setattr(evaluate.config, "HF_METRICS_CACHE", folder / "metrics")
-        patch.setattr(evaluate.config, "HF_EVALUATE_OFFLINE", True)
-        yield
-
-
 @pytest.fixture
 def script(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Script]:
     """Run the script: its exit code, what it prints, and the JSON in the last line of that."""
@@ -68,7 +57,6 @@ def script(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    verbosity = logging.get_verbosity()
 
     def run(*arguments: str) -> tuple[int, str, dict[str, Any]]:
         code = module.main([*SMALL, *arguments])
@@ -76,8 +64,6 @@ def script(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
         return code, printed, json.loads(printed.splitlines()[-1])
 
     yield run
-    logging.set_verbosity(verbosity)
-    logging.enable_progress_bar()
 
 
 def text_metric(folder: Path, name: str, result: str) -> str:

@@ -4,7 +4,6 @@ import doctest
 import random
 import socket
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +14,10 @@ import hf_specdec
 from hf_specdec.stats import Iteration, RowStep
 
 evaluate = pytest.importorskip("evaluate")
+pytestmark = pytest.mark.usefixtures("evaluate_cache")
 
 PACKAGE = Path(hf_specdec.__file__).parent
 NAMES = ("acceptance_rate", "token_agreement")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def evaluate_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """`evaluate` copies modules into a cache, which must stay the same for the life of a process."""
-    folder = tmp_path_factory.getbasetemp() / "evaluate"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate.config, "HF_MODULES_CACHE", folder / "modules")
-        patch.setattr(evaluate.config, "HF_METRICS_CACHE", folder / "metrics")
-        yield
 
 
 def load(name: str, **options: Any) -> Any:
