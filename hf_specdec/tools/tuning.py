@@ -43,14 +43,14 @@ class Contender:
 def candidates(
     gammas: Sequence[int], schedules: Sequence[str], thresholds: Sequence[float]
 ) -> dict[str, dict[str, Any]]:
-    """Options to try, by name: constant γs, schedules from the middle one of them on, and the longest of them cut short
-    where the draft is less sure than a threshold."""
+    """Options to try, by name: constant γs, schedules ("heuristic" ones begin with the middle γ), and the longest γ cut
+    short where the draft is less sure than a threshold."""
     gammas = sorted(gammas)
     constant = {"num_assistant_tokens_schedule": "constant"}
     found: dict[str, dict[str, Any]] = {f"γ={n}": {"num_assistant_tokens": n, **constant} for n in gammas}
     for name in schedules:
-        start = gammas[len(gammas) // 2]
-        found[name] = {"num_assistant_tokens": start, "num_assistant_tokens_schedule": name}
+        start = {} if name == "optimal" else {"num_assistant_tokens": gammas[len(gammas) // 2]}
+        found[name] = {**start, "num_assistant_tokens_schedule": name}
     for threshold in thresholds:
         options = {"num_assistant_tokens": gammas[-1], **constant, "assistant_confidence_threshold": threshold}
         found[f"γ≤{gammas[-1]}, confidence {threshold:g}"] = options
