@@ -14,9 +14,9 @@ that has changed.
 
 import itertools
 import operator
-import statistics
 import weakref
 from collections import defaultdict, deque
+from collections.abc import Sequence
 
 from .drafters.base import GoOn
 from .stats import Iteration
@@ -25,25 +25,25 @@ MAX_GAMMA = 16
 _FORGET = 0.97  # weight of an observation after one more of its kind
 _RECENT = 0.9  # weight of an iteration after one more
 _BINS = 10  # of the draft's confidence
+_LEAN = 64.0  # how strongly V' leans towards 0: as one measurement 8 tokens off the others would
 _LIKELY = 0.3  # while costs are unknown, drafts are made that are accepted with this probability
 _CLEARLY = 1.5  # above this estimated speed-up plain decoding need not be measured
 _FIRST_PROBE, _LAST_PROBE = 16, 256  # iterations between drafts while speculation does not pay
 
 
 class Share:
-    """A probability estimated from outcomes, old ones counting less; begins as `weight` outcomes of mean `prior`."""
+    """A probability estimated from outcomes, old ones counting less."""
 
-    def __init__(self, prior: float, weight: float = 2.0):
-        self._prior, self._weight = prior, weight
+    def __init__(self) -> None:
         self._hits = self._seen = 0.0
 
     def add(self, hit: bool) -> None:
         self._hits = _FORGET * self._hits + hit
         self._seen = _FORGET * self._seen + 1
 
-    @property
-    def value(self) -> float:
-        return (self._hits + self._weight * self._prior) / (self._seen + self._weight)
+    def value(self, prior: float) -> float:
+        """The estimate, where two outcomes of mean `prior` count as seen."""
+        return (self._hits + 2 * prior) / (self._seen + 2)
 
 
 class Estimates:
@@ -53,8 +53,8 @@ class Estimates:
     """
 
     def __init__(self) -> None:
-        self.by_position = [Share(0.7) for _ in range(MAX_GAMMA)]
-        self.by_confidence = [Share((i + 0.5) / _BINS) for i in range(_BINS)]
+        self.by_position = [Share() for _ in range(MAX_GAMMA)]
+        self.by_confidence = [Share() for _ in range(_BINS)]
         self._verify: dict[int, dict[int, deque[float]]] = defaultdict(lambda: defaultdict(lambda: deque(maxlen=9)))
         self._draft: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=33))
         self.idle = 0  # iterations without drafts
@@ -75,25 +75,42 @@ class Estimates:
     def draft_seconds(self, rows: int) -> float:
         """D: one forward of the draft; 0 for drafters without a model."""
         seconds = self._draft[rows.bit_length()]
-        return statistics.median(seconds) if seconds else 0.0
+        return _typical(seconds) if seconds else 0.0
 
     def verify_seconds(self, rows: int, width: int) -> float:
-        """V: an iteration without its drafting, interpolated between the widths that were measured."""
-        points = sorted((w, statistics.median(s)) for w, s in self._verify[rows.bit_length()].items())
-        below = [point for point in points if point[0] <= width] or points[:1]
-        above = [point for point in points if point[0] >= width] or points[-1:]
-        (w0, s0), (w1, s1) = below[-1], above[0]
-        return s0 if w0 >= w1 else s0 + (s1 - s0) * (width - w0) / (w1 - w0)
+        """V: an iteration without its drafting; the shortest that was measured where `width` is 1 and was not."""
+        measured = self._verify[rows.bit_length()]
+        if width in (1, *measured) and (width == 1 or len(measured) == 1):
+            return _typical(measured[min(measured)])
+        center, seconds, rise = self._line(rows)
+        return seconds + rise * (width - center)
 
     def token_seconds(self, rows: int) -> float:
         """V': what one more token per row adds to V."""
-        widths = sorted(self._verify[rows.bit_length()])
-        if len(widths) < 2:
-            return 0.0
-        # One token alone may be much cheaper (matrix-vector products), which says nothing of further ones.
-        low, high = widths[widths[0] == 1 and len(widths) > 2], widths[-1]
-        rise = self.verify_seconds(rows, high) - self.verify_seconds(rows, low)
-        return max(rise / (high - low), 0.0)
+        return self._line(rows)[2]
+
+    def _line(self, rows: int) -> tuple[float, float, float]:
+        """V over more than one token as a straight line: a width, V there, and V'.
+
+        One token alone may be much cheaper (matrix-vector products), which says nothing of further ones. The fit leans
+        towards V' = 0, so that few and noisy measurements do not keep drafts short, and it from being corrected.
+        """
+        measured = self._verify[rows.bit_length()]
+        points = [(w, _typical(s), len(s)) for w, s in measured.items() if w > 1 or len(measured) == 1]
+        total = sum(n for _, _, n in points)
+        center, seconds = (sum(point[k] * point[2] for point in points) / total for k in (0, 1))
+        spread = sum(n * (w - center) ** 2 for w, _, n in points)
+        rise = sum(n * (w - center) * (s - seconds) for w, s, n in points) / (spread + _LEAN)
+        return center, seconds, max(rise, 0.0)
+
+    def acceptance(self, gamma: int) -> list[float]:
+        """a1 .. aγ; what is not known of a position is taken from the one before."""
+        chain = itertools.accumulate(self.by_position[:gamma], lambda prior, share: share.value(prior), initial=0.7)
+        return list(chain)[1:]
+
+    def confidence(self, given: float) -> float:
+        """The probability that a draft is accepted which the draft model gave this probability."""
+        return self.by_confidence[_bin(given)].value(given**0.5)
 
 
 _estimates: "weakref.WeakKeyDictionary[object, weakref.WeakKeyDictionary[object, Estimates]]"
@@ -147,14 +164,14 @@ class Optimal:
         """Whether to draft another token, the draft having given its last ones these probabilities, by row."""
         known = self._estimates
         self._confidence.append(confidence)
-        self._alive = [p * known.by_confidence[_bin(c)].value for p, c in zip(self._alive, confidence)]
+        self._alive = [p * known.confidence(c) for p, c in zip(self._alive, confidence)]
         drafted = len(self._confidence)
         if drafted >= self._max_gamma:
             return False
         if not known.has_costs(self._rows):
             return sum(self._alive) > _LIKELY * self._rows
         price = known.draft_seconds(self._rows) + known.token_seconds(self._rows)
-        return sum(self._alive) * known.by_position[drafted].value > price * self._rate(drafted)
+        return sum(self._alive) * known.acceptance(drafted + 1)[-1] > price * self._rate(drafted)
 
     def update(self, iteration: Iteration) -> None:
         """Learn from one iteration."""
@@ -175,8 +192,8 @@ class Optimal:
         self._has_begun = True
 
     def _likely_gamma(self) -> int:
-        alive = itertools.accumulate((share.value for share in self._estimates.by_position), operator.mul)
-        return max(1, sum(p > _LIKELY for p in itertools.islice(alive, self._max_gamma)))
+        alive = itertools.accumulate(self._estimates.acceptance(self._max_gamma), operator.mul)
+        return max(1, sum(p > _LIKELY for p in alive))
 
     def _rate(self, gamma: int) -> float:
         """Tokens per second with drafts, over all rows."""
@@ -187,12 +204,17 @@ class Optimal:
         return max(self._tokens / self._seconds, self._expected_rate(1))
 
     def _expected_rate(self, gamma: int) -> float:
-        alive = itertools.accumulate((share.value for share in self._estimates.by_position[:gamma]), operator.mul)
+        alive = itertools.accumulate(self._estimates.acceptance(gamma), operator.mul)
         return self._rows * (1 + sum(alive)) / self._cost(gamma)
 
     def _cost(self, gamma: int) -> float:
         known = self._estimates
         return known.verify_seconds(self._rows, gamma + 1) + gamma * known.draft_seconds(self._rows)
+
+
+def _typical(seconds: Sequence[float]) -> float:
+    """What a machine takes that is not disturbed: disturbances only ever add to it."""
+    return sorted(seconds)[len(seconds) // 4]
 
 
 def _bin(confidence: float) -> int:
