@@ -17,6 +17,7 @@ import operator
 import weakref
 from collections import defaultdict, deque
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from .drafters.base import GoOn
 from .stats import Iteration
@@ -46,6 +47,27 @@ class Share:
         return (self._hits + 2 * prior) / (self._seen + 2)
 
 
+class Costs(NamedTuple):
+    """Seconds of an iteration.
+
+    Attributes:
+        plain: without drafts; at most that, unless `knows_plain`.
+        block: of the target's forward over one token and drafts, less what the drafts add to it.
+        token: what each draft adds to that (V').
+        draft: to make a draft (D); 0 for drafters without a model.
+    """
+
+    plain: float
+    knows_plain: bool
+    block: float
+    token: float
+    draft: float
+
+    def iteration(self, gamma: int) -> float:
+        """With γ > 0 drafts."""
+        return self.block + gamma * (self.token + self.draft)
+
+
 class Estimates:
     """What is known of one target with one drafter; kept from call to call.
 
@@ -53,7 +75,7 @@ class Estimates:
     """
 
     def __init__(self) -> None:
-        self.by_position = [Share() for _ in range(MAX_GAMMA)]
+        self.by_position: list[Share] = []
         self.by_confidence = [Share() for _ in range(_BINS)]
         self._verify: dict[int, dict[int, deque[float]]] = defaultdict(lambda: defaultdict(lambda: deque(maxlen=9)))
         self._draft: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=33))
@@ -67,44 +89,30 @@ class Estimates:
         if iteration.draft_forwards:
             self._draft[rows].append(iteration.draft_seconds / iteration.draft_forwards)
 
-    def has_costs(self, rows: int, width: int | None = None) -> bool:
-        """Whether anything was measured with about so many rows; with `width` tokens per row."""
+    def costs(self, rows: int) -> Costs | None:
+        """What iterations over about so many rows take; `None` if none was measured."""
         measured = self._verify[rows.bit_length()]
-        return bool(measured) if width is None else width in measured
-
-    def draft_seconds(self, rows: int) -> float:
-        """D: one forward of the draft; 0 for drafters without a model."""
-        seconds = self._draft[rows.bit_length()]
-        return _typical(seconds) if seconds else 0.0
-
-    def verify_seconds(self, rows: int, width: int) -> float:
-        """V: an iteration without its drafting; the shortest that was measured where `width` is 1 and was not."""
-        measured = self._verify[rows.bit_length()]
-        if width in (1, *measured) and (width == 1 or len(measured) == 1):
-            return _typical(measured[min(measured)])
-        center, seconds, rise = self._line(rows)
-        return seconds + rise * (width - center)
-
-    def token_seconds(self, rows: int) -> float:
-        """V': what one more token per row adds to V."""
-        return self._line(rows)[2]
-
-    def _line(self, rows: int) -> tuple[float, float, float]:
-        """V over more than one token as a straight line: a width, V there, and V'.
-
-        One token alone may be much cheaper (matrix-vector products), which says nothing of further ones. The fit leans
-        towards V' = 0, so that few and noisy measurements do not keep drafts short, and it from being corrected.
-        """
-        measured = self._verify[rows.bit_length()]
+        if not measured:
+            return None
+        # One token alone may be much cheaper (matrix-vector products), which says nothing of further ones.
         points = [(w, _typical(s), len(s)) for w, s in measured.items() if w > 1 or len(measured) == 1]
         total = sum(n for _, _, n in points)
         center, seconds = (sum(point[k] * point[2] for point in points) / total for k in (0, 1))
-        spread = sum(n * (w - center) ** 2 for w, _, n in points)
-        rise = sum(n * (w - center) * (s - seconds) for w, s, n in points) / (spread + _LEAN)
-        return center, seconds, max(rise, 0.0)
+        # The fit leans towards V' = 0: few and noisy measurements would keep drafts short, and so themselves few.
+        spread = sum(n * (w - center) ** 2 for w, _, n in points) + _LEAN
+        rise = max(sum(n * (w - center) * (s - seconds) for w, s, n in points) / spread, 0.0)
+        draft = self._draft[rows.bit_length()]
+        return Costs(
+            plain=_typical(measured[min(measured)]),
+            knows_plain=1 in measured,
+            block=seconds - rise * (center - 1),
+            token=rise,
+            draft=_typical(draft) if draft else 0.0,
+        )
 
     def acceptance(self, gamma: int) -> list[float]:
         """a1 .. aγ; what is not known of a position is taken from the one before."""
+        self.by_position.extend(Share() for _ in range(gamma - len(self.by_position)))
         chain = itertools.accumulate(self.by_position[:gamma], lambda prior, share: share.value(prior), initial=0.7)
         return list(chain)[1:]
 
@@ -137,25 +145,32 @@ class Optimal:
         self._reads_confidence = reads_confidence
         self.go_on: GoOn | None = self._go_on if reads_confidence else None
         self._has_begun = False
-        self._rows = 1
         self._confidence: list[list[float]] = []  # by draft position, by active row
         self._alive: list[float] = []  # by active row, the probability that all its drafts so far are accepted
+        self._costs: Costs | None = None
+        self._acceptance: list[float] = []
+        self._rate = 0.0  # R: tokens per second with drafts, over all rows
         self._tokens = self._seconds = 0.0  # of recent iterations that drafted; the seconds are expected ones
 
     def plan(self, rows: int) -> int:
         """The longest draft of the next iteration, over so many rows."""
         known = self._estimates
-        self._rows, self._confidence, self._alive = rows, [], [1.0] * rows
-        if not known.has_costs(rows):
-            return self._max_gamma if self._reads_confidence else self._likely_gamma()
-        gamma = max(range(1, self._max_gamma + 1), key=self._expected_rate)
-        plain = rows / known.verify_seconds(rows, 1)
-        if not known.has_costs(rows, width=1):  # plain decoding is at least as fast as this
-            plain *= _CLEARLY
-        if self._rate(gamma) > plain:
+        self._confidence, self._alive = [], [1.0] * rows
+        self._costs, self._acceptance = known.costs(rows), known.acceptance(self._max_gamma)
+        expected = list(itertools.accumulate(self._acceptance, operator.mul))
+        if self._costs is None:
+            return self._max_gamma if self._reads_confidence else max(1, sum(p > _LIKELY for p in expected))
+        tokens = itertools.accumulate(expected, initial=1.0)
+        rates = [rows * n / self._costs.iteration(gamma) for gamma, n in enumerate(tokens) if gamma]
+        self._rate = max(rates)
+        if self._reads_confidence and self._seconds:
+            # Late positions are reached by confident drafts only, so their acceptance promises too much.
+            self._rate = max(self._tokens / self._seconds, rates[0])
+        plain = rows / self._costs.plain * (1 if self._costs.knows_plain else _CLEARLY)
+        if self._rate > plain:
             known.probe_after = _FIRST_PROBE
-            return self._max_gamma if self._reads_confidence else gamma
-        if known.idle < known.probe_after:
+            return self._max_gamma if self._reads_confidence else rates.index(self._rate) + 1
+        if not self._costs.knows_plain or known.idle < known.probe_after:
             return 0
         known.probe_after = min(2 * known.probe_after, _LAST_PROBE)
         return 1
@@ -168,10 +183,9 @@ class Optimal:
         drafted = len(self._confidence)
         if drafted >= self._max_gamma:
             return False
-        if not known.has_costs(self._rows):
-            return sum(self._alive) > _LIKELY * self._rows
-        price = known.draft_seconds(self._rows) + known.token_seconds(self._rows)
-        return sum(self._alive) * known.acceptance(drafted + 1)[-1] > price * self._rate(drafted)
+        if self._costs is None:
+            return sum(self._alive) > _LIKELY * len(self._alive)
+        return sum(self._alive) * self._acceptance[drafted] > (self._costs.draft + self._costs.token) * self._rate
 
     def update(self, iteration: Iteration) -> None:
         """Learn from one iteration."""
@@ -186,30 +200,10 @@ class Optimal:
         known.idle = 0 if longest else known.idle + 1
         if self._has_begun:  # the first iteration had the prompts to do as well
             known.add_costs(iteration)
-            if longest:
+            if longest and self._costs is not None:
                 self._tokens = _RECENT * self._tokens + sum(len(step.committed) for step in iteration.rows)
-                self._seconds = _RECENT * self._seconds + self._cost(longest)
+                self._seconds = _RECENT * self._seconds + self._costs.iteration(longest)
         self._has_begun = True
-
-    def _likely_gamma(self) -> int:
-        alive = itertools.accumulate(self._estimates.acceptance(self._max_gamma), operator.mul)
-        return max(1, sum(p > _LIKELY for p in alive))
-
-    def _rate(self, gamma: int) -> float:
-        """Tokens per second with drafts, over all rows."""
-        expected = self._expected_rate(gamma)
-        if not self._reads_confidence or not self._seconds:
-            return expected
-        # Late positions are reached by confident drafts only, so their acceptance promises too much.
-        return max(self._tokens / self._seconds, self._expected_rate(1))
-
-    def _expected_rate(self, gamma: int) -> float:
-        alive = itertools.accumulate(self._estimates.acceptance(gamma), operator.mul)
-        return self._rows * (1 + sum(alive)) / self._cost(gamma)
-
-    def _cost(self, gamma: int) -> float:
-        known = self._estimates
-        return known.verify_seconds(self._rows, gamma + 1) + gamma * known.draft_seconds(self._rows)
 
 
 def _typical(seconds: Sequence[float]) -> float:
