@@ -87,6 +87,8 @@ def residual(p: Tensor, q: Tensor) -> Tensor:
 
 def _prefix_length(keep: Tensor, lengths: Tensor) -> Tensor:
     """How many leading True each row of `keep` `[rows, γ]` has, of its first `lengths[row]`."""
+    if keep.shape[1] == 0:
+        return lengths.new_zeros(len(keep))
     within = torch.arange(keep.shape[1], device=keep.device) < lengths[:, None]
     return (keep & within).long().cumprod(dim=1).sum(dim=1)
 

@@ -77,7 +77,7 @@ def _attend(
         _thread.calls
         and dropout == 0.0
         and _folds(query, key, attention_mask)
-        and all(kwargs.get(name) is None for name in _UNFOLDABLE)
+        and not any(name in kwargs and kwargs[name] is not None for name in _UNFOLDABLE)
     ):
         return folded(query, key, value, attention_mask, scaling), None
     assert _original is not None
@@ -90,7 +90,9 @@ def _folds(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
     if groups < 2 or rest or groups * queries > _MAX_QUERIES:
         return False
     if mask is None:
-        return queries == 1  # several queries without a mask are a causal prefill
+        # Several queries without a mask are a causal prefill. A single one is what SDPA is good at, unless on CPUs in
+        # half precision.
+        return queries == 1 and query.dtype != torch.float32 and query.device.type == "cpu"
     return mask.ndim == 4 and mask.shape[1] == 1 and mask.shape[2] == queries
 
 

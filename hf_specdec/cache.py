@@ -63,7 +63,7 @@ class _Write:
     """Where the next forward's entries go. `start` when all rows write at the same slot, else `slots` `[rows, q]`."""
 
     used: int  # slots in use after the write, over the rows
-    start: int | None
+    start: int
     slots: Tensor | None
 
 
@@ -130,11 +130,11 @@ class RaggedCache(Cache):
             self._write = _Write(used, lengths[0], None)
         else:
             starts = to_device(lengths, self.device)
-            self._write = _Write(used, None, starts[:, None] + torch.arange(query_length, device=self.device))
+            self._write = _Write(used, 0, starts[:, None] + torch.arange(query_length, device=self.device))
 
     def prepare_slots(self, slots: Tensor) -> None:
         """Announce a forward whose tokens go to `slots` `[active rows, q]`, and see the whole capacity."""
-        self._write = _Write(self.capacity, None, slots)
+        self._write = _Write(self.capacity, 0, slots)
 
     def is_reusable(self, rows: int, device: torch.device, capacity: int) -> bool:
         """Whether a call over so many rows, with so many slots, could have been given this storage."""
@@ -157,14 +157,18 @@ class RaggedCache(Cache):
         write = self._write
         assert write is not None, "prepare() comes before a forward"
         layer = self._layer(layer_idx, key_states, value_states)
-        n = self._active
-        for storage, states in ((layer.keys, key_states), (layer.values, value_states)):
-            if write.slots is None:
-                storage[:n, :, write.start : write.used] = states
-            else:
-                row_index = torch.arange(n, device=storage.device)[:, None]
-                storage[row_index, :, write.slots.to(storage.device)] = states.transpose(1, 2)
-        return layer.keys[:n, :, : write.used], layer.values[:n, :, : write.used]
+        return self._put(layer.keys, key_states, write), self._put(layer.values, value_states, write)
+
+    def _put(self, storage: Tensor, states: Tensor, write: _Write) -> Tensor:
+        """Write into the active rows; return what of them is in use, without a copy."""
+        if self._active < len(storage):
+            storage = storage.narrow(0, 0, self._active)
+        if write.slots is None:
+            storage.narrow(2, write.start, states.shape[2]).copy_(states)
+        else:
+            row_index = torch.arange(len(storage), device=storage.device)[:, None]
+            storage[row_index, :, write.slots.to(storage.device)] = states.transpose(1, 2)
+        return storage.narrow(2, 0, write.used)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """The length of the longest active row; of every active row when the cache is uniform."""

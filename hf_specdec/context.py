@@ -78,6 +78,8 @@ class Context:
 
         What would lie past the last column is lost: it could never be committed.
         """
+        if draft_tokens.shape[1] == 0:
+            return
         self._make_room(max(self.active_ends) + offset + draft_tokens.shape[1])
         columns = self.first_free[:, None] + offset + self._arange(draft_tokens.shape[1])
         self.tokens[self.row_index[:, None], columns.clamp(max=self.tokens.shape[1] - 1)] = draft_tokens

@@ -145,6 +145,7 @@ class Optimal:
         self._reads_confidence = reads_confidence
         self.go_on: GoOn | None = self._go_on if reads_confidence else None
         self._has_begun = False
+        self._paused = False  # speculation does not pay
         self._confidence: list[list[float]] = []  # by draft position, by active row
         self._alive: list[float] = []  # by active row, the probability that all its drafts so far are accepted
         self._costs: Costs | None = None
@@ -155,6 +156,8 @@ class Optimal:
     def plan(self, rows: int) -> int:
         """The longest draft of the next iteration, over so many rows."""
         known = self._estimates
+        if self._paused and known.idle < known.probe_after:
+            return 0
         self._confidence, self._alive = [], [1.0] * rows
         self._costs, self._acceptance = known.costs(rows), known.acceptance(self._max_gamma)
         expected = list(itertools.accumulate(self._acceptance, operator.mul))
@@ -167,10 +170,11 @@ class Optimal:
             # Late positions are reached by confident drafts only, so their acceptance promises too much.
             self._rate = max(self._tokens / self._seconds, rates[0])
         plain = rows / self._costs.plain * (1 if self._costs.knows_plain else _CLEARLY)
+        self._paused = self._rate <= plain and self._costs.knows_plain
         if self._rate > plain:
             known.probe_after = _FIRST_PROBE
             return self._max_gamma if self._reads_confidence else rates.index(self._rate) + 1
-        if not self._costs.knows_plain or known.idle < known.probe_after:
+        if not self._paused or known.idle < known.probe_after:
             return 0
         known.probe_after = min(2 * known.probe_after, _LAST_PROBE)
         return 1
