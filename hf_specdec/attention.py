@@ -9,6 +9,7 @@ While calls of `generate(strategy="spec")` run, `sdpa` of transformers' `Attenti
 folds only in threads that are inside such a call. No model and no config is touched.
 """
 
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,17 +40,20 @@ _thread = _Thread()
 _lock = threading.Lock()
 _calls = 0  # over all threads
 _original: AttentionFunction | None = None
+_registered: AttentionFunction | None = None  # ours, over that original
 
 
 @contextmanager
 def folded_attention() -> Iterator[None]:
     """Inside, attention of this thread's models on "sdpa" is folded where it can be."""
-    global _calls, _original
+    global _calls, _original, _registered
     with _lock:
         _calls += 1
         if _calls == 1:
             _original = ALL_ATTENTION_FUNCTIONS[_NAME]
-            AttentionInterface.register(_NAME, _attend)
+            # A function of its own each time: who wrapped an earlier one must not find us behind themselves.
+            _registered = functools.partial(_attend, _original)
+            AttentionInterface.register(_NAME, _registered)
     _thread.calls += 1
     try:
         yield
@@ -59,11 +63,12 @@ def folded_attention() -> Iterator[None]:
             _thread.masks.clear()
         with _lock:
             _calls -= 1
-            if _calls == 0 and ALL_ATTENTION_FUNCTIONS[_NAME] is _attend:
+            if _calls == 0 and ALL_ATTENTION_FUNCTIONS[_NAME] is _registered:
                 AttentionInterface.register(_NAME, _original)
 
 
 def _attend(
+    original: AttentionFunction,
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
@@ -80,8 +85,7 @@ def _attend(
         and not any(name in kwargs and kwargs[name] is not None for name in _UNFOLDABLE)
     ):
         return folded(query, key, value, attention_mask, scaling), None
-    assert _original is not None
-    return _original(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    return original(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
 
 def _folds(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
@@ -119,16 +123,19 @@ def folded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scali
 
 def _folded_mask(mask: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
     """`[rows, 1, groups·q, k]`, additive; made once per forward, not once per layer."""
-    name = (id(mask), mask._version, groups, dtype)
-    known = _thread.masks.get(name)
+    # A mask made in inference mode may change without a trace.
+    name = None if mask.is_inference() else (id(mask), mask._version, groups, dtype)
+    known = None if name is None else _thread.masks.get(name)
     if known is None:
         if len(_thread.masks) >= 4:  # layer types of one forward, or target and draft; older ones are done with
             _thread.masks.clear()
         additive = mask
         if mask.dtype == torch.bool:
             additive = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-            additive.masked_fill_(~mask, torch.finfo(dtype).min)  # -inf would make NaN of padding, which sees nothing
+            additive.masked_fill_(~mask, torch.finfo(dtype).min)
         rows, _, queries, keys = mask.shape
         folded = additive.expand(rows, groups, queries, keys).reshape(rows, 1, groups * queries, keys)
-        known = _thread.masks[name] = mask, folded  # holding `mask` keeps its id from being used again
+        known = mask, folded  # holding `mask` keeps its id from being used again
+        if name is not None:
+            _thread.masks[name] = known
     return known[1]

@@ -28,7 +28,7 @@ _RECENT = 0.9  # weight of an iteration after one more
 _BINS = 10  # of the draft's confidence
 _LEAN = 64.0  # how strongly V' leans towards 0: as one measurement 8 tokens off the others would
 _LIKELY = 0.3  # while costs are unknown, drafts are made that are accepted with this probability
-_CLEARLY = 1.5  # above this estimated speed-up plain decoding need not be measured
+_INSTANT = 1e-9  # seconds; clocks may stand still
 _FIRST_PROBE, _LAST_PROBE = 16, 256  # iterations between drafts while speculation does not pay
 
 
@@ -37,35 +37,36 @@ class Share:
 
     def __init__(self) -> None:
         self._hits = self._seen = 0.0
+        self._doubt = 2.0  # weight of what is believed without them
 
     def add(self, hit: bool) -> None:
         self._hits = _FORGET * self._hits + hit
         self._seen = _FORGET * self._seen + 1
+        self._doubt *= _FORGET
 
     def value(self, prior: float) -> float:
-        """The estimate, where two outcomes of mean `prior` count as seen."""
-        return (self._hits + 2 * prior) / (self._seen + 2)
+        """The estimate; `prior` is what is believed without outcomes."""
+        return (self._hits + self._doubt * prior) / (self._seen + self._doubt)
 
 
 class Costs(NamedTuple):
     """Seconds of an iteration.
 
     Attributes:
-        plain: without drafts; at most that, unless `knows_plain`.
+        plain: without drafts; `None` if that was not measured.
         block: of the target's forward over one token and drafts, less what the drafts add to it.
         token: what each draft adds to that (V').
         draft: to make a draft (D); 0 for drafters without a model.
     """
 
-    plain: float
-    knows_plain: bool
+    plain: float | None
     block: float
     token: float
     draft: float
 
     def iteration(self, gamma: int) -> float:
         """With γ > 0 drafts."""
-        return self.block + gamma * (self.token + self.draft)
+        return max(self.block + gamma * (self.token + self.draft), _INSTANT)
 
 
 class Estimates:
@@ -86,7 +87,7 @@ class Estimates:
         rows = len(iteration.rows).bit_length()
         width = max(len(step.drafted) for step in iteration.rows) + 1
         self._verify[rows][width].append(iteration.verify_seconds + iteration.other_seconds)
-        if iteration.draft_forwards:
+        if iteration.draft_forwards and not self.idle:  # after a pause the draft model had to catch up
             self._draft[rows].append(iteration.draft_seconds / iteration.draft_forwards)
 
     def costs(self, rows: int) -> Costs | None:
@@ -103,12 +104,20 @@ class Estimates:
         rise = max(sum(n * (w - center) * (s - seconds) for w, s, n in points) / spread, 0.0)
         draft = self._draft[rows.bit_length()]
         return Costs(
-            plain=_typical(measured[min(measured)]),
-            knows_plain=1 in measured,
+            plain=_typical(measured[1]) if 1 in measured else None,
             block=seconds - rise * (center - 1),
             token=rise,
             draft=_typical(draft) if draft else 0.0,
         )
+
+    def space_probes(self, drafted: bool, accepted: bool) -> None:
+        """Each probe that fails doubles the wait for the next; one that hits is followed by another at once."""
+        if not drafted:
+            self.idle += 1
+        elif not accepted:
+            if self.idle >= self.probe_after:
+                self.probe_after = min(2 * self.probe_after, _LAST_PROBE)
+            self.idle = 0
 
     def acceptance(self, gamma: int) -> list[float]:
         """a1 .. aγ; what is not known of a position is taken from the one before."""
@@ -151,33 +160,34 @@ class Optimal:
         self._costs: Costs | None = None
         self._acceptance: list[float] = []
         self._rate = 0.0  # R: tokens per second with drafts, over all rows
-        self._tokens = self._seconds = 0.0  # of recent iterations that drafted; the seconds are expected ones
+        self._rows = 0
+        self._tokens = self._seconds = 0.0  # of recent iterations that drafted: per row, and as expected
 
     def plan(self, rows: int) -> int:
         """The longest draft of the next iteration, over so many rows."""
         known = self._estimates
         if self._paused and known.idle < known.probe_after:
             return 0
-        self._confidence, self._alive = [], [1.0] * rows
+        if rows.bit_length() != self._rows.bit_length():
+            self._tokens = self._seconds = 0.0  # other costs
+        self._rows, self._confidence, self._alive = rows, [], [1.0] * rows
         self._costs, self._acceptance = known.costs(rows), known.acceptance(self._max_gamma)
         expected = list(itertools.accumulate(self._acceptance, operator.mul))
         if self._costs is None:
             return self._max_gamma if self._reads_confidence else max(1, sum(p > _LIKELY for p in expected))
+        if self._costs.plain is None:
+            return 0  # once, to measure it
         tokens = itertools.accumulate(expected, initial=1.0)
         rates = [rows * n / self._costs.iteration(gamma) for gamma, n in enumerate(tokens) if gamma]
         self._rate = max(rates)
         if self._reads_confidence and self._seconds:
             # Late positions are reached by confident drafts only, so their acceptance promises too much.
-            self._rate = max(self._tokens / self._seconds, rates[0])
-        plain = rows / self._costs.plain * (1 if self._costs.knows_plain else _CLEARLY)
-        self._paused = self._rate <= plain and self._costs.knows_plain
-        if self._rate > plain:
+            self._rate = max(rows * self._tokens / self._seconds, rates[0])
+        self._paused = self._rate <= rows / self._costs.plain
+        if not self._paused:
             known.probe_after = _FIRST_PROBE
             return self._max_gamma if self._reads_confidence else rates.index(self._rate) + 1
-        if not self._paused or known.idle < known.probe_after:
-            return 0
-        known.probe_after = min(2 * known.probe_after, _LAST_PROBE)
-        return 1
+        return 0 if known.idle < known.probe_after else 1
 
     def _go_on(self, confidence: list[float]) -> bool:
         """Whether to draft another token, the draft having given its last ones these probabilities, by row."""
@@ -201,18 +211,19 @@ class Optimal:
                 if i < len(self._confidence):
                     known.by_confidence[_bin(self._confidence[i][slot])].add(i < step.accepted)
         longest = max(len(step.drafted) for step in iteration.rows)
-        known.idle = 0 if longest else known.idle + 1
         if self._has_begun:  # the first iteration had the prompts to do as well
             known.add_costs(iteration)
             if longest and self._costs is not None:
-                self._tokens = _RECENT * self._tokens + sum(len(step.committed) for step in iteration.rows)
+                committed = sum(len(step.committed) for step in iteration.rows) / len(iteration.rows)
+                self._tokens = _RECENT * self._tokens + committed
                 self._seconds = _RECENT * self._seconds + self._costs.iteration(longest)
         self._has_begun = True
+        known.space_probes(longest > 0, any(step.accepted for step in iteration.rows))
 
 
 def _typical(seconds: Sequence[float]) -> float:
     """What a machine takes that is not disturbed: disturbances only ever add to it."""
-    return sorted(seconds)[len(seconds) // 4]
+    return max(sorted(seconds)[len(seconds) // 4], _INSTANT)
 
 
 def _bin(confidence: float) -> int:
