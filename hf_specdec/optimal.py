@@ -28,6 +28,7 @@ _RECENT = 0.9  # weight of an iteration after one more
 _BINS = 10  # of the draft's confidence
 _LEAN = 64.0  # how strongly V' leans towards 0: as one measurement 8 tokens off the others would
 _LIKELY = 0.3  # while costs are unknown, drafts are made that are accepted with this probability
+_ENOUGH = 2  # iterations to time before costs are believed
 _INSTANT = 1e-9  # seconds; clocks may stand still
 _FIRST_PROBE, _LAST_PROBE = 16, 256  # iterations between drafts while speculation does not pay
 
@@ -91,9 +92,9 @@ class Estimates:
             self._draft[rows].append(iteration.draft_seconds / iteration.draft_forwards)
 
     def costs(self, rows: int) -> Costs | None:
-        """What iterations over about so many rows take; `None` if none was measured."""
+        """What iterations over about so many rows take; `None` while too few were measured."""
         measured = self._verify[rows.bit_length()]
-        if not measured:
+        if sum(map(len, measured.values())) < _ENOUGH:
             return None
         # One token alone may be much cheaper (matrix-vector products), which says nothing of further ones.
         points = [(w, _typical(s), len(s)) for w, s in measured.items() if w > 1 or len(measured) == 1]

@@ -224,8 +224,8 @@ def overhead(p: float, more: float, draft: float, reads_confidence: bool, tokens
 def test_a_hopeless_draft_costs_a_few_percent_of_a_short_call(
     p: float, more: float, draft: float, reads_confidence: bool
 ) -> None:
-    """At most 4% of the first 128 tokens (2.7% with confidences to be read), and 1.3% of the first 512."""
-    assert overhead(p, more, draft, reads_confidence, 128) < (0.027 if reads_confidence else 0.04)
+    """At most 4% of the first 128 tokens (3% with confidences to be read), and 1.3% of the first 512."""
+    assert overhead(p, more, draft, reads_confidence, 128) < (0.03 if reads_confidence else 0.04)
     assert overhead(p, more, draft, reads_confidence, 512) < 0.013
 
 
@@ -445,8 +445,9 @@ def test_the_first_iteration_which_feeds_the_prompt_is_not_timed() -> None:
     schedule.plan(1)
     schedule.update(iteration_of([3], [1], verify=1000.0))
     assert estimates.costs(1) is None
-    schedule.plan(1)
-    schedule.update(iteration_of([3], [1], verify=1.0))
+    for _ in range(2):
+        schedule.plan(1)
+        schedule.update(iteration_of([3], [1], verify=1.0))
     assert costs(estimates).iteration(3) == pytest.approx(1.0 + 3 * costs(estimates).draft)
 
 
