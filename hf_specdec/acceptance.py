@@ -34,10 +34,8 @@ def accept_greedy(draft_tokens: Tensor, draft_lengths: Tensor, scores: Tensor) -
         draft_lengths: `[rows]`, how many drafts of each row count (rows may have fewer than γ).
         scores: `[rows, γ + 1, vocab]` float32, the target's processed scores at each position.
     """
-    tokens = scores.argmax(dim=-1)  # [rows, γ + 1]
-    matches = draft_tokens == tokens[:, :-1]
-    accepted = _prefix_length(matches, draft_lengths)
-    best = scores.gather(-1, tokens[..., None]).squeeze(-1)
+    best, tokens = scores.max(dim=-1)  # [rows, γ + 1]
+    accepted = _prefix_length(draft_tokens == tokens[:, :-1], draft_lengths)
     return Verdict(tokens, accepted, _valid(torch.isfinite(best), accepted))
 
 
@@ -95,5 +93,7 @@ def _prefix_length(keep: Tensor, lengths: Tensor) -> Tensor:
 
 def _valid(valid: Tensor, accepted: Tensor) -> Tensor:
     """Whether the scores `[rows, γ + 1]` were valid at each position that the row's outcome depends on."""
+    if valid.shape[1] == 1:
+        return valid[:, 0]
     used = torch.arange(valid.shape[1], device=valid.device) <= accepted[:, None]
     return (valid | ~used).all(dim=1)

@@ -79,9 +79,9 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     if (
-        _thread.calls
+        _folds(query, key, attention_mask)
+        and _thread.calls
         and dropout == 0.0
-        and _folds(query, key, attention_mask)
         and not any(name in kwargs and kwargs[name] is not None for name in _UNFOLDABLE)
     ):
         return folded(query, key, value, attention_mask, scaling), None
@@ -89,15 +89,15 @@ def _attend(
 
 
 def _folds(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
+    # Without a mask, several queries are a causal prefill, and a single one is what SDPA is good at, unless on CPUs in
+    # half precision.
+    if mask is None and (query.dtype == torch.float32 or query.shape[2] > 1 or query.device.type != "cpu"):
+        return False
     heads, queries = query.shape[1:3]
     groups, rest = divmod(heads, key.shape[1])
     if groups < 2 or rest or groups * queries > _MAX_QUERIES:
         return False
-    if mask is None:
-        # Several queries without a mask are a causal prefill. A single one is what SDPA is good at, unless on CPUs in
-        # half precision.
-        return queries == 1 and query.dtype != torch.float32 and query.device.type == "cpu"
-    return mask.ndim == 4 and mask.shape[1] == 1 and mask.shape[2] == queries
+    return mask is None or (mask.ndim == 4 and mask.shape[1] == 1 and mask.shape[2] == queries)
 
 
 def folded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None = None) -> Tensor:
