@@ -22,13 +22,15 @@ def assisted(draft: PreTrainedModel, way: str) -> Method:
     """HF assisted generation.
 
     transformers reads γ and schedule from the draft's generation config and learns into it, so each run gets a draft of
-    its own, which shares the weights.
+    its own, which shares the weights. A number means that many drafts: transformers' confidence threshold, which would
+    cut them short, is 0 then.
     """
+    fixed = {"assistant_confidence_threshold": 0.0} if way.isdecimal() else {}
 
     def options() -> dict[str, Any]:
         own = copy.copy(draft)
         own.generation_config = copy.deepcopy(draft.generation_config)
-        own.generation_config.update(**way_options(way))
+        own.generation_config.update(**way_options(way), **fixed)
         return {"assistant_model": own}
 
     return Method(f"{ASSISTED} {way_label(way)}", ASSISTED, options, int(way) if way.isdecimal() else None)
