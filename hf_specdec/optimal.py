@@ -111,11 +111,11 @@ class Estimates:
             draft=_typical(draft) if draft else 0.0,
         )
 
-    def space_probes(self, drafted: bool, accepted: bool) -> None:
+    def space_probes(self, drafted: bool, hit: bool) -> None:
         """Each probe that fails doubles the wait for the next; one that hits is followed by another at once."""
         if not drafted:
             self.idle += 1
-        elif not accepted:
+        elif not hit:
             if self.idle >= self.probe_after:
                 self.probe_after = min(2 * self.probe_after, _LAST_PROBE)
             self.idle = 0
@@ -219,7 +219,7 @@ class Optimal:
                 self._tokens = _RECENT * self._tokens + committed
                 self._seconds = _RECENT * self._seconds + self._costs.iteration(longest)
         self._has_begun = True
-        known.space_probes(longest > 0, any(step.accepted for step in iteration.rows))
+        known.space_probes(longest > 0, hit=self._paused and any(step.accepted for step in iteration.rows))
 
 
 def _typical(seconds: Sequence[float]) -> float:
