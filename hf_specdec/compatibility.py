@@ -127,7 +127,7 @@ class Compatibility:
         table = Table(title="Target and draft", title_justify="left")
         for header in ("", "target", "draft", ""):
             table.add_column(header, no_wrap=True)
-        table.add_column("what to know or do")
+        table.add_column("what to know or do", overflow="fold")
         for finding in self.findings:
             # Text, because tokens such as [/INST] would be read as markup.
             cells = (finding.property, finding.target, finding.draft)
