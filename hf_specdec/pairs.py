@@ -17,6 +17,7 @@ from transformers import (
 from transformers.utils import logging
 
 from .card import license_of, write_card
+from .catalogue import suggest_draft
 from .compatibility import Compatibility, check_draft_model, compare, vocabulary_check
 from .drafters import Drafter, ModelDrafter, PromptLookupDrafter
 from .loading import find_pair, load_model, load_tokenizer, pin
@@ -259,8 +260,6 @@ def _find_draft(name: str, target: str, revision: str | None = None, **kwargs: A
         found = find_pair(folder, revision, roles=("draft",), **kwargs)
         if found and (folder == target or Path(found.target.name_or_path) == Path(target).resolve()):
             return found.draft
-    from .catalogue import suggest_draft
-
     return ModelReference(suggest_draft(target).draft)
 
 
