@@ -10,6 +10,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
 from . import invariants
@@ -101,7 +102,9 @@ class SpeculativeDecoding:
         self.drafter.start(self.request, self.context)
         chunks: list[tuple[list[int], ModelOutput]] = []
         equal = len(set(self.target.missing(self.context))) == 1
-        if not equal or self.prefill_chunk_size or self.pending_embeds is not None or self.recorder.forward_kwargs:
+        if self.target.first_forward is not None:
+            pass  # that is the first verification
+        elif not equal or self.prefill_chunk_size or self.pending_embeds is not None or self.recorder.forward_kwargs:
             chunks = self.target.prefill(
                 self.context, self.prefill_chunk_size, embeds=self.pending_embeds, **self.recorder.forward_kwargs
             )
@@ -113,7 +116,8 @@ class SpeculativeDecoding:
         """Up to γ tokens for each active row, but never so many that the target's own would not fit behind them."""
         context = self.context
         room = [max(context.max_length - end - 1, 0) for end in context.active_ends]
-        max_tokens = 0 if self.pending_embeds is not None else min(self.schedule.plan(len(context.rows)), max(room))
+        reads_prompt = self.pending_embeds is not None or self.target.first_forward is not None
+        max_tokens = 0 if reads_prompt else min(self.schedule.plan(len(context.rows)), max(room))
         if max_tokens == 0:
             return Draft(context.tokens.new_empty(len(context.rows), 0), lengths=[0] * len(context.rows))
         draft = self.drafter.propose(context, max_tokens)
@@ -125,6 +129,10 @@ class SpeculativeDecoding:
 
     def verify(self, draft: Draft) -> ModelOutput:
         """One target forward over each row's last committed token and its drafts: `[rows, γ + 1, vocab]` logits."""
+        if self.target.first_forward is not None:
+            output = self.target.read_prompt(**self.recorder.forward_kwargs)
+            self.recorder.prompt(output)
+            return CausalLMOutputWithPast(logits=output.logits)
         self.context.clear_drafts()
         self.context.write_drafts(draft.tokens)
         proposed = draft.tokens.shape[1]

@@ -19,6 +19,7 @@ from transformers.utils import ModelOutput
 
 from .cache import RaggedCache
 from .context import Context
+from .first_forward import FirstForward
 from .host import to_device
 from .masks import ragged_mask
 from .static import WIDTHS, StaticForwards, give_back
@@ -35,6 +36,8 @@ class CachedModel:
         padding_mask: `[batch, columns]` bool for the aligned layout, `None` for the ragged one.
         position_offset: by row of the batch, position id minus slot.
         prompt_positions: `[batch, columns]` position ids of the first columns, where that offset does not give them.
+        axes: `[axes, batch, 1]`, what to add for each axis where a token has a position on several.
+        first_forward: reads the prompt, where that is more than tokens; see `read_prompt`.
         max_slot: by row of the batch, the last slot that will ever be committed; positions are not asked for beyond it.
         static: runs short forwards with fixed shapes; for the ragged layout, and a cache whose capacity never grows.
     """
@@ -48,6 +51,8 @@ class CachedModel:
         padding_mask: Tensor | None = None,
         position_offset: list[int] | None = None,
         prompt_positions: Tensor | None = None,
+        axes: Tensor | None = None,
+        first_forward: FirstForward | None = None,
         max_slot: list[int] | None = None,
         static: StaticForwards | None = None,
     ):
@@ -59,6 +64,10 @@ class CachedModel:
         self.slot_offset = [column_offset - (0 if padding_mask is not None else f) for f in first]
         self.position_offset = position_offset or [0] * len(first)
         self.prompt_positions = None if prompt_positions is None else prompt_positions.to(self.device)
+        self.axes = None if axes is None else axes.to(self.device)
+        self.first_forward = first_forward
+        self.prompt_is_tokens = first_forward is None
+        self.later_inputs: dict[str, Any] = {}  # what each forward is given besides, tensors `[batch, 1, ...]`
         self.max_slot = max_slot
         self.static = static
         self.forwards = 0  # whose logits were wanted
@@ -66,6 +75,8 @@ class CachedModel:
         parameters = inspect.signature(model.forward).parameters
         self._vocab_size: int = model.config.get_text_config(decoder=True).vocab_size
         self._takes_position_ids = "position_ids" in parameters
+        if first_forward is not None and first_forward.places_tokens_itself:
+            self._takes_position_ids = False
         self._takes_logits_to_keep = "logits_to_keep" in parameters
 
     def missing(self, context: Context) -> list[int]:
@@ -91,6 +102,20 @@ class CachedModel:
             todo -= width
         self.commit(context)
         return outputs
+
+    def read_prompt(self, **kwargs: Any) -> ModelOutput:
+        """Vanilla's first forward, over all rows and the whole prompt. Later forwards are as usual.
+
+        Returns: the model's output, `logits` `[batch, 1, vocab]` of the last column.
+        """
+        assert self.first_forward is not None
+        first_forward, self.first_forward = self.first_forward, None
+        self.forwards += 1
+        output = first_forward.run(**kwargs)
+        self.cache.load(first_forward.cache, [self.column_offset - offset for offset in self.slot_offset])
+        self.later_inputs = first_forward.later_inputs(output)
+        output.logits = output.logits[:, -1:]
+        return output
 
     def forward(self, context: Context, width: int, keep: int | None = None, **kwargs: Any) -> ModelOutput:
         """Feed each active row its uncached tokens and what stands behind them, `width` in all.
@@ -151,6 +176,9 @@ class CachedModel:
             inputs["position_ids"] = self._positions(rows, slots)
         if self._takes_logits_to_keep:
             inputs["logits_to_keep"] = keep
+        for name, value in self.later_inputs.items():
+            wide = isinstance(value, Tensor)
+            inputs[name] = value[rows].expand(-1, width, *value.shape[2:]) if wide else value
         return self.model(**inputs, **kwargs, return_dict=True)
 
     def _positions(self, rows: list[int], slots: Tensor) -> Tensor:
@@ -160,6 +188,8 @@ class CachedModel:
         if self.max_slot is not None:  # fill behind a row's last token must not ask for positions that do not exist
             slots = slots.clamp(max=by_row(self.max_slot))
         positions = (slots + by_row(self.position_offset)).clamp(min=0)
+        if self.axes is not None:
+            positions = positions + self.axes[:, rows]
         if self.prompt_positions is None:
             return positions
         columns = slots - by_row(self.slot_offset) + self.column_offset

@@ -39,7 +39,8 @@ def check_iteration(context: Context, target: CachedModel, draft: CachedModel | 
 
 def _check_entries(context: Context, cached: CachedModel) -> None:
     """Compare keys and values with those of one fresh forward over each row's committed tokens."""
-    if cached.column_offset or cached.prompt_positions is not None or not cached.cache.layers:
+    given = cached.column_offset or cached.prompt_positions is not None or not cached.prompt_is_tokens
+    if given or not cached.cache.layers:
         return  # the beginning was not given as tokens of this context
     for index, row in enumerate(cached.cache.rows):
         first = context.first[row]

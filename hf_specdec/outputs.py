@@ -61,13 +61,23 @@ class Recorder:
         kwargs = {"output_hidden_states": self.wants_hidden_states, "output_attentions": self.wants_attentions}
         return {name: True for name, wanted in kwargs.items() if wanted}
 
-    def layers(self, output: ModelOutput, counts: list[int]) -> None:
-        """Record hidden states and attentions of the first `counts[i]` queries of each active row."""
-        for i, (row, count) in enumerate(zip(self._context.rows, counts)):
+    def prompt(self, output: ModelOutput) -> None:
+        """Record hidden states and attentions of a forward over the columns of all rows, padding included."""
+        for row, first in enumerate(self._first):
+            query = max(first - self._past, 0)
             if self.wants_hidden_states:
+                self._hidden_states[row].append(torch.stack([layer[row, query:] for layer in output.hidden_states]))
+            if self.wants_attentions:
+                weights = [layer[row, :, query:, first:] for layer in output.attentions]
+                self._attentions[row].append(torch.stack(weights))
+
+    def layers(self, output: ModelOutput, counts: list[int]) -> None:
+        """Record hidden states and attentions, if there are any, of the first `counts[i]` queries of each active row."""
+        for i, (row, count) in enumerate(zip(self._context.rows, counts)):
+            if self.wants_hidden_states and output.hidden_states is not None:
                 states = [layer[i, :count] for layer in output.hidden_states]
                 self._hidden_states[row].append(torch.stack(states))
-            if self.wants_attentions:
+            if self.wants_attentions and output.attentions is not None:
                 weights = [layer[i, :, :count] for layer in output.attentions]
                 self._attentions[row].append(torch.stack(weights))
 

@@ -23,6 +23,7 @@ from .cache import RaggedCache, check_layers
 from .context import Context
 from .decoding import SpeculativeDecoding
 from .drafters import Drafter, DraftRequest, ModelDrafter
+from .first_forward import FirstForward, prepare_first_forward
 from .forward import CachedModel
 from .masks import takes_ragged_rows
 from .options import Options
@@ -36,18 +37,6 @@ from .streaming import StepStreamer
 from .trace import Trace
 
 logger = logging.get_logger(__name__)
-
-# What transformers hands to a decoding method besides the prompt; anything else is the model's own and unknown to us.
-_PREPARED = {
-    "attention_mask",
-    "position_ids",
-    "past_key_values",
-    "inputs_embeds",
-    "use_cache",
-    "logits_to_keep",
-    "output_attentions",
-    "output_hidden_states",
-}
 
 
 @dataclass
@@ -63,6 +52,8 @@ class Prompt:
         past: columns that a cache given by the user holds.
         position_offset: by row, the position id of the last column, minus that column.
         positions: `[batch, columns]` position ids, where they are not that offset plus the column; else `None`.
+        axes: `[axes, batch, 1]`, where a token has a position on each of several axes: what to add for an axis.
+        first_forward: reads the prompt, where it is more than tokens.
     """
 
     input_ids: Tensor
@@ -74,6 +65,8 @@ class Prompt:
     column_offset: int
     position_offset: list[int]
     positions: Tensor | None
+    axes: Tensor | None
+    first_forward: FirstForward | None
 
 
 def prepare(
@@ -93,7 +86,7 @@ def prepare(
     check_model_kwargs(model_kwargs)
     cache: Cache = model_kwargs["past_key_values"]
     vocab_size: int = model.config.get_text_config(decoder=True).vocab_size
-    prompt = read_prompt(input_ids, generation_config, cache, model_kwargs, vocab_size)
+    prompt = read_prompt(model, input_ids, generation_config, cache, model_kwargs, vocab_size)
     max_length = min(
         [c.max_length for c in stopping_criteria if type(c) is MaxLengthCriteria], default=generation_config.max_length
     )
@@ -192,7 +185,7 @@ def hand_back_cache(decoding: SpeculativeDecoding, width: int, cache: Cache) -> 
 
 
 def check_model_kwargs(model_kwargs: dict[str, Any]) -> None:
-    """Refuse model inputs that this loop does not know how to carry from step to step."""
+    """Refuse models whose state this loop does not know how to carry from step to step."""
     cache = model_kwargs.get("past_key_values", model_kwargs.get("cache_params"))  # the latter in Mamba models
     if not isinstance(cache, Cache):
         raise ValueError(
@@ -200,12 +193,6 @@ def check_model_kwargs(model_kwargs: dict[str, Any]) -> None:
             f"got {type(cache).__name__}: this model is not supported yet"
         )
     check_layers(cache, "the model")
-    for name, value in model_kwargs.items():
-        absent = value is None or (isinstance(value, dict) and not value)  # models with images prepare an empty dict
-        if name not in _PREPARED and not absent:
-            raise ValueError(
-                f"The model input `{name}` is not supported by strategy='spec' yet: leave it out, or drop the strategy"
-            )
 
 
 def check_not_empty(input_ids: Tensor) -> None:
@@ -218,7 +205,12 @@ def check_not_empty(input_ids: Tensor) -> None:
 
 
 def read_prompt(
-    input_ids: Tensor, generation_config: GenerationConfig, cache: Cache, model_kwargs: dict[str, Any], vocab_size: int
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    generation_config: GenerationConfig,
+    cache: Cache,
+    model_kwargs: dict[str, Any],
+    vocab_size: int,
 ) -> Prompt:
     """Sort out ids, embeddings, mask, positions and what is cached already."""
     embeds: Tensor | None = model_kwargs.get("inputs_embeds")
@@ -227,8 +219,6 @@ def read_prompt(
     past = int(cache.get_seq_length())
     batch, width = input_ids.shape
 
-    if position_ids is not None and position_ids.ndim != 2:
-        raise ValueError("strategy='spec' does not support position ids with several dimensions per token yet")
     if embeds is not None:
         columns = embeds.shape[1]
     else:
@@ -248,9 +238,11 @@ def read_prompt(
             f"`past_key_values` holds {past} tokens already and the prompt has {columns}: there is nothing to decode "
             "from. Pass at least one token that is not cached"
         )
+    first_forward = prepare_first_forward(model, input_ids, columns - past, cache, model_kwargs)
     mask = torch.ones(batch, columns, dtype=torch.bool, device=input_ids.device) if mask is None else mask.bool()
     outside = (input_ids < 0) | (input_ids >= vocab_size)
-    outside &= mask[:, columns - width :] & (embeds is None)
+    # Placeholders of images need not be tokens: the model knows.
+    outside &= mask[:, columns - width :] & (embeds is None and first_forward is None)
     first, real, wrong = torch.stack([mask.long().argmax(dim=1), mask.sum(dim=1), outside.sum(dim=1)]).tolist()
     if 0 in real:
         raise ValueError(f"The prompt of row {real.index(0)} is empty: its `attention_mask` is all zeros")
@@ -259,17 +251,25 @@ def read_prompt(
             f"`input_ids` holds {int(input_ids[outside][0])}, but the model's vocabulary has the ids 0 to "
             f"{vocab_size - 1}: was it tokenized for another model?"
         )
+    if first_forward is not None:
+        position_ids = first_forward.inputs.get("position_ids")
+    axes = None
+    if position_ids is not None and position_ids.ndim > 2:
+        axes = (position_ids[..., -1:] - position_ids[:1, :, -1:]).expand(-1, batch, -1)
+        position_ids = position_ids[0]
     position_offset, positions = _read_positions(position_ids, mask, first)
     return Prompt(
         input_ids=input_ids,
-        embeds=embeds,
+        embeds=embeds if first_forward is None else None,
         mask=mask,
         first=first,
         holes=any(f + n != columns for f, n in zip(first, real)),
         past=past,
         column_offset=columns - width,
         position_offset=position_offset,
-        positions=positions,
+        positions=positions if first_forward is None else None,
+        axes=axes,
+        first_forward=first_forward,
     )
 
 
@@ -291,6 +291,8 @@ def _needs_lockstep(model: PreTrainedModel, drafter: Drafter, prompt: Prompt, un
         reason = f"{', '.join(unknown)} may keep state, so it is called step by step on the whole batch"
     elif prompt.holes:
         reason = "the attention mask has zeros behind a row's first token"
+    elif prompt.first_forward is not None and prompt.first_forward.places_tokens_itself:
+        reason = f"{type(model).__name__} makes its own position ids"
     elif not takes_ragged_rows(model):
         reason = f"{type(model).__name__} cannot attend to rows of different lengths (4-D masks)"
     elif isinstance(drafter, ModelDrafter) and not drafter.takes_ragged_rows:
@@ -316,7 +318,8 @@ def _cached_target(
     cache = RaggedCache(len(first), device, capacity=prompt.mask.shape[1] + 256, max_capacity=columns)
     static = None
     if generation_config.cache_implementation == "static":
-        if padded or prompt.positions is not None or not takes_ragged_rows(model):
+        moving = prompt.positions is not None or prompt.axes is not None or prompt.first_forward is not None
+        if padded or moving or not takes_ragged_rows(model):
             logger.warning_once(f"{type(model).__name__} and this prompt need forwards of changing shapes.")
             cache = RaggedCache(len(first), device, capacity=columns, max_capacity=columns)
         else:
@@ -333,6 +336,8 @@ def _cached_target(
         padding_mask=prompt.mask if padded else None,
         position_offset=position_offset,
         prompt_positions=prompt.positions,
+        axes=prompt.axes,
+        first_forward=prompt.first_forward,
         max_slot=[columns - 2 - f for f in first],
         static=static,
     )

@@ -1,0 +1,171 @@
+"""FirstForward: a prompt that is more than tokens, read in one forward as vanilla `generate()` makes it.
+
+Images, audio, token types and the masks that come of them enter a model with its prompt, in ways of each model's own. So
+the model itself prepares that forward (`prepare_inputs_for_generation`), it runs on a cache of transformers, and what
+that cache then holds is taken over. Later forwards are ours again. This file also finds out what they must be given
+besides tokens, by asking the model what vanilla would give them and whether it reads it.
+"""
+
+import copy
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.utils import ModelOutput
+
+# What our own forwards are made of. Whatever else a model is given is the prompt's, or its own.
+KNOWN_INPUTS = {
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "cache_params",
+    "inputs_embeds",
+    "use_cache",
+    "logits_to_keep",
+    "output_attentions",
+    "output_hidden_states",
+}
+
+
+class FirstForward:
+    """The forward over a whole prompt, prepared by the model.
+
+    Args:
+        model: the target.
+        input_ids: `[batch, width]`, as `generate()` hands them over.
+        columns: how many columns are not cached yet.
+        cache: holds the columns before those.
+        model_kwargs: what `generate()` has prepared.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, input_ids: Tensor, columns: int, cache: Cache, model_kwargs: dict[str, Any]
+    ):
+        self._model = model
+        self._ids = input_ids
+        if not int(cache.get_seq_length()):  # the given one may be of another kind; it gets its entries in the end
+            cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+        self.cache = cache
+        self._kwargs = {**model_kwargs, "past_key_values": cache}
+        self.inputs: dict[str, Any] = model.prepare_inputs_for_generation(
+            input_ids, next_sequence_length=columns, is_first_iteration=True, **self._kwargs
+        )
+
+    @property
+    def extra(self) -> list[str]:
+        """The names of the inputs that are neither tokens nor what goes with them."""
+        return [name for name, value in self.inputs.items() if name not in KNOWN_INPUTS and is_given(value)]
+
+    @property
+    def places_tokens_itself(self) -> bool:
+        """Whether vanilla keeps the position ids that it has prepared from the model."""
+        return self._kwargs.get("position_ids") is not None and self.inputs.get("position_ids") is None
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether feeding tokens with a position each would not do."""
+        positions = self.inputs.get("position_ids")
+        axes_differ = positions is not None and positions.ndim > 2 and not bool((positions == positions[:1]).all())
+        return bool(self.extra) or axes_differ or self.places_tokens_itself
+
+    def run(self, **kwargs: Any) -> ModelOutput:
+        """Vanilla's first forward; the entries of its tokens are in `cache` afterwards."""
+        output = self._model(**{**self.inputs, **kwargs}, return_dict=True)
+        past = int(self.cache.get_seq_length())
+        for layer in self.cache.layers:
+            if hasattr(layer, "keys") and layer.is_initialized and int(layer.get_seq_length()) != past:
+                raise ValueError(
+                    f"{type(self._model).__name__} caches something other than one entry per token "
+                    f"({int(layer.get_seq_length())} in one layer, {past} in another), which strategy='spec' does not "
+                    "support with images or audio: leave them out, or drop the strategy"
+                )
+        return output
+
+    def later_inputs(self, output: ModelOutput) -> dict[str, Any]:
+        """What every forward behind the prompt must be given besides the usual: tensors `[batch, 1, ...]`, per token.
+
+        Raises:
+            ValueError: for an input that is read, but that is not the same for each token.
+        """
+        steps = self._later_steps(output)
+        extra = {name: value for name, value in steps[0].items() if name not in KNOWN_INPUTS and is_given(value)}
+        fixed = {name: value for name, value in extra.items() if not isinstance(value, Tensor)}
+        tensors = {name: value for name, value in extra.items() if isinstance(value, Tensor)}
+        if tensors and self._reads(tensors, {**fixed, "position_ids": steps[0].get("position_ids")}):
+            for name, value in tensors.items():
+                same = torch.equal(value, steps[1][name])
+                if not same or value.shape[:2] != (len(self._ids), 1):
+                    raise ValueError(
+                        f"{type(self._model).__name__} reads `{name}` {list(value.shape)} at every token, which "
+                        "strategy='spec' does not support yet: leave it out, or drop the strategy"
+                    )
+            fixed.update(tensors)
+        return fixed
+
+    def _later_steps(self, output: ModelOutput) -> list[dict[str, Any]]:
+        """What vanilla would feed at the next two steps."""
+        kwargs, ids, steps = dict(self._kwargs), self._ids, []
+        for _ in range(2):
+            kwargs = self._model._update_model_kwargs_for_generation(output, kwargs)
+            ids = torch.cat([ids, ids.new_zeros(len(ids), 1)], dim=1)
+            steps.append(self._model.prepare_inputs_for_generation(ids, next_sequence_length=1, **kwargs))
+            fed = steps[-1].get("input_ids")
+            if fed is None or fed.shape != (len(ids), 1):
+                raise ValueError(
+                    f"{type(self._model).__name__} makes its own inputs out of each token, which strategy='spec' does "
+                    "not support yet"
+                )
+        return steps
+
+    def _reads(self, tensors: dict[str, Tensor], given: dict[str, Any]) -> bool:
+        """Whether a forward behind the prompt depends on `tensors`: does anything change when they do? Asked once."""
+        known = _reading.setdefault(self._model, {})
+        names = frozenset(tensors)
+        if names not in known:
+            try:
+                plain = self._next_logits({**given})
+                known[names] = not torch.equal(plain, self._next_logits({**given, **_altered(tensors)}))
+            except Exception:  # whatever an altered input leads to: it was read
+                known[names] = True
+        return known[names]
+
+    def _next_logits(self, inputs: dict[str, Any]) -> Tensor:
+        ids = self._ids.new_zeros(len(self._ids), 1).to(self._model.device)
+        cache = copy.deepcopy(self.cache)
+        return self._model(input_ids=ids, past_key_values=cache, use_cache=True, **inputs, return_dict=True).logits
+
+
+_reading: "weakref.WeakKeyDictionary[PreTrainedModel, dict[frozenset[str], bool]]" = weakref.WeakKeyDictionary()
+
+
+def prepare_first_forward(
+    model: PreTrainedModel, input_ids: Tensor, columns: int, cache: Cache, model_kwargs: dict[str, Any]
+) -> FirstForward | None:
+    """The first forward, where the prompt needs one of its own; `None` where it is but tokens."""
+    positions = model_kwargs.get("position_ids")
+    given = any(name not in KNOWN_INPUTS and is_given(value) for name, value in model_kwargs.items())
+    prepares = type(model).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation
+    if not given and not prepares and (positions is None or positions.ndim <= 2):
+        return None
+    first = FirstForward(model, input_ids, columns, cache, model_kwargs)
+    return first if first.is_needed else None
+
+
+def is_given(value: Any) -> bool:
+    """Models that could take an image prepare `None` or an empty dict where there is none."""
+    return value is not None and not (isinstance(value, dict) and not value)
+
+
+def _altered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Other values of the same shapes and types, none as it was."""
+
+    def alter(value: Tensor) -> Tensor:
+        if value.dtype == torch.bool:
+            return ~value
+        return torch.full_like(value, float("nan")) if value.is_floating_point() else value + 1
+
+    return {name: alter(value) for name, value in tensors.items()}
