@@ -72,7 +72,7 @@ class Recorder:
                 self._attentions[row].append(torch.stack(weights))
 
     def layers(self, output: ModelOutput, counts: list[int]) -> None:
-        """Record hidden states and attentions, if there are any, of the first `counts[i]` queries of each active row."""
+        """Record hidden states and attentions, if any, of the first `counts[i]` queries of each active row."""
         for i, (row, count) in enumerate(zip(self._context.rows, counts)):
             if self.wants_hidden_states and output.hidden_states is not None:
                 states = [layer[i, :count] for layer in output.hidden_states]

@@ -90,7 +90,9 @@ def _masked_sound(rows: list[list[Size]], generator: torch.Generator) -> Inputs:
     return {"input_features": features, "feature_attention_mask": torch.ones(len(features), 16, dtype=torch.long)}
 
 
-def _config(name: str, text: dict[str, Any] | None = None, **values: Any) -> Callable[[], transformers.PreTrainedConfig]:
+def _config(
+    name: str, text: dict[str, Any] | None = None, **values: Any
+) -> Callable[[], transformers.PreTrainedConfig]:
     return lambda: getattr(transformers, name)(text_config={**TEXT, **(text or {})}, **values)
 
 
@@ -134,13 +136,14 @@ FAMILIES: dict[str, Family] = {
     "gemma3": Family(
         _config("Gemma3Config", {"sliding_window": 12, "query_pre_attn_scalar": 8,
                                  "layer_types": ["sliding_attention", "full_attention"]},
-                tie_word_embeddings=False, mm_tokens_per_image=4, image_token_index=IMAGE, boi_token_index=START, eoi_token_index=END,
-                vision_config=CLIP),
+                tie_word_embeddings=False, mm_tokens_per_image=4, image_token_index=IMAGE, boi_token_index=START,
+                eoi_token_index=END, vision_config=CLIP),
         lambda size: 4, _pixels, "token_type_ids", noise=0.2,
     ),
     "paligemma": Family(
-        _config("PaliGemmaConfig", {"model_type": "gemma"}, tie_word_embeddings=False, image_token_index=IMAGE, vocab_size=96, hidden_size=32,
-                projection_dim=32, vision_config={**CLIP, "model_type": "siglip_vision_model", "projection_dim": 32}),
+        _config("PaliGemmaConfig", {"model_type": "gemma"}, tie_word_embeddings=False, image_token_index=IMAGE,
+                vocab_size=96, hidden_size=32, projection_dim=32,
+                vision_config={**CLIP, "model_type": "siglip_vision_model", "projection_dim": 32}),
         lambda size: 4, _pixels, "token_type_ids", noise=0.2,
     ),
     "smolvlm": Family(

@@ -265,14 +265,6 @@ def test_no_prompt_at_all_begins_with_bos():
     assert target.generate(do_sample=False, max_new_tokens=14, assistant_model=draft, strategy="spec").equal(expected)
 
 
-@pytest.mark.parametrize("extra", ["token_type_ids", "encoder_hidden_states"])
-def test_model_inputs_that_could_not_be_carried_on_are_refused_by_name(extra):
-    target, draft = pair("gpt2")
-    inputs = prompts(2)
-    with pytest.raises(ValueError, match=f"model input `{extra}` is not supported.*leave it out"):
-        generate(target, draft, **inputs, **{extra: torch.zeros_like(inputs["input_ids"])})
-
-
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize(("chunk", "forwards"), [(1, 13), (5, 3), (13, 1), (100, 1)])
 def test_the_prefill_may_come_in_chunks(chunk, forwards, batch):
