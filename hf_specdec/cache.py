@@ -4,15 +4,18 @@ Owns the storage of one model's attention cache and the length of each row. It n
 told, by `lengths`. Rolling back is setting a smaller length: nothing is copied and nothing is cleared.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .host import to_device
+
+if TYPE_CHECKING:
+    from .window import Window
 
 _ROUND = 64  # capacities are multiples of this many tokens
 
@@ -22,6 +25,11 @@ class RaggedLayer(CacheLayerMixin):
 
     is_croppable = True
     supports_early_init = False
+    window: "Window | None" = None  # what of the slots is held, where it is not all of them
+
+    def base(self, row: int) -> int:
+        """The first slot that is held of a row of the batch; it is at index 0 of the storage."""
+        return 0 if self.window is None else self.window.base[row]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         raise NotImplementedError("RaggedCache allocates its layers itself")
@@ -83,13 +91,22 @@ class RaggedCache(Cache):
         device: where index tensors are made.
         capacity: slots to allocate at first.
         max_capacity: slots that will ever be needed; growth is geometric up to it.
+        layers: made for the model; by default all hold every slot, and are made as they come.
     """
 
-    def __init__(self, batch_size: int, device: torch.device, capacity: int, max_capacity: int):
-        super().__init__(layers=[])
+    def __init__(
+        self,
+        batch_size: int,
+        device: torch.device,
+        capacity: int,
+        max_capacity: int,
+        layers: Sequence[RaggedLayer] = (),
+    ):
+        super().__init__(layers=list(layers))
+        self.windows = list({id(layer.window): layer.window for layer in layers if layer.window is not None}.values())
         self.device = device
-        self.capacity = min(_round_up(capacity), _round_up(max_capacity))
-        self.max_capacity = _round_up(max_capacity)
+        self.capacity = min(round_up(capacity), round_up(max_capacity))
+        self.max_capacity = round_up(max_capacity)
         self.lengths = [0] * batch_size  # by row of the batch
         self._storage = list(range(batch_size))  # storage index -> row of the batch
         self._active = batch_size
@@ -107,7 +124,8 @@ class RaggedCache(Cache):
             if i != j:
                 used = max(self.lengths[row], self.lengths[self._storage[i]])
                 for layer in self.layers:
-                    layer.swap(i, j, used)
+                    if layer.is_initialized:
+                        layer.swap(i, j, used)
                 self._storage[i], self._storage[j] = self._storage[j], self._storage[i]
         self._active = len(rows)
 
@@ -120,12 +138,24 @@ class RaggedCache(Cache):
         """Whether all active rows have the same length."""
         return len(set(self.active_lengths)) <= 1
 
-    def prepare(self, query_length: int) -> None:
-        """Announce a forward of `query_length` tokens per row. Each row writes behind its own length."""
+    @property
+    def sees_one_span(self) -> bool:
+        """Whether the next forward sees the same slots of all active rows, which transformers can make masks for."""
+        return self.is_uniform and all(window.view.is_uniform for window in self.windows)
+
+    def prepare(self, query_length: int, ends: Sequence[int] | None = None, prefill: bool = False) -> None:
+        """Announce a forward of `query_length` tokens per row. Each row writes behind its own length.
+
+        Args:
+            ends: by active row, the slots that rolling back will leave it, once it has them; its length by default.
+            prefill: whether rows are sure to be rolled back to these, their own tokens being followed by fill.
+        """
         lengths = self.active_lengths
         used = max(lengths) + query_length
         if used > self.capacity:
             self._grow(used)
+        for window in self.windows:
+            window.prepare(self, lengths if ends is None else ends, query_length, prefill)
         if self.is_uniform:
             self._write = _Write(used, lengths[0], None)
         else:
@@ -157,6 +187,8 @@ class RaggedCache(Cache):
         write = self._write
         assert write is not None, "prepare() comes before a forward"
         layer = self._layer(layer_idx, key_states, value_states)
+        if layer.window is not None:
+            return layer.update(key_states, value_states)
         return self._put(layer.keys, key_states, write), self._put(layer.values, value_states, write)
 
     def _put(self, storage: Tensor, states: Tensor, write: _Write) -> Tensor:
@@ -181,6 +213,9 @@ class RaggedCache(Cache):
         return self.get_seq_length(layer_idx)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        window = self.layers[layer_idx].window if layer_idx < len(self.layers) else None
+        if window is not None:
+            return window.view.used, min(window.view.origins)
         return self.get_seq_length() + query_length, 0
 
     def _layer(self, layer_idx: int, key_states: Tensor, value_states: Tensor) -> RaggedLayer:
@@ -193,7 +228,7 @@ class RaggedCache(Cache):
 
     def _grow(self, needed: int) -> None:
         used = max(self.lengths)
-        self.capacity = _round_up(max(needed, min(2 * self.capacity, self.max_capacity)))
+        self.capacity = round_up(max(needed, min(2 * self.capacity, self.max_capacity)))
         for layer in self.layers:
             if layer.is_initialized:
                 layer.grow(self.capacity, used)
@@ -209,7 +244,9 @@ class RaggedCache(Cache):
         """
         past = int(source.get_seq_length())
         self.lengths = [max(past - f, 0) for f in first]
-        self.capacity = max(self.capacity, _round_up(past))
+        self.capacity = max(self.capacity, round_up(past))
+        for window in self.windows:
+            window.load(self)
         for index, layer in enumerate(source.layers):
             if not layer.is_initialized:
                 continue
@@ -219,10 +256,11 @@ class RaggedCache(Cache):
             for row, f in enumerate(first):
                 if f >= past:
                     continue
-                begin = max(past - held, f)  # columns [begin, past) are still there and real
-                columns = slice(begin - (past - held), held)
-                mine.keys[row, :, begin - f : past - f] = keys[row, :, columns]
-                mine.values[row, :, begin - f : past - f] = values[row, :, columns]
+                base = mine.base(row)
+                begin = max(past - held, f + base)  # columns [begin, past) are still there, real and wanted
+                columns, slots = slice(begin - (past - held), held), slice(begin - f - base, past - f - base)
+                mine.keys[row, :, slots] = keys[row, :, columns]
+                mine.values[row, :, slots] = values[row, :, columns]
 
     def columns(self, first: list[int], width: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Each layer's entries in equal columns, `(layer_idx, keys, values)`: the inverse of `load`.
@@ -238,13 +276,13 @@ class RaggedCache(Cache):
             for storage in (layer.keys, layer.values):
                 states = storage.new_zeros(len(first), storage.shape[1], width, storage.shape[3])
                 for position, row in enumerate(self._storage):
-                    end = min(first[row] + self.lengths[row], width)
-                    states[row, :, first[row] : end] = storage[position, :, : end - first[row]]
+                    begin, end = first[row] + layer.base(row), min(first[row] + self.lengths[row], width)
+                    states[row, :, begin:end] = storage[position, :, : end - begin]
                 out.append(states)
             yield index, out[0], out[1]
 
 
-def _round_up(tokens: int) -> int:
+def round_up(tokens: int) -> int:
     return -(-max(tokens, 1) // _ROUND) * _ROUND
 
 

@@ -95,7 +95,7 @@ class CachedModel:
         while todo > 0:
             width = min(chunk_size or todo, todo)
             counts = [min(max(n - 1, 0), width) for n in self.missing(context)]
-            outputs.append((counts, self._feed(context, width, keep=1, **kwargs)))
+            outputs.append((counts, self._feed(context, width, keep=1, prefill=True, **kwargs)))
             self.prefill_forwards += 1
             for row in context.rows:
                 self.cache.lengths[row] += width
@@ -155,12 +155,18 @@ class CachedModel:
         return context.gather(begin, width).to(self.device).clamp(0, self._vocab_size - 1)
 
     def _feed(
-        self, context: Context, width: int, keep: int, embeds: Tensor | None = None, **kwargs: Any
+        self,
+        context: Context,
+        width: int,
+        keep: int,
+        prefill: bool = False,
+        embeds: Tensor | None = None,
+        **kwargs: Any,
     ) -> ModelOutput:
         cache, rows = self.cache, context.rows
         starts = [cache.lengths[row] for row in rows]
         cache.activate(rows)
-        cache.prepare(width)
+        cache.prepare(width, [context.ends[row] + self.slot_offset[row] - 1 for row in rows], prefill)
 
         slots = to_device(starts, self.device)[:, None] + torch.arange(width, device=self.device)
         inputs: dict[str, Any] = {"past_key_values": cache, "use_cache": True, "attention_mask": self._mask(slots)}
@@ -202,6 +208,8 @@ class CachedModel:
         if self.padding_mask is not None:
             prompt = self.padding_mask[self.cache.rows, :used]
             return torch.cat([prompt, prompt.new_ones(len(prompt), used - prompt.shape[1])], dim=1).long()
-        if self.cache.is_uniform:
+        if self.cache.sees_one_span:
             return None  # plain causal attention: transformers builds it, or skips it
-        return ragged_mask(self.model, slots, used)
+        return ragged_mask(
+            self.model, slots, used, {window.layer_type: window.slots(self.device) for window in self.cache.windows}
+        )

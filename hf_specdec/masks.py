@@ -2,6 +2,7 @@
 
 import inspect
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,19 +15,25 @@ _MASKED_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention
 _MASK_TAKING = {"sdpa", "eager"}
 
 
-def ragged_mask(model: PreTrainedModel, slots: Tensor, used: int) -> Tensor | dict[str, Tensor]:
+def ragged_mask(
+    model: PreTrainedModel, slots: Tensor, used: int, key_slots: Mapping[str, Tensor] | None = None
+) -> Tensor | dict[str, Tensor]:
     """The 4-D mask for queries at `slots` `[rows, q]` over `used` slots, in the form the model's layers expect.
 
-    Returns: `[rows, 1, q, used]`, bool (True = attend) for sdpa and additive for eager; by layer type when the config
-    has `layer_types`, as `create_masks_for_generate` of transformers does it.
+    Args:
+        key_slots: by layer type, `[rows, k]`, the slots of the keys where they are not the first `used`.
+
+    Returns: `[rows, 1, q, used or k]`, bool (True = attend) for sdpa and additive for eager; by layer type when the
+    config has `layer_types`, as `create_masks_for_generate` of transformers does it.
     """
     config = model.config.get_text_config(decoder=True)
     queries = slots[:, None, :, None]
-    keys = torch.arange(used, device=slots.device)
-    causal = keys <= queries
+    every_slot = torch.arange(used, device=slots.device)
 
     def mask_for(layer_type: str) -> Tensor:
-        mask = causal
+        held = None if key_slots is None else key_slots.get(layer_type)
+        keys = every_slot if held is None else held[:, None, None, :]
+        mask = causal = keys <= queries
         if layer_type == "sliding_attention":
             mask = causal & (keys > queries - config.sliding_window)
         elif layer_type == "chunked_attention":

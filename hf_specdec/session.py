@@ -35,6 +35,7 @@ from .stats import SpeculationStats
 from .stopping import Stopping
 from .streaming import StepStreamer
 from .trace import Trace
+from .window import window_layers
 
 logger = logging.get_logger(__name__)
 
@@ -101,7 +102,8 @@ def prepare(
     pad = generation_config._pad_token_tensor
     context_first = [max(f - prompt.column_offset, 0) for f in prompt.first]
     context = Context(prompt.input_ids, context_first, max_length, 0 if pad is None else int(pad))
-    target = _cached_target(model, cache, prompt, context, first, aligned, generation_config)
+    keeps_all = _may_go_far_back(generation_config, cache, batch, lockstep, stopping)
+    target = _cached_target(model, cache, prompt, context, first, aligned, keeps_all, generation_config)
     windows = [getattr(layer, "sliding_window", None) for layer in cache.layers]
     recorder = Recorder(generation_config, context, first, prompt.column_offset, prompt.past, windows)
     schedule = make_schedule(
@@ -303,6 +305,18 @@ def _needs_lockstep(model: PreTrainedModel, drafter: Drafter, prompt: Prompt, un
     return True
 
 
+def _may_go_far_back(config: GenerationConfig, cache: Cache, batch: int, lockstep: bool, stopping: Stopping) -> bool:
+    """Whether more than a block may be asked of layers with a window, which therefore hold every slot.
+
+    Attention weights are recorded over all slots. A cache that is handed back stands for the columns of the output,
+    which some rows may have passed; and in lockstep, where rows ended early, all go back to where the first one ended.
+    """
+    hands_back = config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
+    ends_with_others = all(type(criterion) is MaxLengthCriteria for criterion in stopping.criteria)
+    uneven_ends = batch > 1 and not ends_with_others and (lockstep or not stopping.pads_finished_rows)
+    return bool(config.return_dict_in_generate and config.output_attentions) or bool(hands_back and uneven_ends)
+
+
 def _cached_target(
     model: PreTrainedModel,
     source: Cache,
@@ -310,12 +324,14 @@ def _cached_target(
     context: Context,
     first: list[int],
     aligned: bool,
+    keeps_all: bool,
     generation_config: GenerationConfig,
 ) -> CachedModel:
     columns = context.max_length + prompt.column_offset
     padded = aligned and not bool(prompt.mask.all())
     device = prompt.mask.device if model.device.type == "meta" else model.device
-    cache = RaggedCache(len(first), device, capacity=prompt.mask.shape[1] + 256, max_capacity=columns)
+    layers = [] if keeps_all else window_layers(source.layers, model.config, len(first), columns)
+    cache = RaggedCache(len(first), device, prompt.mask.shape[1] + 256, max_capacity=columns, layers=layers)
     static = None
     if generation_config.cache_implementation == "static":
         moving = prompt.positions is not None or prompt.axes is not None or prompt.first_forward is not None

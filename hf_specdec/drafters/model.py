@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.utils import logging
 
 from ..cache import RaggedCache
@@ -12,6 +12,7 @@ from ..host import to_device
 from ..masks import takes_ragged_rows
 from ..processors import BlockProcessors
 from ..static import WIDTHS, borrow
+from ..window import window_layers
 from .base import Draft, Drafter, DraftRequest
 
 logger = logging.get_logger(__name__)
@@ -60,7 +61,8 @@ class ModelDrafter(Drafter):
         if request.static and not padded and self.takes_ragged_rows:
             cache, static = borrow(self.model, rows, device, context.max_length + WIDTHS[-1])
         else:
-            cache = RaggedCache(rows, device, context.prompt_width + 256, max_capacity=context.max_length)
+            layers = window_layers(DynamicCache(config=self.model.config).layers, config, rows, context.max_length)
+            cache = RaggedCache(rows, device, context.prompt_width + 256, context.max_length, layers)
         self.cached = CachedModel(
             self.model,
             cache,
