@@ -26,17 +26,20 @@ def check_draft_model(
     draft: PreTrainedModel, target: PreTrainedModel, tokenizer: Tokenizer | None, assistant_tokenizer: Tokenizer | None
 ) -> None:
     """Raise a TypeError or ValueError unless `draft` can draft for `target`."""
-    check_architecture(draft)
+    check_architecture(draft, target)
     check_device(draft, target)
     check_vocabularies(draft, target, tokenizer, assistant_tokenizer)
 
 
-def check_architecture(draft: PreTrainedModel) -> None:
+def check_architecture(draft: PreTrainedModel, target: PreTrainedModel) -> None:
     name = type(draft).__name__
     if not getattr(draft, "can_generate", bool)():
         raise TypeError(f"`assistant_model` must be a causal language model, but {name} cannot generate text")
-    if draft.config.is_encoder_decoder:
-        raise ValueError(f"`assistant_model` must be a decoder-only model, {name} is an encoder-decoder model")
+    if draft.config.is_encoder_decoder and not target.config.is_encoder_decoder:
+        raise ValueError(
+            f"`assistant_model` must be a decoder-only model, {name} is an encoder-decoder model: the target "
+            f"({type(target).__name__}) has no encoder inputs to give to it"
+        )
     check_layers(DynamicCache(config=draft.config.get_text_config(decoder=True)), f"`assistant_model` ({name})")
 
 
@@ -207,7 +210,8 @@ def _finding(
 def _architecture(target: PreTrainedModel, draft: PreTrainedModel) -> Finding:
     names = type(target).__name__, type(draft).__name__
     cache = DynamicCache(config=target.config.get_text_config(decoder=True))
-    complaint = _complaint(check_layers, cache, f"the target ({names[0]})") or _complaint(check_architecture, draft)
+    complaint = _complaint(check_layers, cache, f"the target ({names[0]})")
+    complaint = complaint or _complaint(check_architecture, draft, target)
     return _finding("architecture", names, complaint, "error")
 
 

@@ -19,9 +19,10 @@ from transformers.utils import ModelOutput
 
 from .cache import RaggedCache
 from .context import Context
+from .encoded import Encoded
 from .first_forward import FirstForward
 from .host import to_device
-from .masks import ragged_mask
+from .masks import ragged_mask, takes_position_ids
 from .static import WIDTHS, StaticForwards, give_back
 
 
@@ -29,7 +30,7 @@ class CachedModel:
     """Feeds tokens of a context to a model, keeping keys and values of each row.
 
     Args:
-        model: a decoder-only model.
+        model: a decoder-only model, or an encoder-decoder model, of which this feeds the decoder.
         cache: an empty cache, or one that holds the beginning of the context.
         first: by row of the batch, which column is slot 0 of the ragged layout.
         column_offset: added to a context's columns; not 0 when the cache began before the context did.
@@ -40,6 +41,7 @@ class CachedModel:
         first_forward: reads the prompt, where that is more than tokens; see `read_prompt`.
         max_slot: by row of the batch, the last slot that will ever be committed; positions are not asked for beyond it.
         static: runs short forwards with fixed shapes; for the ragged layout, and a cache whose capacity never grows.
+        encoded: what every forward is given of an encoder.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class CachedModel:
         first_forward: FirstForward | None = None,
         max_slot: list[int] | None = None,
         static: StaticForwards | None = None,
+        encoded: Encoded | None = None,
     ):
         self.model = model
         self.cache = cache
@@ -70,11 +73,12 @@ class CachedModel:
         self.later_inputs: dict[str, Any] = {}  # what each forward is given besides, tensors `[batch, 1, ...]`
         self.max_slot = max_slot
         self.static = static
+        self.encoded = encoded
         self.forwards = 0  # whose logits were wanted
         self.prefill_forwards = 0
         parameters = inspect.signature(model.forward).parameters
         self._vocab_size: int = model.config.get_text_config(decoder=True).vocab_size
-        self._takes_position_ids = "position_ids" in parameters
+        self._takes_position_ids = takes_position_ids(model)
         if first_forward is not None and first_forward.places_tokens_itself:
             self._takes_position_ids = False
         self._takes_logits_to_keep = "logits_to_keep" in parameters
@@ -185,6 +189,8 @@ class CachedModel:
         for name, value in self.later_inputs.items():
             wide = isinstance(value, Tensor)
             inputs[name] = value[rows].expand(-1, width, *value.shape[2:]) if wide else value
+        if self.encoded is not None:
+            inputs = self.encoded.join(inputs, rows)
         return self.model(**inputs, **kwargs, return_dict=True)
 
     def _positions(self, rows: list[int], slots: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
 # Layer types whose attention mask is a function of query and key positions.
 _MASKED_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -53,6 +54,12 @@ def ragged_mask(
     return mask_for("full_attention")
 
 
+def takes_position_ids(model: PreTrainedModel) -> bool:
+    """Whether the decoder can be told positions; without, it counts from the length of its cache."""
+    name = "decoder_position_ids" if model.config.is_encoder_decoder else "position_ids"
+    return name in inspect.signature(model.forward).parameters
+
+
 _honours_masks: "weakref.WeakKeyDictionary[PreTrainedModel, bool]" = weakref.WeakKeyDictionary()
 
 
@@ -73,6 +80,8 @@ def takes_ragged_rows(model: PreTrainedModel) -> bool:
 
 
 def _probe(model: PreTrainedModel) -> bool:
+    if model.config.is_encoder_decoder and not takes_position_ids(model):
+        return False  # it believes that all rows are as long as the cache says
     pair = torch.tensor([[1, 2]], device=model.device)
     alone = pair[:, 1:]
     # Two keys, of which the query behind them sees only the second: the causal mask of slot 0, then slot 0 again,
@@ -85,13 +94,17 @@ def _probe(model: PreTrainedModel) -> bool:
 
     masks = {key: turn(m) for key, m in mask.items()} if isinstance(mask, dict) else turn(mask)
     kwargs: dict[str, Any] = {"use_cache": False, "return_dict": True}
-    if "position_ids" in inspect.signature(model.forward).parameters:
-        kwargs["position_ids"] = slots
+    prefix = "decoder_" if model.config.is_encoder_decoder else ""
+    positions = {prefix + "position_ids": slots} if takes_position_ids(model) else {}
     try:
-        masked = model(input_ids=pair, attention_mask=masks, **kwargs).logits[:, -1]
-        kwargs.pop("position_ids", None)
-        expected = model(input_ids=alone, **kwargs).logits[:, -1]
-        plain = model(input_ids=pair, **kwargs).logits[:, -1]
+        if model.config.is_encoder_decoder:
+            width = model.config.get_text_config(encoder=True).hidden_size
+            states = torch.linspace(-1, 1, width, dtype=model.dtype, device=model.device).view(1, 1, width)
+            kwargs["encoder_outputs"] = BaseModelOutput(last_hidden_state=states)
+        told = {prefix + "input_ids": pair, prefix + "attention_mask": masks, **positions}
+        masked = model(**told, **kwargs).logits[:, -1]
+        expected = model(**{prefix + "input_ids": alone}, **kwargs).logits[:, -1]
+        plain = model(**{prefix + "input_ids": pair}, **kwargs).logits[:, -1]
     except Exception:  # whatever a model does with a mask that it does not know: it cannot take it
         return False
     return bool((masked - expected).abs().max() < 0.1 * (plain - expected).abs().max())

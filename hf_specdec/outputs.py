@@ -9,6 +9,7 @@ from transformers import GenerationConfig
 from transformers.utils import ModelOutput
 
 from .context import Context
+from .encoded import PREFIX
 
 Steps = list[dict[int, Tensor]]  # by step, by row of the batch
 
@@ -28,6 +29,7 @@ class Recorder:
         column_offset: columns that came before the context's.
         past: columns that were cached before the call.
         windows: by layer, how many columns a sliding layer of transformers' cache attends to; `None` for all.
+        has_encoder: the model has an encoder too, and names what is the decoder's.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class Recorder:
         column_offset: int,
         past: int,
         windows: list[int | None],
+        has_encoder: bool = False,
     ):
         wanted = bool(config.return_dict_in_generate)
         self.wants_scores = wanted and bool(config.output_scores)
@@ -48,12 +51,14 @@ class Recorder:
         self._first = first
         self._past = past
         self._windows = windows
+        self._has_encoder = has_encoder
         self._prompt_end = context.prompt_width + column_offset
         self._scores: Steps = []
         self._logits: Steps = []
         # By row, what its queries gave, in order: [layers + 1, queries, width] and [layers, heads, queries, slots].
         self._hidden_states: list[list[Tensor]] = [[] for _ in first]
         self._attentions: list[list[Tensor]] = [[] for _ in first]
+        self._cross_attentions: list[list[Tensor]] = [[] for _ in first]  # [layers, heads, queries, encoder columns]
 
     @property
     def forward_kwargs(self) -> dict[str, bool]:
@@ -73,13 +78,18 @@ class Recorder:
 
     def layers(self, output: ModelOutput, counts: list[int]) -> None:
         """Record hidden states and attentions, if any, of the first `counts[i]` queries of each active row."""
+        prefix = PREFIX if self._has_encoder else ""
+        hidden_states, attentions = (output.get(prefix + name) for name in ("hidden_states", "attentions"))
         for i, (row, count) in enumerate(zip(self._context.rows, counts)):
-            if self.wants_hidden_states and output.hidden_states is not None:
-                states = [layer[i, :count] for layer in output.hidden_states]
+            if self.wants_hidden_states and hidden_states is not None:
+                states = [layer[i, :count] for layer in hidden_states]
                 self._hidden_states[row].append(torch.stack(states))
-            if self.wants_attentions and output.attentions is not None:
-                weights = [layer[i, :, :count] for layer in output.attentions]
+            if self.wants_attentions and attentions is not None:
+                weights = [layer[i, :, :count] for layer in attentions]
                 self._attentions[row].append(torch.stack(weights))
+            if self.wants_attentions and self._has_encoder:
+                weights = [layer[i, :, :count] for layer in output.cross_attentions]
+                self._cross_attentions[row].append(torch.stack(weights))
 
     def token(self, row: int, column: int, logits: Tensor, scores: Tensor) -> None:
         """Record the raw logits and processed scores, `[vocab]` each, that chose the token of a context column."""
@@ -132,6 +142,21 @@ class Recorder:
             windows = [*self._windows, *[None] * layers][:layers]  # the cache of a user may not know yet
             shown = [end if window is None else min(begin, window - 1) + end - begin for window in windows]
             result.append(tuple(layer[..., -width:] for layer, width in zip(step, shown)))
+        return tuple(result)
+
+    def cross_attentions(self, steps: int) -> tuple[tuple[Tensor, ...], ...] | None:
+        """Per step, per layer: `[batch, heads, queries, encoder columns]`."""
+        if not self.wants_attentions or not self._has_encoder:
+            return None
+        rows = [torch.cat(parts, dim=2) for parts in self._cross_attentions]
+        layers, heads, _, width = rows[0].shape
+        result = []
+        for begin, end in self._query_columns(steps):
+            step = rows[0].new_zeros(layers, len(rows), heads, end - begin, width)
+            for row, weights in enumerate(rows):
+                columns, queries = self._overlap(row, begin, end, weights.shape[2])
+                step[:, row, :, columns] = weights[:, :, queries]
+            result.append(tuple(step))
         return tuple(result)
 
     def _per_step(self, recorded: Steps, steps: int) -> tuple[Tensor, ...]:

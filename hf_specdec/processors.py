@@ -44,6 +44,7 @@ _PURE = (
     "ExponentialDecayLengthPenalty",
     "SuppressTokensAtBeginLogitsProcessor",
     "WatermarkLogitsProcessor",
+    "WhisperTimeStampLogitsProcessor",
 )
 
 

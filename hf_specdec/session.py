@@ -16,16 +16,17 @@ from transformers import (
 )
 from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
-from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 from transformers.utils import logging
 
 from .cache import RaggedCache, check_layers
 from .context import Context
 from .decoding import SpeculativeDecoding
 from .drafters import Drafter, DraftRequest, ModelDrafter
+from .encoded import EncoderSide, decoder_kwargs, read_encoder
 from .first_forward import FirstForward, prepare_first_forward
 from .forward import CachedModel
-from .masks import takes_ragged_rows
+from .masks import takes_position_ids, takes_ragged_rows
 from .options import Options
 from .outputs import Recorder
 from .processors import known, unknown_names
@@ -82,8 +83,17 @@ def prepare(
     stats: SpeculationStats,
     trace: Trace | None,
     model_kwargs: dict[str, Any],
+    encoder_inputs: Tensor | None = None,
 ) -> SpeculativeDecoding:
-    """Build the decoding of one prepared `generate()` call. Nothing has been fed to any model yet."""
+    """Build the decoding of one prepared `generate()` call. Nothing has been fed to any model yet.
+
+    Args:
+        encoder_inputs: what `generate()` has given to the encoder, if there is one.
+    """
+    encoder = None
+    if model.config.is_encoder_decoder:
+        encoder = read_encoder(model, model_kwargs, encoder_inputs, len(input_ids))
+        user_cache, model_kwargs = model_kwargs["past_key_values"], decoder_kwargs(model, input_ids, model_kwargs)
     check_model_kwargs(model_kwargs)
     cache: Cache = model_kwargs["past_key_values"]
     vocab_size: int = model.config.get_text_config(decoder=True).vocab_size
@@ -96,16 +106,21 @@ def prepare(
     batch = len(prompt.first)
     unknown = [*unknown_names(logits_processor), *stopping.unknown]
     lockstep = batch > 1 and _needs_lockstep(model, drafter, prompt, unknown)
-    aligned = prompt.holes or lockstep
+    # Who is not told positions counts columns, padding included.
+    aligned = prompt.holes or lockstep or (any(prompt.first) and not takes_position_ids(model))
     first = [0] * batch if aligned else prompt.first
 
     pad = generation_config._pad_token_tensor
     context_first = [max(f - prompt.column_offset, 0) for f in prompt.first]
     context = Context(prompt.input_ids, context_first, max_length, 0 if pad is None else int(pad))
     keeps_all = _may_go_far_back(generation_config, cache, batch, lockstep, stopping)
-    target = _cached_target(model, cache, prompt, context, first, aligned, keeps_all, generation_config)
+    target = _cached_target(model, cache, prompt, context, first, aligned, keeps_all, generation_config, encoder)
+    if target.encoded is not None:
+        target.encoded.load(user_cache.cross_attention_cache)
     windows = [getattr(layer, "sliding_window", None) for layer in cache.layers]
-    recorder = Recorder(generation_config, context, first, prompt.column_offset, prompt.past, windows)
+    recorder = Recorder(
+        generation_config, context, first, prompt.column_offset, prompt.past, windows, encoder is not None
+    )
     schedule = make_schedule(
         options.num_assistant_tokens_schedule,
         options.prompt_lookup_num_tokens or options.num_assistant_tokens,
@@ -121,6 +136,7 @@ def prepare(
         processors=known(logits_processor),
         prefill_chunk_size=generation_config.prefill_chunk_size,
         static=target.static is not None,
+        encoder=encoder,
         go_on=schedule.go_on,
     )
     return SpeculativeDecoding(
@@ -144,7 +160,7 @@ def prepare(
 
 def finish(
     decoding: SpeculativeDecoding, width: int, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
-) -> GenerateDecoderOnlyOutput | Tensor:
+) -> GenerateDecoderOnlyOutput | GenerateEncoderDecoderOutput | Tensor:
     """The result of `generate()` for a decoding that has run, and the cache that it leaves behind."""
     cache: Cache = model_kwargs["past_key_values"]
     wants_dict = bool(generation_config.return_dict_in_generate)
@@ -155,14 +171,27 @@ def finish(
     if not wants_dict:
         return sequences
     steps, recorder = width - decoding.context.prompt_width, decoding.recorder
-    output = GenerateDecoderOnlyOutput(
-        sequences=sequences,
-        scores=recorder.scores(steps),
-        logits=recorder.logits(steps),
-        attentions=recorder.attentions(steps),
-        hidden_states=recorder.hidden_states(steps),
-        past_key_values=cache,
-    )
+    common = {
+        "sequences": sequences,
+        "scores": recorder.scores(steps),
+        "logits": recorder.logits(steps),
+        "past_key_values": cache,
+    }
+    output: GenerateDecoderOnlyOutput | GenerateEncoderDecoderOutput
+    if decoding.request.encoder is None:
+        output = GenerateDecoderOnlyOutput(
+            **common, attentions=recorder.attentions(steps), hidden_states=recorder.hidden_states(steps)
+        )
+    else:
+        encoded = decoding.request.encoder.outputs
+        output = GenerateEncoderDecoderOutput(
+            **common,
+            encoder_attentions=encoded.get("attentions") if recorder.wants_attentions else None,
+            encoder_hidden_states=encoded.get("hidden_states") if recorder.wants_hidden_states else None,
+            decoder_attentions=recorder.attentions(steps),
+            cross_attentions=recorder.cross_attentions(steps),
+            decoder_hidden_states=recorder.hidden_states(steps),
+        )
     output.speculation = decoding.stats
     return output
 
@@ -182,8 +211,11 @@ def hand_back_cache(decoding: SpeculativeDecoding, width: int, cache: Cache) -> 
     target.prefill(context)
     cache.reset()
     first = [target.column_offset - offset for offset in target.slot_offset]
+    own = getattr(cache, "self_attention_cache", cache)
     for index, keys, values in target.cache.columns(first, width + target.column_offset - 1):
-        cache.update(keys, values, index)
+        own.update(keys, values, index)
+    if target.encoded is not None:
+        target.encoded.hand_back(cache)
 
 
 def check_model_kwargs(model_kwargs: dict[str, Any]) -> None:
@@ -226,7 +258,8 @@ def read_prompt(
     else:
         check_not_empty(input_ids)
         # As in `GenerationMixin._prefill`: ids as wide as the mask are the whole text, else only what is new.
-        known_width = mask.shape[1] if mask is not None else getattr(generation_config, "_mask_length", width)
+        unknown = -1 if model.config.is_encoder_decoder else width
+        known_width = mask.shape[1] if mask is not None else getattr(generation_config, "_mask_length", unknown)
         columns = width if known_width == width else past + width
     if mask is not None and mask.shape != (batch, columns):
         raise ValueError(
@@ -240,7 +273,9 @@ def read_prompt(
             f"`past_key_values` holds {past} tokens already and the prompt has {columns}: there is nothing to decode "
             "from. Pass at least one token that is not cached"
         )
-    first_forward = prepare_first_forward(model, input_ids, columns - past, cache, model_kwargs)
+    first_forward = None
+    if not model.config.is_encoder_decoder:  # there, what is more than tokens has been through the encoder
+        first_forward = prepare_first_forward(model, input_ids, columns - past, cache, model_kwargs)
     mask = torch.ones(batch, columns, dtype=torch.bool, device=input_ids.device) if mask is None else mask.bool()
     outside = (input_ids < 0) | (input_ids >= vocab_size)
     # Placeholders of images need not be tokens: the model knows.
@@ -326,6 +361,7 @@ def _cached_target(
     aligned: bool,
     keeps_all: bool,
     generation_config: GenerationConfig,
+    encoder: EncoderSide | None,
 ) -> CachedModel:
     columns = context.max_length + prompt.column_offset
     padded = aligned and not bool(prompt.mask.all())
@@ -335,7 +371,7 @@ def _cached_target(
     static = None
     if generation_config.cache_implementation == "static":
         moving = prompt.positions is not None or prompt.axes is not None or prompt.first_forward is not None
-        if padded or moving or not takes_ragged_rows(model):
+        if padded or moving or encoder is not None or not takes_ragged_rows(model):
             logger.warning_once(f"{type(model).__name__} and this prompt need forwards of changing shapes.")
             cache = RaggedCache(len(first), device, capacity=columns, max_capacity=columns)
         else:
@@ -356,4 +392,5 @@ def _cached_target(
         first_forward=prompt.first_forward,
         max_slot=[columns - 2 - f for f in first],
         static=static,
+        encoded=None if encoder is None else encoder.for_target,
     )

@@ -37,6 +37,7 @@ Assistant: TypeAlias = PreTrainedModel | Drafter | str
 DecodingMethod: TypeAlias = Callable[..., Any]
 
 _original: Callable[..., Any] | None = None
+_overrides: dict[Any, Callable[..., Any]] = {}  # by class, the `generate()` of its own that we have wrapped
 
 
 def speculative(
@@ -77,6 +78,7 @@ def speculative(
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
+        inputs_tensor: Tensor | None = None,
         **model_kwargs: Any,
     ) -> Any:
         _refuse_what_was_not_handed_over(sys._getframe(1))
@@ -95,6 +97,7 @@ def speculative(
             SpeculationStats() if speculation_stats is None else speculation_stats,
             speculation_trace,
             model_kwargs,
+            inputs_tensor,
         )
         with folded_attention():
             width = decoding.run()
@@ -114,21 +117,18 @@ def _refuse_what_was_not_handed_over(frame: Any) -> None:
             )
 
 
-def _generate_speculatively(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-    """`generate(strategy="spec")`: take our arguments out, let transformers prepare, decode with ours."""
-    original = _original or GenerationMixin.generate
-    call = inspect.signature(original).bind(model, *args, **kwargs).arguments
-    call.update(call.pop("kwargs", {}))
-    call.pop("self")
+def _generate_speculatively(original: Callable[..., Any], model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    """`generate(strategy="spec")`: take our arguments out, let transformers prepare, decode with ours.
+
+    Args:
+        original: the `generate()` that was called, of transformers or of a class that overrides it.
+    """
+    call = _bind(original, model, *args, **kwargs)
     if call.get("custom_generate") is not None:
         raise ValueError("`strategy='spec'` and `custom_generate` both choose the decoding method: pass one of them")
     if call.pop("synced_gpus", None):
         raise ValueError(
             "`synced_gpus` is not supported by strategy='spec': ranks would need different numbers of forwards"
-        )
-    if model.config.is_encoder_decoder:
-        raise ValueError(
-            f"strategy='spec' supports decoder-only models so far; {type(model).__name__} is an encoder-decoder model"
         )
     prompt = call.get("inputs", call.get("input_ids"))
     if isinstance(prompt, Tensor) and call.get("inputs_embeds") is None:
@@ -151,6 +151,16 @@ def _generate_speculatively(model: PreTrainedModel, *args: Any, **kwargs: Any) -
         call["stopping_criteria"] = criteria
     method = speculative(**arguments, **{name: value for name, value in options.items() if value is not None})
     return original(model, custom_generate=method, **call)
+
+
+def _bind(original: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """The arguments of a call by name, without `self`."""
+    signature = inspect.signature(original)
+    if any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values()):
+        signature = inspect.signature(_original or GenerationMixin.generate)  # to which such an override hands them
+    arguments = dict(list(signature.bind(*args, **kwargs).arguments.items())[1:])
+    more = [p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
+    return arguments | arguments.pop(more[0], {}) if more else arguments
 
 
 # What `generate()` must not see: it would choose its own assisted mode, or ask for the tokenizer that it has dropped.
@@ -195,17 +205,58 @@ def register() -> None:
         return
     if current.__module__ != GenerationMixin.__module__:
         logger.info(f"hf_specdec wraps a `generate()` that {current.__module__} has already replaced")
-    original = _original = current
+    _original = current
+    GenerationMixin.generate = _with_strategy(current)
+    _wrap_overrides()
 
+
+def _with_strategy(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def generate(self: PreTrainedModel, *args: Any, strategy: str | None = None, **kwargs: Any) -> Any:
         if strategy is None:
             return original(self, *args, **kwargs)
         if strategy not in STRATEGIES:
             raise ValueError(f"Unknown strategy {strategy!r}; known strategies: {', '.join(map(repr, STRATEGIES))}")
-        return STRATEGIES[strategy](self, *args, **kwargs)
+        return STRATEGIES[strategy](original, self, *args, **kwargs)
 
-    GenerationMixin.generate = generate
+    return generate
+
+
+def _wrap_overrides() -> None:
+    """Take `strategy` in classes with a `generate()` of their own too, those to come included.
+
+    They may act on what they see, so they must not see our arguments: Whisper's suppresses other tokens where there is
+    an `assistant_model`.
+    """
+    mixin: Any = GenerationMixin
+    mixin.__init_subclass__ = classmethod(_wrap_new_override)
+    waiting: list[Any] = [mixin]
+    while waiting:
+        new = waiting.pop().__subclasses__()
+        for cls in new:
+            _wrap_override(cls)
+        waiting += new
+
+
+def _wrap_override(cls: Any) -> None:
+    if "generate" in vars(cls) and cls not in _overrides:
+        _overrides[cls] = cls.generate
+        cls.generate = _with_strategy(cls.generate)
+
+
+def _wrap_new_override(cls: Any, /, **kwargs: Any) -> None:
+    super(GenerationMixin, cls).__init_subclass__(**kwargs)
+    _wrap_override(cls)
+
+
+def _unwrap_overrides() -> None:
+    mixin: Any = GenerationMixin
+    if "__init_subclass__" in vars(mixin):
+        del mixin.__init_subclass__
+    for cls, generate in _overrides.items():
+        if getattr(cls.generate, "__wrapped__", None) is generate:
+            cls.generate = generate
+    _overrides.clear()
 
 
 def unregister() -> None:
@@ -220,3 +271,4 @@ def unregister() -> None:
         )
     GenerationMixin.generate = _original
     _original = None
+    _unwrap_overrides()

@@ -62,6 +62,7 @@ def registration() -> Iterator[None]:
     ours, generate = hf_specdec.strategy._original, GenerationMixin.generate
     yield
     GenerationMixin.generate, hf_specdec.strategy._original = generate, ours
+    hf_specdec.strategy._wrap_overrides()
 
 
 @pytest.mark.parametrize("strategy", [{}, {"strategy": None}], ids=["absent", "None"])

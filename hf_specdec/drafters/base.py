@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from ..context import Context
+from ..encoded import EncoderSide
 
 # Whether to draft another token, given the probabilities of the latest ones, by active row.
 GoOn = Callable[[list[float]], bool]
@@ -50,6 +51,7 @@ class DraftRequest:
         lockstep: all rows always have the same number of columns.
         prefill_chunk_size: feed at most so many tokens per row at once, `None` for all.
         static: forwards are to have fixed shapes.
+        encoder: what the target's decoder is conditioned on, where it has an encoder.
         go_on: asked after each token but the last by drafters with `shows_confidence`; they stop when told False.
     """
 
@@ -61,6 +63,7 @@ class DraftRequest:
     processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
     prefill_chunk_size: int | None = None
     static: bool = False
+    encoder: EncoderSide | None = None
     go_on: GoOn | None = None
 
 

@@ -19,7 +19,7 @@ logger = logging.get_logger(__name__)
 
 
 class ModelDrafter(Drafter):
-    """Drafts with a smaller causal language model of the target's vocabulary.
+    """Drafts with a smaller language model of the target's vocabulary, conditioned on the same encoder inputs if any.
 
     Greedy calls draft the argmax; sampling calls draw from the draft's processed distribution, which is the q of the
     acceptance test.
@@ -53,12 +53,14 @@ class ModelDrafter(Drafter):
         self._request = request
         self._process = BlockProcessors(request.processors)
         config = self.model.config.get_text_config(decoder=True)
-        self._max_positions: int = getattr(config, "max_position_embeddings", None) or context.max_length
+        limits = (getattr(config, name, None) for name in ("max_position_embeddings", "max_target_positions"))
+        self._max_positions: int = next(filter(None, limits), context.max_length)
         columns = torch.arange(context.prompt_width, device=self.model.device)
         padding_mask = columns >= to_device(request.first, self.model.device)[:, None]
         rows, device, static = context.batch_size, self.model.device, None
         padded = request.lockstep and max(request.first) > 0
-        if request.static and not padded and self.takes_ragged_rows:
+        encoded = None if request.encoder is None else request.encoder.for_draft(self.model)
+        if request.static and not padded and encoded is None and self.takes_ragged_rows:
             cache, static = borrow(self.model, rows, device, context.max_length + WIDTHS[-1])
         else:
             layers = window_layers(DynamicCache(config=self.model.config).layers, config, rows, context.max_length)
@@ -71,6 +73,7 @@ class ModelDrafter(Drafter):
             position_offset=[-f for f in request.first] if request.lockstep else None,
             max_slot=[self._max_positions - 1] * context.batch_size,
             static=static,
+            encoded=encoded,
         )
 
     def propose(self, context: Context, max_tokens: int) -> Draft:

@@ -1,0 +1,241 @@
+"""The encoder's side of an encoder-decoder call: what the forwards of a decoder are given besides its tokens.
+
+`generate()` has run the target's encoder by the time that we are called. What came of it stays the same for the whole
+call: the encoder's outputs, its padding mask, and the keys and values of cross-attention, which the decoder makes of
+them in its first forward. Owns these, for one decoder, and hands out those of the active rows.
+"""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.utils import ModelOutput
+
+# Inputs of a decoder's forward that carry this prefix where the model has an encoder too.
+PREFIX = "decoder_"
+_PREFIXED = ("input_ids", "attention_mask", "position_ids")
+_OF_THE_DECODER = {
+    "decoder_attention_mask",
+    "decoder_position_ids",
+    "past_key_values",
+    "use_cache",
+    "logits_to_keep",
+    "output_attentions",
+    "output_hidden_states",
+}
+_OF_THE_ENCODER = {"encoder_outputs", "attention_mask", "inputs_embeds"}
+_PER_TOKEN = {"token_type_ids", "mm_token_type_ids", "position_ids"}
+
+
+class Encoded:
+    """Constant inputs of one decoder's forwards, and its cross-attention cache.
+
+    Args:
+        inputs: what every forward is given, by name; tensors in them have a line for each row of the batch.
+        batch_size: rows in all.
+        prefix: of the names under which the forward takes ids, mask and positions: `PREFIX`, or "" for decoders alone.
+    """
+
+    def __init__(self, inputs: dict[str, Any], batch_size: int, prefix: str = PREFIX):
+        self.prefix = prefix
+        self._inputs = {name: value for name, value in inputs.items() if value is not None}
+        self._batch_size = batch_size
+        self._rows = list(range(batch_size))  # those that the next forward is over
+        self._selected = self._inputs  # of these rows
+        self._cross = DynamicCache()
+        self._storage: list[tuple[Tensor, Tensor]] = []  # keys and values by layer, of all rows
+        self._order: list[int] = []  # storage index -> row of the batch
+
+    def join(self, inputs: dict[str, Any], rows: list[int]) -> dict[str, Any]:
+        """A forward's `inputs`, under the names of this decoder and with all that is constant, for `rows`."""
+        self._activate(rows)
+        inputs = {self.prefix + name if name in _PREFIXED else name: value for name, value in inputs.items()}
+        inputs["past_key_values"] = EncoderDecoderCache(inputs["past_key_values"], self._cross)
+        return inputs | self._selected
+
+    def load(self, cross: Cache) -> None:
+        """Take over the cross-attention of a cache that has been used with the same encoder outputs."""
+        for index, layer in enumerate(cross.layers):
+            if layer.is_initialized and cross.get_seq_length(index):
+                self._cross.update(layer.keys, layer.values, index)
+
+    def hand_back(self, cache: EncoderDecoderCache) -> None:
+        """Fill the cross-attention of a reset cache of transformers; all rows must be active."""
+        self._activate(list(range(self._batch_size)))
+        for index, layer in enumerate(self._cross.layers):
+            cache.cross_attention_cache.update(layer.keys, layer.values, index)
+            cache.is_updated[index] = True
+
+    def _activate(self, rows: list[int]) -> None:
+        """From now on forwards are over these rows, in this order; rows only move when some have finished."""
+        if rows == self._rows:
+            return
+        index = torch.tensor(rows)
+        self._selected = {name: _select(value, index, self._batch_size) for name, value in self._inputs.items()}
+        layers = self._cross.layers
+        if layers and not self._storage:
+            self._storage = [(layer.keys, layer.values) for layer in layers]
+            self._order = self._rows
+        for i, row in enumerate(rows if self._storage else ()):
+            j = self._order.index(row)
+            if i != j:
+                for states in (states for layer in self._storage for states in layer):
+                    states[[i, j]] = states[[j, i]]
+                self._order[i], self._order[j] = self._order[j], self._order[i]
+        for layer, (keys, values) in zip(layers, self._storage):
+            layer.keys, layer.values = keys[: len(rows)], values[: len(rows)]
+        self._rows = list(rows)
+
+
+def _select(value: Any, rows: Tensor, batch_size: int) -> Any:
+    """The lines of `rows` of all tensors in `value` that have one for each row of the batch."""
+    if isinstance(value, Tensor):
+        return value[rows.to(value.device)] if value.shape[:1] == (batch_size,) else value
+    if isinstance(value, ModelOutput):
+        return type(value)(**{name: _select(part, rows, batch_size) for name, part in value.items()})
+    if isinstance(value, (tuple, list)):
+        return type(value)(_select(part, rows, batch_size) for part in value)
+    return value
+
+
+@dataclass(frozen=True)
+class EncoderSide:
+    """What one call knows of the target's encoder: enough to condition a draft on the same inputs.
+
+    Attributes:
+        outputs: of the target's encoder; tensors are `[batch, ...]`.
+        mask: `[batch, columns]`, which of its inputs are real; `None` for all.
+        more: what else the user gave to encoder or model, which `generate()` passes on in every step.
+        inputs: what the encoder was given, before rows were repeated for `num_return_sequences`; `None` if unknown.
+        input_name: under which name.
+        module: the encoder.
+        batch_size: rows in all.
+    """
+
+    outputs: Any
+    mask: Tensor | None
+    more: dict[str, Any]
+    inputs: Tensor | None
+    input_name: str
+    module: torch.nn.Module
+    batch_size: int
+
+    @property
+    def for_target(self) -> Encoded:
+        inputs = {**self.more, "encoder_outputs": self.outputs, "attention_mask": self.mask}
+        return Encoded(inputs, self.batch_size)
+
+    def for_draft(self, draft: PreTrainedModel) -> Encoded | None:
+        """What the forwards of a draft model are given; `None` for a causal language model, which has no use for it.
+
+        A draft with an encoder runs it on the target's inputs, unless it is the target's own. One without, whose
+        forward takes encoder outputs, is given the target's (Distil-Whisper's decoder).
+        """
+        if draft.config.is_encoder_decoder:
+            outputs = self.outputs if draft.get_encoder() is self.module else self._encode(draft)
+            return Encoded({"encoder_outputs": outputs, "attention_mask": self.mask}, self.batch_size)
+        parameters = inspect.signature(draft.forward).parameters
+        if "encoder_outputs" in parameters:
+            inputs = {"encoder_outputs": self.outputs}
+        elif "encoder_hidden_states" in parameters and getattr(draft.config, "add_cross_attention", False):
+            inputs = {"encoder_hidden_states": self.outputs[0], "encoder_attention_mask": self.mask}
+        else:
+            return None
+        given, width = self.outputs[0].shape[-1], cross_attention_width(draft)
+        if given != width:
+            raise ValueError(
+                f"`assistant_model` ({type(draft).__name__}) attends to encoder outputs of width {width}, but the "
+                f"target's encoder gives {given}: use a draft that was made for this encoder, or one with its own"
+            )
+        return Encoded(inputs, self.batch_size, prefix="")
+
+    def _encode(self, draft: PreTrainedModel) -> Any:
+        """The outputs of the draft's own encoder for the target's inputs."""
+        name, expected = type(draft).__name__, encoder_input_name(draft)
+        if self.inputs is None:
+            raise ValueError(
+                f"`assistant_model` ({name}) has an encoder of its own, but `encoder_outputs` were given without what "
+                f"they were made from: pass `{expected}` as well, or a draft that shares the target's encoder"
+            )
+        if self.input_name != expected:
+            raise ValueError(
+                f"`assistant_model` ({name}) encodes `{expected}`, but the target's encoder was given "
+                f"`{self.input_name}`: use a draft with the same inputs"
+            )
+        encoder = draft.get_encoder()
+        copies = self.batch_size // len(self.inputs)
+        given = {**self.more, "attention_mask": self.mask}
+        taken = {name: value for name, value in given.items() if name in inspect.signature(encoder.forward).parameters}
+        originals = torch.arange(0, self.batch_size, copies)
+        inputs = {name: _select(value, originals, self.batch_size) for name, value in taken.items()}
+        outputs = encoder(**inputs, **{self.input_name: self.inputs}, return_dict=True)
+        rows = torch.arange(len(self.inputs)).repeat_interleave(copies)
+        return outputs if copies == 1 else _select(outputs, rows, len(self.inputs))
+
+
+def read_encoder(
+    model: PreTrainedModel, model_kwargs: dict[str, Any], inputs: Tensor | None, batch_size: int
+) -> EncoderSide:
+    """The encoder's side of a prepared `generate()` call.
+
+    Args:
+        model: the target.
+        model_kwargs: what `generate()` has prepared.
+        inputs: what it gave to the encoder. For encoder outputs of the user it makes up ids of -100.
+        batch_size: rows in all.
+    """
+    more = {name: value for name, value in model_kwargs.items() if name not in _OF_THE_DECODER | _OF_THE_ENCODER}
+    made_up = inputs is not None and not inputs.is_floating_point() and bool((inputs == -100).all())
+    embeds = model_kwargs.get("inputs_embeds") is not None
+    return EncoderSide(
+        outputs=model_kwargs["encoder_outputs"],
+        mask=model_kwargs.get("attention_mask"),
+        more={name: value for name, value in more.items() if value is not None},
+        inputs=None if made_up else inputs,
+        input_name="inputs_embeds" if embeds else encoder_input_name(model),
+        module=model.get_encoder(),
+        batch_size=batch_size,
+    )
+
+
+def decoder_kwargs(model: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What `generate()` has prepared for the decoder of an encoder-decoder model, as if it were a model alone."""
+    for name, value in model_kwargs.items():
+        own = name.startswith(PREFIX) or name in _PER_TOKEN
+        if own and name not in _OF_THE_DECODER and value is not None:
+            raise ValueError(
+                f"The model input `{name}` is not supported by strategy='spec' yet: leave it out, or drop the strategy"
+            )
+    cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("decoder_attention_mask")
+    kwargs = {name: model_kwargs[name] for name in _OF_THE_DECODER & model_kwargs.keys()}
+    positions = kwargs.pop("decoder_position_ids", None)
+    if positions is None and mask is not None and not bool(mask.all()):
+        # Some models count real tokens, others columns: theirs to say.
+        prepared = model.prepare_inputs_for_generation(
+            input_ids, past_key_values=cache, decoder_attention_mask=mask, is_first_iteration=True
+        )
+        columns = torch.arange(mask.shape[1], device=mask.device)[None]
+        positions = prepared.get("decoder_position_ids", columns)
+    kwargs.pop("decoder_attention_mask", None)
+    return kwargs | {
+        "past_key_values": getattr(cache, "self_attention_cache", cache),
+        "attention_mask": mask,
+        "position_ids": positions,
+    }
+
+
+def encoder_input_name(model: PreTrainedModel) -> str:
+    """The name under which `generate()` gives a model's encoder its main input."""
+    name: str = getattr(getattr(model, "encoder", None), "main_input_name", model.main_input_name)
+    return name
+
+
+def cross_attention_width(model: PreTrainedModel) -> int:
+    """The width of the encoder outputs that a model's decoder attends to."""
+    config = model.config.get_text_config(decoder=True)
+    width: int = getattr(config, "cross_attention_hidden_size", None) or config.hidden_size
+    return width

@@ -1,0 +1,425 @@
+"""Encoder-decoder models as targets: what the encoder gives stays, the decoder is verified in blocks like any model."""
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import SIZES, VOCAB, assert_lossless, make_model, perturbed
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
+    BartConfig,
+    LlamaConfig,
+    MarianConfig,
+    MBartConfig,
+    PegasusConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    T5Config,
+    WhisperConfig,
+    WhisperForCausalLM,
+)
+from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerateEncoderDecoderOutput
+
+import hf_specdec
+from hf_specdec.masks import takes_ragged_rows
+
+NEW_TOKENS = 20
+GREEDY: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
+START = 2
+BART: dict[str, Any] = {
+    "vocab_size": VOCAB, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "init_std": 0.2, "pad_token_id": 0,
+    "bos_token_id": 1, "eos_token_id": None, "decoder_start_token_id": START, "tie_word_embeddings": False,
+}  # fmt: skip
+TEXT: dict[str, Any] = {**BART, "max_position_embeddings": 128, "forced_eos_token_id": None}
+AUDIO: dict[str, Any] = {
+    **BART, "num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 96, "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+}  # fmt: skip
+FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
+    "t5": lambda: T5Config(
+        vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, initializer_factor=2.0,
+        pad_token_id=0, eos_token_id=None, decoder_start_token_id=START, tie_word_embeddings=False,
+    ),
+    "bart": lambda: BartConfig(**TEXT),
+    "marian": lambda: MarianConfig(**TEXT),
+    "mbart": lambda: MBartConfig(**TEXT),
+    "pegasus": lambda: PegasusConfig(**{**TEXT, "init_std": 0.8}),
+    "whisper": lambda: WhisperConfig(**{**AUDIO, "init_std": 0.4}),
+}  # fmt: skip
+# By family: a seed whose outputs vary, and how far a draft's weights are moved so that it agrees in part.
+MADE = {
+    "t5": (5, 0.03), "bart": (5, 0.06), "marian": (1, 0.06), "mbart": (3, 0.12), "pegasus": (5, 0.05),
+    "whisper": (0, 0.05),
+}  # fmt: skip
+
+
+def make(name: str, seed: int | None = None, **kwargs: Any) -> PreTrainedModel:
+    torch.manual_seed(MADE[name][0] if seed is None else seed)
+    loader = AutoModelForSpeechSeq2Seq if name == "whisper" else AutoModelForSeq2SeqLM
+    model = loader.from_config(FAMILIES[name](), dtype=torch.float32, **kwargs).eval()
+    if name == "t5":  # else its token embeddings drown what attention adds
+        model.shared.weight.data *= 0.3
+    model.generation_config.pad_token_id = 0
+    model.generation_config.max_length = None
+    return model
+
+
+@functools.cache
+def pair(name: str) -> tuple[PreTrainedModel, PreTrainedModel]:
+    target = make(name)
+    return target, perturbed(target, MADE[name][1])
+
+
+def inputs(name: str, batch: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """What the encoder is given: features, or ids of uneven lengths, right-padded."""
+    generator = torch.Generator().manual_seed(100 * batch + seed)
+    if name == "whisper":
+        return {"input_features": torch.randn(batch, 8, 40, generator=generator)}
+    ids = torch.randint(3, VOCAB, (batch, 12), generator=generator)
+    lengths = [12, *torch.randint(2, 12, (batch - 1,), generator=generator).tolist()]
+    mask = (torch.arange(12) < torch.tensor(lengths)[:, None]).long()
+    return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
+
+
+def spec(draft: Any, gamma: int = 4, **kwargs: Any) -> dict[str, Any]:
+    return {"strategy": "spec", "assistant_model": draft, "num_assistant_tokens": gamma, **kwargs}
+
+
+# Tokens
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_says_what_it_said(name: str, batch: int) -> None:
+    expected = assert_lossless(pair(name), inputs(name, batch), lambda: dict(GREEDY), (1, 2, 4, 7))
+    assert len(set(expected.flatten().tolist())) > 5
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_drafts_of_these_tests_are_accepted_only_in_part(name: str) -> None:
+    target, draft = pair(name)
+    stats = hf_specdec.SpeculationStats()
+    for batch in (1, 4):
+        target.generate(**inputs(name, batch), **GREEDY, **spec(draft, 1, speculation_stats=stats))
+    assert 0.1 < stats.acceptance_rate < 0.95
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_only_decoders_that_are_told_positions_let_rows_run_apart(name: str) -> None:
+    """The others count from the length of the cache, which is one number: their rows advance in lockstep."""
+    assert takes_ragged_rows(pair(name)[0]) == (name == "whisper")
+
+
+def test_a_row_does_not_depend_on_the_other_rows() -> None:
+    """Nor does the encoder's padding leak: alone, a row has none."""
+    for name in ("bart", "t5"):
+        target, draft = pair(name)
+        given = inputs(name, 3)
+        batch = target.generate(**given, **GREEDY, **spec(draft))
+        for row in range(3):
+            real = int(given["attention_mask"][row].sum())
+            alone = target.generate(given["input_ids"][row : row + 1, :real], **GREEDY, **spec(draft))
+            assert batch[row].equal(alone[0]), (name, row)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart", "whisper"])
+def test_rows_that_finish_leave_and_the_others_keep_their_encoder_outputs(name: str) -> None:
+    target, draft = copy.deepcopy(pair(name))
+    given = inputs(name, 6)
+    free = target.generate(**given, **GREEDY)
+    ends = [int(free[0, 4]), int(free[2, 9])]
+    widths: list[tuple[int, int]] = []
+    hook = target.register_forward_pre_hook(
+        lambda _, args, kwargs: widths.append(
+            (len(kwargs["decoder_input_ids"]), len(kwargs["encoder_outputs"].last_hidden_state))
+        ),
+        with_kwargs=True,
+    )
+    expected = target.generate(**given, **GREEDY, eos_token_id=ends)
+    takes_ragged_rows(target)  # asks the model, once
+    widths.clear()
+    out = target.generate(**given, **GREEDY, eos_token_id=ends, **spec(draft))
+    hook.remove()
+    assert out.equal(expected)
+    assert all(rows == encoded for rows, encoded in widths)
+    assert widths[0][0] == 6 and widths[-1][0] < 6
+
+
+# What the decoder begins with
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("name", ["t5", "mbart", "whisper"])
+def test_decoder_prompts(name: str, batch: int) -> None:
+    prompt = torch.randint(3, VOCAB, (batch, 5), generator=torch.Generator().manual_seed(7))
+    prompt[:, 0] = START
+    out = assert_lossless(pair(name), {**inputs(name, batch), "decoder_input_ids": prompt}, lambda: dict(GREEDY), (4,))
+    assert out[:, :5].equal(prompt) or name == "whisper"  # which returns what is new
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("name", ["t5", "bart", "whisper"])
+def test_padded_decoder_prompts(name: str, batch: int) -> None:
+    """Whisper counts real tokens, BART columns: either way as without us."""
+    prompt = torch.randint(3, VOCAB, (batch, 6), generator=torch.Generator().manual_seed(8))
+    mask = (torch.arange(6) >= torch.tensor([2, 0, 4, 1][:batch])[:, None]).long()
+    given = {**inputs(name, batch), "decoder_input_ids": prompt * mask, "decoder_attention_mask": mask}
+    assert_lossless(pair(name), given, lambda: dict(GREEDY), (4,))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"forced_bos_token_id": 9},
+        {"decoder_start_token_id": 11},
+        {"encoder_repetition_penalty": 1.6},
+        {"encoder_no_repeat_ngram_size": 1, "no_repeat_ngram_size": 2},
+        {"repetition_penalty": 1.5, "min_new_tokens": 8, "forced_eos_token_id": 5},
+        {"bad_words_ids": [[80], [30, 75], [39]], "suppress_tokens": [12, 13]},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_options_of_generate(options: dict[str, Any]) -> None:
+    for batch in (1, 4):
+        out = assert_lossless(pair("mbart"), inputs("mbart", batch), lambda: {**GREEDY, **options}, (4,))
+        plain = pair("mbart")[0].generate(**inputs("mbart", batch), **GREEDY)
+        assert not out.equal(plain), "the option does nothing here"
+
+
+# Stopping and streaming
+
+
+class EndsAt(StoppingCriteria):
+    """Unknown to us: ends a row behind a token."""
+
+    def __init__(self, token: int):
+        self.token = token
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return input_ids[:, -1] == self.token
+
+
+class Heard(BaseStreamer):
+    def __init__(self) -> None:
+        self.values: list[list[int]] = []
+        self.ended = False
+
+    def put(self, value: torch.Tensor) -> None:
+        self.values.append(value.flatten().tolist())
+
+    def end(self) -> None:
+        self.ended = True
+
+
+@pytest.mark.parametrize("name", ["t5", "whisper"])
+def test_stopping_is_exact(name: str) -> None:
+    target, _ = pair(name)
+    for batch in (1, 4):
+        given = inputs(name, batch)
+        token = int(target.generate(**given, **GREEDY)[0, 7])
+        criteria = {"stopping_criteria": StoppingCriteriaList([EndsAt(token)])}
+        for options in ({"eos_token_id": token}, criteria, {"eos_token_id": token, **criteria}):
+            assert_lossless(pair(name), {**given, **options}, lambda: dict(GREEDY), (4,))
+
+
+def test_streamers_hear_the_decoder() -> None:
+    target, draft = pair("bart")
+    heard = []
+    for way in ({}, spec(draft)):
+        streamer = Heard()
+        target.generate(**inputs("bart", 1), **GREEDY, streamer=streamer, **way)
+        assert streamer.ended
+        heard.append(streamer.values)
+    assert heard[0] == heard[1]
+    assert heard[0][0] == [START]
+
+
+# What is returned
+
+
+OUTPUTS: dict[str, Any] = {
+    "return_dict_in_generate": True, "output_scores": True, "output_logits": True, "output_hidden_states": True,
+    "output_attentions": True,
+}  # fmt: skip
+
+
+def assert_same(ours: Any, theirs: Any, name: str) -> None:
+    if isinstance(theirs, torch.Tensor):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4, msg=lambda text: f"{name}: {text}")
+        return
+    assert type(ours) is type(theirs) and (ours is None or len(ours) == len(theirs)), name
+    for i, (mine, other) in enumerate(zip(ours or (), theirs or ())):
+        assert_same(mine, other, f"{name}[{i}]")
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", ["t5", "bart", "whisper"])
+def test_outputs_are_those_of_transformers(name: str, batch: int) -> None:
+    target = make(name, attn_implementation="eager")
+    draft = perturbed(target, MADE[name][1])
+    given = {**inputs(name, batch), "decoder_input_ids": torch.tensor([[START, 5, 6]]).expand(batch, -1)}
+    theirs = target.generate(**given, **GREEDY, **OUTPUTS)
+    ours = target.generate(**given, **GREEDY, **OUTPUTS, **spec(draft))
+    fields = ("sequences", "scores", "logits", "encoder_attentions", "encoder_hidden_states", "decoder_attentions")
+    for field in (*fields, "cross_attentions", "decoder_hidden_states"):
+        assert theirs[field] is not None, field
+        assert_same(ours[field], theirs[field], field)
+    if name == "whisper":  # it takes outputs and cache apart
+        return
+    assert type(ours) is GenerateEncoderDecoderOutput
+    assert ours.speculation.acceptance_rate > 0
+    for half in ("self_attention_cache", "cross_attention_cache"):
+        layers = zip(getattr(ours.past_key_values, half).layers, getattr(theirs.past_key_values, half).layers)
+        for mine, other in layers:
+            assert_same(mine.keys, other.keys, half)
+            assert_same(mine.values, other.values, half)
+    assert ours.past_key_values.is_updated == theirs.past_key_values.is_updated
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_returned_cache_goes_on(name: str, batch: int) -> None:
+    """Where one call ended the next begins, with caches of ours or of vanilla."""
+    target, draft = pair(name)
+    given = inputs(name, batch)
+    whole = target.generate(**given, max_new_tokens=16, do_sample=False)
+    for first, second in (({}, spec(draft)), (spec(draft), {}), (spec(draft), spec(draft))):
+        begun = target.generate(**given, max_new_tokens=8, do_sample=False, return_dict_in_generate=True, **first)
+        mask = torch.ones_like(begun.sequences)
+        out = target.generate(
+            **given,
+            decoder_input_ids=begun.sequences,
+            decoder_attention_mask=mask,
+            past_key_values=begun.past_key_values,
+            max_new_tokens=8,
+            do_sample=False,
+            **second,
+        )
+        assert out.equal(whole)
+        assert begun.past_key_values.get_seq_length() == 16
+
+
+def test_cache_implementations() -> None:
+    for name in ("bart", "whisper"):
+        assert_lossless(pair(name), inputs(name, 3), lambda: {**GREEDY, "cache_implementation": "static"}, (4,))
+
+
+# Drafts
+
+
+class EncoderCalls:
+    """Counts the forwards of a model's encoder."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.count = 0
+        self._hook = model.get_encoder().register_forward_pre_hook(self._called)
+
+    def _called(self, *args: Any) -> None:
+        self.count += 1
+
+    def __enter__(self) -> "EncoderCalls":
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        self._hook.remove()
+
+
+def test_a_draft_runs_its_own_encoder_once() -> None:
+    target, draft = pair("bart")
+    with EncoderCalls(target) as ours, EncoderCalls(draft) as its:
+        target.generate(**inputs("bart", 4), **GREEDY, **spec(draft))
+    assert (ours.count, its.count) == (1, 1)
+
+
+def test_a_draft_with_the_very_encoder_of_the_target_does_not_run_it_again() -> None:
+    target, draft = copy.deepcopy(pair("bart"))
+    draft.model.encoder = target.model.encoder
+    with EncoderCalls(target) as calls:
+        assert_lossless((target, draft), inputs("bart", 4), lambda: dict(GREEDY), (4,))
+    assert calls.count == 3  # vanilla, a draft, look-up
+
+
+def test_the_encoder_makes_the_draft_better() -> None:
+    """The draft of an unperturbed copy is always right, which needs its encoder outputs, its mask and its cache."""
+    for name in FAMILIES:
+        target, _ = pair(name)
+        stats = hf_specdec.SpeculationStats()
+        target.generate(**inputs(name, 4), **GREEDY, **spec(copy.deepcopy(target), speculation_stats=stats))
+        assert stats.acceptance_rate == 1.0, name
+
+
+def distilled() -> PreTrainedModel:
+    """The decoder of the tiny Whisper without its encoder, perturbed: what Distil-Whisper is as a draft."""
+    target, _ = pair("whisper")
+    draft = WhisperForCausalLM(copy.deepcopy(target.config)).eval()
+    weights = {name: w for name, w in target.state_dict().items() if name in draft.state_dict()}
+    draft.load_state_dict(weights)
+    return perturbed(draft, MADE["whisper"][1])
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_decoder_alone_shares_the_encoder_outputs_of_the_target(batch: int) -> None:
+    target, draft = pair("whisper")[0], distilled()
+    given = inputs("whisper", batch)
+    assert_lossless((target, draft), given, lambda: dict(GREEDY), (1, 2, 4, 7))
+    stats = hf_specdec.SpeculationStats()
+    target.generate(**given, **GREEDY, **spec(draft, 1, speculation_stats=stats))
+    assert 0.1 < stats.acceptance_rate < 0.95
+    rate = stats.acceptance_rate
+    stats = hf_specdec.SpeculationStats()
+    target.generate(**given, **GREEDY, **spec(perturbed(draft, 0.0), 1, speculation_stats=stats))
+    assert stats.acceptance_rate == rate
+    assert hasattr(draft.generation_config, "force_unique_generate_call") is False
+
+
+@pytest.mark.parametrize("name", ["t5", "bart", "whisper"])
+def test_a_causal_language_model_drafts_from_the_decoder_tokens_alone(name: str) -> None:
+    draft = make_model(LlamaConfig(**SIZES))
+    for batch in (1, 4):
+        assert_lossless((pair(name)[0], draft), inputs(name, batch), lambda: dict(GREEDY), (1, 4))
+
+
+def test_encoder_outputs_of_the_user() -> None:
+    target, draft = copy.deepcopy(pair("mbart"))
+    given = inputs("mbart", 4)
+    expected = target.generate(**given, **GREEDY)
+    with torch.no_grad():
+        outputs = target.get_encoder()(**given)
+
+    def generate(**kwargs: Any) -> torch.Tensor:
+        mask = given["attention_mask"]
+        return target.generate(encoder_outputs=outputs, attention_mask=mask, **GREEDY, **kwargs)
+
+    assert generate(input_ids=given["input_ids"], **spec(draft)).equal(expected)
+    assert generate(strategy="spec", prompt_lookup_num_tokens=3).equal(expected)
+    message = "has an encoder of its own, but `encoder_outputs` were given without .*pass `input_ids` as well"
+    with pytest.raises(ValueError, match=message):
+        generate(**spec(draft))
+    draft.model.encoder = target.model.encoder
+    assert generate(**spec(draft)).equal(expected)
+
+
+def test_drafts_that_do_not_fit_are_refused_by_name() -> None:
+    bart, whisper = pair("bart")[0], pair("whisper")[0]
+    with pytest.raises(ValueError, match=r"\(BartFor.*\) encodes `input_ids`, but the target's .* `input_features`"):
+        whisper.generate(**inputs("whisper", 1), **GREEDY, **spec(bart))
+    narrow = WhisperForCausalLM(WhisperConfig(**{**AUDIO, "d_model": 16})).eval()
+    with pytest.raises(ValueError, match="attends to encoder outputs of width 16, but the target's encoder gives 32"):
+        whisper.generate(**inputs("whisper", 1), **GREEDY, **spec(narrow))
+    llama = make_model(LlamaConfig(**SIZES))
+    with pytest.raises(ValueError, match=r"BartFor.* is an encoder-decoder model: the target \(Llama.*\) has no"):
+        llama.generate(inputs("bart", 1)["input_ids"], **GREEDY, **spec(bart))
+    embeds = bart.get_input_embeddings()(inputs("bart", 1)["input_ids"])
+    with pytest.raises(ValueError, match="encodes `input_ids`, but the target's encoder was given `inputs_embeds`"):
+        bart.generate(inputs_embeds=embeds, **GREEDY, **spec(pair("bart")[1]))
+    expected = bart.generate(inputs_embeds=embeds, **GREEDY)
+    assert bart.generate(inputs_embeds=embeds, **GREEDY, strategy="spec").equal(expected)
