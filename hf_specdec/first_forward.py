@@ -1,9 +1,9 @@
 """FirstForward: a prompt that is more than tokens, read in one forward as vanilla `generate()` makes it.
 
-Images, audio, token types and the masks that come of them enter a model with its prompt, in ways of each model's own.
-So the model itself prepares that forward (`prepare_inputs_for_generation`), it runs on a cache of transformers, and what
-that cache then holds is taken over. Later forwards are ours again. This file also finds out what they must be given
-besides tokens, by asking the model what vanilla would give them and whether it reads it.
+Images, audio, token types and the masks that come of them enter a model with its prompt, in ways of each model's
+own. So the model itself prepares that forward (`prepare_inputs_for_generation`), it runs on a cache of
+transformers, and what that cache then holds is taken over. Later forwards are ours again. This file also finds out
+what they must be given besides tokens, by asking the model what vanilla would give them and whether it reads it.
 """
 
 import copy
