@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
@@ -39,14 +39,21 @@ class FirstForward:
         input_ids: `[batch, width]`, as `generate()` hands them over.
         columns: how many columns are not cached yet.
         cache: holds the columns before those.
-        model_kwargs: what `generate()` has prepared.
+        generation_config, model_kwargs: what `generate()` has prepared.
     """
 
     def __init__(
-        self, model: PreTrainedModel, input_ids: Tensor, columns: int, cache: Cache, model_kwargs: dict[str, Any]
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        columns: int,
+        cache: Cache,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
     ):
         self._model = model
         self._ids = input_ids
+        self._config = generation_config
         if not int(cache.get_seq_length()):  # the given one may be of another kind; it gets its entries in the end
             cache = DynamicCache(config=model.config.get_text_config(decoder=True))
         self.cache = cache
@@ -54,11 +61,6 @@ class FirstForward:
         self.inputs: dict[str, Any] = model.prepare_inputs_for_generation(
             input_ids, next_sequence_length=columns, is_first_iteration=True, **self._kwargs
         )
-
-    @property
-    def extra(self) -> list[str]:
-        """The names of the inputs that are neither tokens nor what goes with them."""
-        return [name for name, value in self.inputs.items() if name not in KNOWN_INPUTS and is_given(value)]
 
     @property
     def places_tokens_itself(self) -> bool:
@@ -70,11 +72,11 @@ class FirstForward:
         """Whether feeding tokens with a position each would not do."""
         positions = self.inputs.get("position_ids")
         axes_differ = positions is not None and positions.ndim > 2 and not bool((positions == positions[:1]).all())
-        return bool(self.extra) or axes_differ or self.places_tokens_itself
+        return bool(_extra(self.inputs)) or axes_differ or self.places_tokens_itself
 
     def run(self, **kwargs: Any) -> ModelOutput:
         """Vanilla's first forward; the entries of its tokens are in `cache` afterwards."""
-        output = self._model(**{**self.inputs, **kwargs}, return_dict=True)
+        output = self._model._prefill(self._ids, self._config, {**self._kwargs, **kwargs})
         past = int(self.cache.get_seq_length())
         for layer in self.cache.layers:
             if hasattr(layer, "keys") and layer.is_initialized and int(layer.get_seq_length()) != past:
@@ -92,7 +94,7 @@ class FirstForward:
             ValueError: for an input that is read, but that is not the same for each token.
         """
         steps = self._later_steps(output)
-        extra = {name: value for name, value in steps[0].items() if name not in KNOWN_INPUTS and is_given(value)}
+        extra = _extra(steps[0])
         fixed = {name: value for name, value in extra.items() if not isinstance(value, Tensor)}
         tensors = {name: value for name, value in extra.items() if isinstance(value, Tensor)}
         if tensors and self._reads(tensors, {**fixed, "position_ids": steps[0].get("position_ids")}):
@@ -143,21 +145,28 @@ _reading: "weakref.WeakKeyDictionary[PreTrainedModel, dict[frozenset[str], bool]
 
 
 def prepare_first_forward(
-    model: PreTrainedModel, input_ids: Tensor, columns: int, cache: Cache, model_kwargs: dict[str, Any]
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    columns: int,
+    cache: Cache,
+    generation_config: GenerationConfig,
+    model_kwargs: dict[str, Any],
 ) -> FirstForward | None:
-    """The first forward, where the prompt needs one of its own; `None` where it is but tokens."""
+    """The first forward, `None` where it is plainly but tokens with a position each."""
     positions = model_kwargs.get("position_ids")
-    given = any(name not in KNOWN_INPUTS and is_given(value) for name, value in model_kwargs.items())
     prepares = type(model).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation
-    if not given and not prepares and (positions is None or positions.ndim <= 2):
+    if not prepares and not _extra(model_kwargs) and (positions is None or positions.ndim <= 2):
         return None
-    first = FirstForward(model, input_ids, columns, cache, model_kwargs)
-    return first if first.is_needed else None
+    return FirstForward(model, input_ids, columns, cache, generation_config, model_kwargs)
 
 
-def is_given(value: Any) -> bool:
-    """Models that could take an image prepare `None` or an empty dict where there is none."""
-    return value is not None and not (isinstance(value, dict) and not value)
+def _extra(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs that are neither tokens nor what goes with them. Without an image some are `None`, or an empty dict."""
+    return {
+        name: value
+        for name, value in inputs.items()
+        if name not in KNOWN_INPUTS and value is not None and not (isinstance(value, dict) and not value)
+    }
 
 
 def _altered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

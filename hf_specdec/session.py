@@ -273,9 +273,10 @@ def read_prompt(
             f"`past_key_values` holds {past} tokens already and the prompt has {columns}: there is nothing to decode "
             "from. Pass at least one token that is not cached"
         )
-    first_forward = None
-    if not model.config.is_encoder_decoder:  # there, what is more than tokens has been through the encoder
-        first_forward = prepare_first_forward(model, input_ids, columns - past, cache, model_kwargs)
+    first_forward = prepare_first_forward(model, input_ids, columns - past, cache, generation_config, model_kwargs)
+    if first_forward is not None:
+        position_ids = first_forward.inputs.get("position_ids")
+        first_forward = first_forward if first_forward.is_needed else None
     mask = torch.ones(batch, columns, dtype=torch.bool, device=input_ids.device) if mask is None else mask.bool()
     outside = (input_ids < 0) | (input_ids >= vocab_size)
     # Placeholders of images need not be tokens: the model knows.
@@ -288,8 +289,6 @@ def read_prompt(
             f"`input_ids` holds {int(input_ids[outside][0])}, but the model's vocabulary has the ids 0 to "
             f"{vocab_size - 1}: was it tokenized for another model?"
         )
-    if first_forward is not None:
-        position_ids = first_forward.inputs.get("position_ids")
     axes = None
     if position_ids is not None and position_ids.ndim > 2:
         axes = (position_ids[..., -1:] - position_ids[:1, :, -1:]).expand(-1, batch, -1)
