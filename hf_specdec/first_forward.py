@@ -161,7 +161,7 @@ def prepare_first_forward(
 
 
 def _extra(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs that are neither tokens nor what goes with them. Without an image some are `None`, or an empty dict."""
+    """The inputs that are neither tokens nor what goes with them; without an image some are `None` or an empty dict."""
     return {
         name: value
         for name, value in inputs.items()
