@@ -293,7 +293,7 @@ def check_layers(cache: Cache, owner: str) -> None:
         cache: what transformers makes of the model's config; need not have been used.
         owner: whose cache it is, for the message.
     """
-    extra_state = ("update_recurrent_state", "update_indexer", "_quantize")
+    extra_state = ("update_recurrent_state", "update_indexer", "_quantize", "set_prefill_length")
     unsupported = {
         type(layer).__name__
         for layer in cache.layers

@@ -16,6 +16,8 @@ from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTra
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
+from .masks import looks_ahead
+
 # What our own forwards are made of. Whatever else a model is given is the prompt's, or its own.
 KNOWN_INPUTS = {
     "input_ids",
@@ -54,7 +56,8 @@ class FirstForward:
         self._model = model
         self._ids = input_ids
         self._config = generation_config
-        if not int(cache.get_seq_length()):  # the given one may be of another kind; it gets its entries in the end
+        self._columns = columns + int(cache.get_seq_length())
+        if self._columns == columns:  # the given one may be of another kind; it gets its entries in the end
             cache = DynamicCache(config=model.config.get_text_config(decoder=True))
         self.cache = cache
         self._kwargs = {**model_kwargs, "past_key_values": cache}
@@ -72,19 +75,17 @@ class FirstForward:
         """Whether feeding tokens with a position each would not do."""
         positions = self.inputs.get("position_ids")
         axes_differ = positions is not None and positions.ndim > 2 and not bool((positions == positions[:1]).all())
-        return bool(_extra(self.inputs)) or axes_differ or self.places_tokens_itself
+        return bool(_extra(self.inputs)) or axes_differ or self.places_tokens_itself or looks_ahead(self._model)
 
     def run(self, **kwargs: Any) -> ModelOutput:
         """Vanilla's first forward; the entries of its tokens are in `cache` afterwards."""
         output = self._model._prefill(self._ids, self._config, {**self._kwargs, **kwargs})
-        past = int(self.cache.get_seq_length())
-        for layer in self.cache.layers:
-            if hasattr(layer, "keys") and layer.is_initialized and int(layer.get_seq_length()) != past:
-                raise ValueError(
-                    f"{type(self._model).__name__} caches something other than one entry per token "
-                    f"({int(layer.get_seq_length())} in one layer, {past} in another), which strategy='spec' does not "
-                    "support with images or audio: leave them out, or drop the strategy"
-                )
+        layers = [layer for layer in self.cache.layers if hasattr(layer, "keys") and layer.is_initialized]
+        for length in {int(layer.get_seq_length()) for layer in layers} - {self._columns}:
+            raise ValueError(
+                f"{type(self._model).__name__} has cached {length} entries for {self._columns} tokens: strategy='spec' "
+                "does not support images or audio that are not part of the text yet. Leave them out, or drop it"
+            )
         return output
 
     def later_inputs(self, output: ModelOutput) -> dict[str, Any]:
@@ -153,8 +154,13 @@ def prepare_first_forward(
     model_kwargs: dict[str, Any],
 ) -> FirstForward | None:
     """The first forward, `None` where it is plainly but tokens with a position each."""
+    if model.config.is_encoder_decoder:
+        return None  # what is more than tokens has been through the encoder
     positions = model_kwargs.get("position_ids")
-    prepares = type(model).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation
+    prepares = (
+        looks_ahead(model)
+        or type(model).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation
+    )
     if not prepares and not _extra(model_kwargs) and (positions is None or positions.ndim <= 2):
         return None
     return FirstForward(model, input_ids, columns, cache, generation_config, model_kwargs)

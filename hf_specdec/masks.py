@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 # Layer types whose attention mask is a function of query and key positions.
@@ -75,12 +75,17 @@ def takes_ragged_rows(model: PreTrainedModel) -> bool:
     if not set(getattr(config, "layer_types", None) or ()) <= _MASKED_LAYER_TYPES:
         return False
     if model not in _honours_masks:
-        _honours_masks[model] = _probe(model)
+        _honours_masks[model] = _probe(model) and _probe_padding(model)
     return _honours_masks[model]
 
 
+def looks_ahead(model: PreTrainedModel) -> bool:
+    """Whether a token may attend to those behind it where no mask forbids it, as in prompts of prefix models."""
+    return any(getattr(module, "is_causal", True) is False for module in model.get_decoder().modules())
+
+
 def _probe(model: PreTrainedModel) -> bool:
-    if model.config.is_encoder_decoder and not takes_position_ids(model):
+    if not takes_position_ids(model):
         return False  # it believes that all rows are as long as the cache says
     pair = torch.tensor([[1, 2]], device=model.device)
     alone = pair[:, 1:]
@@ -95,16 +100,37 @@ def _probe(model: PreTrainedModel) -> bool:
     masks = {key: turn(m) for key, m in mask.items()} if isinstance(mask, dict) else turn(mask)
     kwargs: dict[str, Any] = {"use_cache": False, "return_dict": True}
     prefix = "decoder_" if model.config.is_encoder_decoder else ""
-    positions = {prefix + "position_ids": slots} if takes_position_ids(model) else {}
     try:
         if model.config.is_encoder_decoder:
             width = model.config.get_text_config(encoder=True).hidden_size
             states = torch.linspace(-1, 1, width, dtype=model.dtype, device=model.device).view(1, 1, width)
             kwargs["encoder_outputs"] = BaseModelOutput(last_hidden_state=states)
-        told = {prefix + "input_ids": pair, prefix + "attention_mask": masks, **positions}
+        told = {prefix + "input_ids": pair, prefix + "attention_mask": masks, prefix + "position_ids": slots}
         masked = model(**told, **kwargs).logits[:, -1]
         expected = model(**{prefix + "input_ids": alone}, **kwargs).logits[:, -1]
         plain = model(**{prefix + "input_ids": pair}, **kwargs).logits[:, -1]
     except Exception:  # whatever a model does with a mask that it does not know: it cannot take it
         return False
     return bool((masked - expected).abs().max() < 0.1 * (plain - expected).abs().max())
+
+
+def _probe_padding(model: PreTrainedModel) -> bool:
+    """Whether left padding is to the model itself, told by a 2-D mask and step by step, as if the row were alone."""
+    if model.config.is_encoder_decoder:
+        return True  # its padding is the encoder's
+
+    def next_logits(*steps: tuple[list[int], list[int], list[int] | None]) -> Tensor:
+        cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+        for step in steps:
+            ids, positions, mask = (None if row is None else torch.tensor([row], device=model.device) for row in step)
+            inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": mask, "past_key_values": cache}
+            logits = model(**inputs, use_cache=True, return_dict=True).logits[:, -1]
+        return logits
+
+    try:
+        alone = next_logits(([2], [0], None), ([3], [1], None))
+        padded = next_logits(([1, 2], [0, 0], [0, 1]), ([3], [1], [0, 1, 1]))
+        longer = next_logits(([1, 2], [0, 1], None), ([3], [2], None))
+    except Exception:
+        return False
+    return bool((padded - alone).abs().max() < 0.1 * (longer - alone).abs().max())
