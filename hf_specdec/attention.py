@@ -33,7 +33,7 @@ class _Thread(threading.local):
     calls = 0  # nested calls of ours in this thread
 
     def __init__(self) -> None:
-        self.masks: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
+        self.masks: dict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor]] = {}  # mask, as it was folded, folded
 
 
 _thread = _Thread()
@@ -123,19 +123,23 @@ def folded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scali
 
 def _folded_mask(mask: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
     """`[rows, 1, groups·q, k]`, additive; made once per forward, not once per layer."""
-    # A mask made in inference mode may change without a trace.
-    name = None if mask.is_inference() else (id(mask), mask._version, groups, dtype)
-    known = None if name is None else _thread.masks.get(name)
-    if known is None:
+    counts = not mask.is_inference()  # inference mode keeps no count of changes: compare, which on CUDA would wait
+    if not counts and mask.device.type != "cpu":
+        return _fold_mask(mask, groups, dtype)
+    name = (id(mask), mask._version if counts else -1, groups, dtype)
+    known = _thread.masks.get(name)
+    if known is None or not (counts or torch.equal(known[1], mask)):
         if len(_thread.masks) >= 4:  # layer types of one forward, or target and draft; older ones are done with
             _thread.masks.clear()
-        additive = mask
-        if mask.dtype == torch.bool:
-            additive = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-            additive.masked_fill_(~mask, torch.finfo(dtype).min)
-        rows, _, queries, keys = mask.shape
-        folded = additive.expand(rows, groups, queries, keys).reshape(rows, 1, groups * queries, keys)
-        known = mask, folded  # holding `mask` keeps its id from being used again
-        if name is not None:
-            _thread.masks[name] = known
-    return known[1]
+        # Holding `mask` keeps its id from being used again.
+        known = _thread.masks[name] = mask, mask if counts else mask.clone(), _fold_mask(mask, groups, dtype)
+    return known[2]
+
+
+def _fold_mask(mask: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+    additive = mask
+    if mask.dtype == torch.bool:
+        additive = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+        additive.masked_fill_(~mask, torch.finfo(dtype).min)
+    rows, _, queries, keys = mask.shape
+    return additive.expand(rows, groups, queries, keys).reshape(rows, 1, groups * queries, keys)

@@ -36,7 +36,7 @@ class RaggedLayer(CacheLayerMixin):
 
     def allocate(self, rows: int, capacity: int, key_states: Tensor, value_states: Tensor) -> None:
         self.keys, self.values = (
-            states.new_zeros(rows, states.shape[1], capacity, states.shape[3]) for states in (key_states, value_states)
+            _storage(states, rows, states.shape[1], capacity, states.shape[3]) for states in (key_states, value_states)
         )
         self.is_initialized = True
 
@@ -44,7 +44,7 @@ class RaggedLayer(CacheLayerMixin):
         """Move the first `used` slots to storage of `capacity` slots."""
         for name in ("keys", "values"):
             old = getattr(self, name)
-            new = old.new_zeros(old.shape[0], old.shape[1], capacity, old.shape[3])
+            new = _storage(old, old.shape[0], old.shape[1], capacity, old.shape[3])
             new[:, :, :used] = old[:, :, :used]
             setattr(self, name, new)
 
@@ -280,6 +280,12 @@ class RaggedCache(Cache):
                     states[row, :, begin:end] = storage[position, :, : end - begin]
                 out.append(states)
             yield index, out[0], out[1]
+
+
+def _storage(like: Tensor, *shape: int) -> Tensor:
+    """Zeros that may be written in and outside of inference mode."""
+    with torch.inference_mode(False):
+        return like.new_zeros(shape)
 
 
 def round_up(tokens: int) -> int:

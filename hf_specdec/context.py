@@ -115,7 +115,8 @@ class Context:
         """Have at least `width` columns, or `max_length` of them if that is less."""
         if min(width, self.max_length) >= self.tokens.shape[1]:
             room = min(max(2 * width, 1024), self.max_length)
-            tokens = self.tokens.new_full((len(self.tokens), room + 1), self.pad_token_id)
+            with torch.inference_mode(False):  # tokens are written in and outside of it
+                tokens = self.tokens.new_full((len(self.tokens), room + 1), self.pad_token_id)
             tokens[:, : self.tokens.shape[1] - 1] = self.tokens[:, :-1]
             self.tokens = tokens
 

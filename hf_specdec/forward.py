@@ -21,7 +21,7 @@ from .cache import RaggedCache
 from .context import Context
 from .encoded import Encoded
 from .first_forward import FirstForward
-from .host import to_device
+from .host import no_bookkeeping, to_device
 from .masks import ragged_mask, takes_position_ids
 from .static import WIDTHS, StaticForwards, give_back
 
@@ -74,6 +74,7 @@ class CachedModel:
         self.max_slot = max_slot
         self.static = static
         self.encoded = encoded
+        self.no_bookkeeping = no_bookkeeping(model, self.device)
         self.forwards = 0  # whose logits were wanted
         self.prefill_forwards = 0
         parameters = inspect.signature(model.forward).parameters
@@ -99,7 +100,8 @@ class CachedModel:
         while todo > 0:
             width = min(chunk_size or todo, todo)
             counts = [min(max(n - 1, 0), width) for n in self.missing(context)]
-            outputs.append((counts, self._feed(context, width, keep=1, prefill=True, **kwargs)))
+            with self.no_bookkeeping():
+                outputs.append((counts, self._feed(context, width, keep=1, prefill=True, **kwargs)))
             self.prefill_forwards += 1
             for row in context.rows:
                 self.cache.lengths[row] += width
@@ -121,19 +123,27 @@ class CachedModel:
         output.logits = output.logits[:, -1:]
         return output
 
-    def forward(self, context: Context, width: int, keep: int | None = None, **kwargs: Any) -> ModelOutput:
+    def forward(
+        self, context: Context, width: int, keep: int | None = None, ids: Tensor | None = None, **kwargs: Any
+    ) -> ModelOutput:
         """Feed each active row its uncached tokens and what stands behind them, `width` in all.
 
-        Returns: the model's output, `logits` `[active rows, keep, vocab]` of the last `keep` tokens, by default of all.
+        Args:
+            keep: of how many of them the logits are wanted; by default of all.
+            ids: `[active rows, width]`, what to feed where that is known already.
+
+        Returns: the model's output, `logits` `[active rows, keep, vocab]` of the last `keep` tokens.
             The cache's lengths stay as they were until `commit`.
         """
         keep = keep or width
         self.forwards += 1
-        if self.static is not None and width <= WIDTHS[-1] and not any(value is not None for value in kwargs.values()):
-            return CausalLMOutputWithPast(logits=self._feed_static(self.static, context, width)[:, -keep:])
-        output = self._feed(context, width, keep, **kwargs)
-        output.logits = output.logits[:, -keep:]
-        return output
+        static = self.static if width <= WIDTHS[-1] and all(value is None for value in kwargs.values()) else None
+        with self.no_bookkeeping():
+            if static is not None:
+                return CausalLMOutputWithPast(logits=self._feed_static(static, context, width, ids)[:, -keep:])
+            output = self._feed(context, width, keep, ids, **kwargs)
+            output.logits = output.logits[:, -keep:]
+            return output
 
     def commit(self, context: Context) -> None:
         """Keep the entries of committed tokens but the last one, forget those of rejected drafts."""
@@ -145,24 +155,27 @@ class CachedModel:
         if self.static is not None:
             give_back(self.model, self.cache, self.static)
 
-    def _feed_static(self, static: StaticForwards, context: Context, width: int) -> Tensor:
+    def _feed_static(self, static: StaticForwards, context: Context, width: int, ids: Tensor | None) -> Tensor:
         rows = context.rows
         self.cache.activate(rows)
         starts = [self.cache.lengths[row] for row in rows]
         last = [self.cache.capacity] * len(rows) if self.max_slot is None else [self.max_slot[row] for row in rows]
         places = torch.tensor([starts, [self.position_offset[row] for row in rows], last])
-        return static(self.model, self._tokens(context, starts, width), places.to(self.device, non_blocking=True))
+        ids = self._tokens(context, starts, width, ids)
+        return static(self.model, ids, places.to(self.device, non_blocking=True))
 
-    def _tokens(self, context: Context, starts: list[int], width: int) -> Tensor:
-        """`[active rows, width]` ids for the slots from `starts` on."""
-        begin = [start - self.slot_offset[row] for row, start in zip(context.rows, starts)]
-        return context.gather(begin, width).to(self.device).clamp(0, self._vocab_size - 1)
+    def _tokens(self, context: Context, starts: list[int], width: int, ids: Tensor | None) -> Tensor:
+        """`[active rows, width]` ids for the slots from `starts` on: those given, or the context's."""
+        if ids is None:
+            ids = context.gather([start - self.slot_offset[row] for row, start in zip(context.rows, starts)], width)
+        return ids.to(self.device).clamp(0, self._vocab_size - 1)
 
     def _feed(
         self,
         context: Context,
         width: int,
         keep: int,
+        ids: Tensor | None = None,
         prefill: bool = False,
         embeds: Tensor | None = None,
         **kwargs: Any,
@@ -181,7 +194,7 @@ class CachedModel:
                 embeds[rows].to(self.device).gather(1, columns[..., None].expand(-1, -1, embeds.shape[2]))
             )
         else:
-            inputs["input_ids"] = self._tokens(context, starts, width)
+            inputs["input_ids"] = self._tokens(context, starts, width, ids)
         if self._takes_position_ids:
             inputs["position_ids"] = self._positions(rows, slots)
         if self._takes_logits_to_keep:

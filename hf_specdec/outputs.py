@@ -3,6 +3,8 @@
 Owns the records of the call. Rows reach a step in different iterations; here each row's part waits for the others.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
@@ -61,7 +63,7 @@ class Recorder:
         self._cross_attentions: list[list[Tensor]] = [[] for _ in first]  # [layers, heads, queries, encoder columns]
 
     @property
-    def forward_kwargs(self) -> dict[str, bool]:
+    def forward_kwargs(self) -> dict[str, Any]:
         """What the target's forwards must be asked for."""
         kwargs = {"output_hidden_states": self.wants_hidden_states, "output_attentions": self.wants_attentions}
         return {name: True for name, wanted in kwargs.items() if wanted}

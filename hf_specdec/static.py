@@ -56,7 +56,8 @@ class StaticForwards:
         padded = next(w for w in WIDTHS if w >= width)
         step = self._steps.get((rows, padded))
         if step is None:
-            step = self._steps[rows, padded] = _Step(ids.new_zeros(rows, padded), torch.zeros_like(places))
+            with torch.inference_mode(False):  # a later call may not be in it
+                step = self._steps[rows, padded] = _Step(ids.new_zeros(rows, padded), torch.zeros_like(places))
         step.ids[:, :width].copy_(ids)
         step.places.copy_(places)
         if self._captures and step.graph is None:

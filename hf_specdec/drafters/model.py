@@ -85,7 +85,7 @@ class ModelDrafter(Drafter):
         lengths = [max_tokens] * len(context.rows)
         valid = torch.ones(len(context.rows), dtype=torch.bool, device=self._request.device)
         for step in range(max_tokens):
-            scores = self._next_scores(context, step)
+            scores = self._next_scores(context, step, tokens[-1] if tokens else None)
             best, argmax = scores[:, 0].max(dim=-1, keepdim=True)
             valid &= best.isfinite().squeeze(1)
             if self._request.do_sample:
@@ -95,7 +95,8 @@ class ModelDrafter(Drafter):
             else:
                 drawn = argmax
             tokens.append(drawn)
-            context.write_drafts(drawn, offset=step)
+            if self._request.processors:
+                context.write_drafts(drawn, offset=step)  # for them to see
             lengths, done = self._stop(step, lengths, scores, drawn)
             if done:
                 break
@@ -141,11 +142,11 @@ class ModelDrafter(Drafter):
         if max(missing) > (chunk or max(missing)) or (len(set(missing)) > 1 and max(missing) > 2):
             self.cached.prefill(context, chunk)
 
-    def _next_scores(self, context: Context, step: int) -> Tensor:
-        """`[rows, 1, vocab]` float32, processed, for the token behind the first `step` drafts."""
+    def _next_scores(self, context: Context, step: int, drawn: Tensor | None) -> Tensor:
+        """`[rows, 1, vocab]` float32, processed, for the token behind the first `step` drafts, `drawn` the last one."""
         missing = [n + step for n in self.cached.missing(context)]
         equal = min(missing) == max(missing)
-        logits = self.cached.forward(context, max(missing), keep=1 if equal else None).logits
+        logits = self.cached.forward(context, max(missing), 1 if equal else None, drawn).logits
         for row, n in zip(context.rows, missing):
             self.cached.cache.lengths[row] += n
         if not equal:
