@@ -1,0 +1,68 @@
+"""A worker process that answers one question at a time and is started again when it crashes or takes too long."""
+
+import contextlib
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+from typing import Any
+
+
+class Worker:
+    """Runs `module` (as `python -m`) as a server of JSON lines.
+
+    Args:
+        module: its `main` calls `serve(handler)`.
+    """
+
+    def __init__(self, module: str):
+        self.module = module
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def ask(self, question: dict[str, Any], seconds: float) -> dict[str, Any]:
+        """The answer, or `{"crash": why}` when the worker died or was stopped after `seconds`."""
+        if self._process is None:
+            self._process = self._start()
+        process = self._process
+        assert process.stdin is not None and process.stdout is not None
+        answer, end = b"", time.monotonic() + seconds
+        try:
+            process.stdin.write(json.dumps(question).encode() + b"\n")
+            process.stdin.flush()
+            while not answer.endswith(b"\n"):
+                ready, _, _ = select.select([process.stdout], [], [], max(end - time.monotonic(), 0))
+                if not ready:
+                    self.stop()
+                    return {"crash": f"no answer within {seconds:g} s"}
+                piece = os.read(process.stdout.fileno(), 1 << 16)
+                if not piece:
+                    self.stop()
+                    return {"crash": f"the process ended with code {process.returncode}"}
+                answer += piece
+        except BrokenPipeError:
+            self.stop()
+            return {"crash": f"the process ended with code {process.returncode}"}
+        result: dict[str, Any] = json.loads(answer)
+        return result
+
+    def _start(self) -> "subprocess.Popen[bytes]":
+        command = [sys.executable, "-m", self.module]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+def serve(handler: Any) -> None:
+    """Answer each line of standard input; whatever the handler prints goes to standard error."""
+    with os.fdopen(os.dup(1), "w") as out:
+        os.dup2(2, 1)
+        with contextlib.suppress(KeyboardInterrupt):
+            for line in sys.stdin:
+                out.write(json.dumps(handler(json.loads(line))) + "\n")
+                out.flush()
