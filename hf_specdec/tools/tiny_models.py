@@ -12,7 +12,7 @@ from transformers.models.auto import modeling_auto
 from .tiny_configs import FIRST_SPECIAL, SPECIAL, VOCAB, shrink
 
 _MAPPINGS = ("CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM")
-_MOST_PARAMETERS = 6_000_000
+_MOST_PARAMETERS = 20_000_000
 
 
 class NotBuildable(Exception):
