@@ -8,6 +8,7 @@ Each method's outcome is one of
     wrong       other tokens, though vanilla's choice there was no near-tie
 """
 
+import copy
 import linecache
 import traceback
 from collections.abc import Callable
@@ -107,8 +108,7 @@ def _compare(entry: Entry, make: Inputs, batch: int, seed: int, assisted: bool) 
 
 
 def _generate(model: PreTrainedModel, inputs: dict[str, Any], **kwargs: Any) -> Any:
-    copied = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
-    return model.generate(**copied, max_new_tokens=NEW_TOKENS, do_sample=False, **kwargs)
+    return model.generate(**copy.deepcopy(inputs), max_new_tokens=NEW_TOKENS, do_sample=False, **kwargs)
 
 
 def _vanilla(model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -173,7 +173,7 @@ def _draft(
 
 def _agreement(model: PreTrainedModel, inputs: dict[str, Any], expected: Tensor) -> float | None:
     """On how many of `expected`'s new tokens the model's argmax agrees, in one forward over all."""
-    kwargs = dict(inputs)
+    kwargs = copy.deepcopy(inputs)
     if model.config.is_encoder_decoder:
         kwargs["decoder_input_ids"] = expected[:, :-1]
     else:

@@ -134,9 +134,12 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "fun_asr_nano_adaptor": {"intermediate_size": 8},
     "emu3": {"vocabulary_map": {"<image>": 100}},
     "chameleon": {"vocabulary_map": {"<image>": 100}},
+    "blip-2": {"image_token_index": 100},
+    "instructblip": {"image_token_index": 100},
+    "instructblipvideo": {"video_token_index": 100},
     "qwen3_asr": {"eos_token_id": 127},
     "vibevoice": {"eos_token_id": 127},
-    "xlstm": {"hidden_size": 64, "embedding_dim": 64, "num_heads": 2},
+    "xlstm": {"hidden_size": 64, "embedding_dim": 64, "num_heads": 2, "qk_dim_factor": 1.0},
     "fun_asr_nano_encoder": {},
     "glm4v_moe_text": {"rope_parameters": {**_MROPE, "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}},
     "glm_ocr_text": {"rope_parameters": {**_MROPE, "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}},
@@ -157,6 +160,8 @@ def shrink(config: PreTrainedConfig) -> dict[str, Any]:
     for name, value in fields.items():
         if isinstance(value, PreTrainedConfig):
             changes[name] = {"model_type": value.model_type, **shrink(value)}
+        elif name == "tie_word_embeddings":
+            changes[name] = False  # tied ones make random models repeat the last token
         elif isinstance(value, bool):
             continue
         elif name in _ORDINARY and isinstance(value, int):
@@ -167,8 +172,9 @@ def shrink(config: PreTrainedConfig) -> dict[str, Any]:
             changes[name] = next(specials)
         elif name == "head_dim" and value is None:
             changes[name] = _HEAD_DIM
-        elif name == "num_key_value_heads" and isinstance(value, int):
-            changes[name] = _HEADS if value == fields.get("num_attention_heads") else min(value, 2)
+        elif name.endswith("num_key_value_heads") and isinstance(value, int):
+            queries = fields.get(name.replace("key_value", "attention"))
+            changes[name] = _HEADS if value == queries else min(value, 2)
         elif isinstance(value, int):
             small = _small(name, value)
             if small != value:

@@ -1,23 +1,42 @@
-"""Prompts for tiny models: text, and where it can be made without a processor, text with an image or sound."""
+"""Prompts for tiny models: text, and text with an image or sound where that can be made without a processor.
 
+Most multimodal classes take what their vision or audio tower would have said (`mm_encoder_outputs`), which is the same
+for all of them. The others get pixels or features of the shape that they ask for.
+"""
+
+import contextlib
+import copy
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .tiny_models import prompts
 
 Inputs: TypeAlias = Callable[[PreTrainedModel, int, int], dict[str, Any]]
 
 _WIDTH = 20
+_PLACEHOLDERS = 4  # tokens that stand for an image or a sound
 
 
 def inputs_of(model: PreTrainedModel) -> dict[str, Inputs]:
     """The kinds of prompts that are tried with a model, by name."""
-    if model.config.is_encoder_decoder:
+    config = model.config
+    for key in (f"{config.model_type}/{model.main_input_name}", config.model_type):
+        if key in _OWN:
+            return _OWN[key]
+    if config.is_encoder_decoder:
         return {"text": _encoder_text}
-    return {"text": _text}
+    kinds: dict[str, Inputs] = {"text": _text}
+    if "mm_encoder_outputs" in inspect.signature(model.forward).parameters:
+        for kind in ("image", "audio"):
+            if _placeholder(model, kind) is not None:
+                kinds[kind] = _media(kind)
+    return kinds
 
 
 def _text(model: PreTrainedModel, batch: int, seed: int) -> dict[str, Any]:
@@ -26,3 +45,121 @@ def _text(model: PreTrainedModel, batch: int, seed: int) -> dict[str, Any]:
 
 def _encoder_text(model: PreTrainedModel, batch: int, seed: int) -> dict[str, Any]:
     return prompts(batch, _WIDTH, seed, side="right")
+
+
+def _placeholder(model: PreTrainedModel, kind: str) -> int | None:
+    for name in (f"{kind}_token_id", f"{kind}_token_index"):
+        value = getattr(model.config, name, None)
+        if isinstance(value, int):
+            return value
+    return None
+
+
+def _media(kind: str) -> Inputs:
+    """A prompt in whose middle stands an image or a sound, as its tower would have said it."""
+
+    def make(model: PreTrainedModel, batch: int, seed: int) -> dict[str, Any]:
+        inputs: dict[str, Any] = dict(prompts(batch, _WIDTH, seed))
+        place = slice(_WIDTH - 8, _WIDTH - 8 + _PLACEHOLDERS)
+        inputs["input_ids"][:, place] = _placeholder(model, kind)
+        inputs["attention_mask"][:, place.start :] = 1
+        inputs["input_ids"][:, place.stop :] = inputs["input_ids"][:, place.stop :].clamp(min=4)
+        width = model.config.get_text_config(decoder=True).hidden_size
+        features = _randn(seed, batch, _PLACEHOLDERS, width)
+        for form in (features, tuple(features)):  # classes want the one or the other
+            inputs["mm_encoder_outputs"] = {kind: BaseModelOutputWithPooling(pooler_output=form)}
+            with contextlib.suppress(Exception), torch.no_grad():
+                model(**copy.deepcopy(inputs))
+                break
+        return inputs
+
+    return make
+
+
+def _randn(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _features(name: str, *shape: str | int, text: bool = False, **more: Callable[[int], Tensor]) -> Inputs:
+    """Inputs `name` of random numbers, `[batch, *shape]`; a name in `shape` is an attribute of the config."""
+
+    def make(model: PreTrainedModel, batch: int, seed: int) -> dict[str, Any]:
+        sizes = [size if isinstance(size, int) else _attribute(model.config, size) for size in shape]
+        inputs: dict[str, Any] = dict(prompts(batch, _WIDTH, seed)) if text else {}
+        inputs[name] = _randn(seed, batch, *sizes)
+        return inputs | {key: value(batch) for key, value in more.items()}
+
+    return make
+
+
+def _attribute(config: Any, path: str) -> int:
+    for name in path.split("."):
+        config = getattr(config, name)
+    return int(config)
+
+
+def _pixels(model: PreTrainedModel, batch: int, seed: int) -> dict[str, Any]:
+    """Pixels beside the text, of the size that the vision tower is made for."""
+    size = model.config.vision_config.image_size
+    return {**prompts(batch, _WIDTH, seed), "pixel_values": _randn(seed, batch, 3, size, size)}
+
+
+def _with_question(model: PreTrainedModel, batch: int, seed: int) -> dict[str, Any]:
+    """InstructBLIP: image tokens in the prompt, and the question once more for the Q-Former."""
+    inputs = _pixels(model, batch, seed)
+    count = model.config.num_query_tokens
+    token = _placeholder(model, "image")
+    if token is None:
+        token = _placeholder(model, "video")
+    inputs["input_ids"] = torch.cat([inputs["input_ids"].new_full((batch, count), token), inputs["input_ids"]], dim=1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    if "qformer_input_ids" in inspect.signature(model.forward).parameters:
+        inputs["qformer_input_ids"] = prompts(batch, 6, seed)["input_ids"].clamp(min=4)
+    return inputs
+
+
+def _kosmos2(model: PreTrainedModel, batch: int, seed: int) -> dict[str, Any]:
+    inputs = _pixels(model, batch, seed)
+    place = torch.zeros_like(inputs["input_ids"])
+    place[:, -8 : -8 + model.config.latent_query_num] = 1
+    inputs["attention_mask"][:, -8:] = 1
+    return {**inputs, "image_embeds_position_mask": place}
+
+
+def _idefics(model: PreTrainedModel, batch: int, seed: int) -> dict[str, Any]:
+    inputs = _pixels(model, batch, seed)
+    inputs["pixel_values"] = inputs["pixel_values"][:, None]
+    return {**inputs, "image_attention_mask": torch.ones(batch, _WIDTH, 1, dtype=torch.long)}
+
+
+def _udop(model: PreTrainedModel, batch: int, seed: int) -> dict[str, Any]:
+    boxes = torch.rand(batch, _WIDTH, 4, generator=torch.Generator().manual_seed(seed))
+    return {**_encoder_text(model, batch, seed), "bbox": boxes}
+
+
+_IMAGE16 = {"image": _features("pixel_values", 3, 16, 16)}
+# What is fed to classes that a general rule does not fit, by model type.
+_OWN: dict[str, dict[str, Inputs]] = {
+    "whisper/input_features": {"audio": _features("input_features", "num_mel_bins", 1024)},
+    "moonshine": {"audio": _features("input_values", 4000)},
+    "moonshine_streaming": {"audio": _features("input_values", 4000)},
+    "speech_to_text": {"audio": _features("input_features", 40, "input_feat_per_channel")},
+    "speecht5": {"audio": _features("input_values", 4000)},
+    "speech-encoder-decoder": {"audio": _features("inputs", 4000)},
+    "seamless_m4t/input_features": {"audio": _features("input_features", 40, "feature_projection_input_dim")},
+    "seamless_m4t_v2/input_features": {"audio": _features("input_features", 40, "feature_projection_input_dim")},
+    "canary": {"audio": _features("input_features", 64, "encoder_config.num_mel_bins")},
+    "cohere_asr": {"audio": _features("input_features", 64, "encoder_config.num_mel_bins")},
+    "pix2struct": {"image": _features("flattened_patches", 8, 34)},
+    "vision-encoder-decoder": _IMAGE16,
+    "pp_formulanet": _IMAGE16,
+    "blip": {"image": _pixels},
+    "blip-2": {"image": _with_question},
+    "instructblip": {"image": _with_question},
+    "instructblipvideo": {"image": _with_question},
+    "git": {"text": _text, "image": _pixels},
+    "kosmos-2": {"image": _kosmos2},
+    "idefics": {"image": _idefics},
+    "udop": {"text": _udop},
+    "voxtral_realtime": {"audio": _features("input_features", "audio_config.num_mel_bins", 400, text=True)},
+}

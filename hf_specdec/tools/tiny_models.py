@@ -1,5 +1,6 @@
 """Tiny random models of every class that transformers can generate with, and drafts that agree with them in part."""
 
+import contextlib
 import copy
 from dataclasses import dataclass
 from typing import Any
@@ -105,20 +106,26 @@ def build(entry: Entry, seed: int = 0, **kwargs: Any) -> PreTrainedModel:
 
 
 def _enlarge(model: PreTrainedModel) -> None:
-    """Make what was initialised too small to matter large, and never say the tokens that stand for images."""
+    """Make every weight matter: what was initialised too small is enlarged, embeddings do not drown the layers, and no
+    output is tied to them, which makes random models repeat their last token. Ids that stand for images are never said.
+    """
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        embedding, head = None, model.get_output_embeddings()
+        with contextlib.suppress(NotImplementedError):
+            embedding = getattr(model.get_input_embeddings(), "weight", None)
+        if head is not None and isinstance(getattr(head, "weight", None), Tensor):
+            if head.weight is embedding or model.config.is_encoder_decoder:
+                head.weight = torch.nn.Parameter(0.2 * torch.randn(head.weight.shape, generator=generator))
+            head.weight[FIRST_SPECIAL:] = 0
+        for parameter in model.parameters():
             if parameter.ndim < 2 or not parameter.is_floating_point():
                 continue
             std = float(parameter.std())
             if std == 0 or not std == std:
                 parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
-            elif std < 0.1:
+            elif std < 0.1 or (std > 0.2 and parameter is embedding):
                 parameter.mul_(0.2 / std)
-        head = model.get_output_embeddings()
-        if head is not None and isinstance(getattr(head, "weight", None), Tensor):
-            head.weight[FIRST_SPECIAL:] = 0
 
 
 def _plain_generation_config(model: PreTrainedModel) -> None:
