@@ -74,7 +74,7 @@ _TOKEN = re.compile(r".*_(token|start|end|newline|patch)_(id|index|ids)|.*_token
 _ORDINARY = {"bos_token_id": 1, "pad_token_id": 0, "decoder_start_token_id": 2, "sep_token_id": 3, "cls_token_id": 3,
              "mask_token_id": 3, "unk_token_id": 3}  # fmt: skip
 
-# What no rule could know, by model type: changes to the shrunk arguments; `...` drops one.
+# What no rule could know, by model type: changes to the shrunk arguments.
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 _MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 8}
 _EXPERTS = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}
@@ -90,7 +90,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16, "num_key_value_heads": 4},
     "recurrent_gemma": {"num_hidden_layers": 6, "num_key_value_heads": 2},
     "hrm_text": {"num_hidden_layers": 16},
-    "blt": {"encoder_hash_byte_group_vocab": 64},
+    "blt": {"encoder_hash_byte_group_vocab": 64, "num_hidden_layers": 2},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "nemotron": {"num_key_value_heads": 2},
@@ -104,7 +104,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
                         "num_groups": [1, 2, 2, 4], "window_size": 4},
     "speecht5": {"num_feat_extract_layers": 7},
     "wav2vec2": {"num_feat_extract_layers": 7},
-    "granite4_vision": {"deepstack_layer_map": [[-1, 0]]},
+    "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "vision_config": {"image_size": 64}},
+    "dots3_note_text": {"swa_q_lora_rank": 16, "swa_kv_lora_rank": 16, "swa_head_dim": 16, "swa_qk_nope_head_dim": 8,
+                        "swa_qk_rope_head_dim": 8, "swa_v_head_dim": 8, "swa_num_attention_heads": 4,
+                        "swa_num_key_value_heads": 4},
     "muse_spark_audio": {"hidden_sizes": [8, 16, 16, 32], "depths": [1, 1, 1, 1]},
     "radio": {"video_temporal_patch_size": 2},
     "moonshine_streaming": {"num_key_value_heads": 4},
@@ -125,13 +128,12 @@ SPECIAL: dict[str, dict[str, Any]] = {
                             "rope_parameters": {"sliding_attention": _MROPE, "full_attention": _MROPE}},
     "qwen4_exp_text": {**_INDEXER, "ngram_vocab_size_base": 64, "make_ngram_vocab_size_divisible_by": 8,
                        "split_ngram_parts": 2, "heads_per_ngram": 2},
-    "gemma4_assistant": {"__default__": {}},
     "nemotron_h_omni": {"video_temporal_patch_size": 2},
     "molmo2_adapter": {"vision_feature_layer": [-1, -2]},
     "ernie4_5_vl_moe_text": {"rope_parameters": {**_MROPE, "mrope_section": [1, 1, 2]},
                              "moe_intermediate_size": [64, 32]},
     "glm5_next_text": {"num_key_value_heads": 4, "index_kpool": 4},
-    "fun_asr_nano_adaptor": {"intermediate_size": 8},
+    "fun_asr_nano": {"adaptor_config": {"intermediate_size": 8}},
     "emu3": {"vocabulary_map": {"<image>": 100}},
     "chameleon": {"vocabulary_map": {"<image>": 100}},
     "blip-2": {"image_token_index": 100},
@@ -140,7 +142,6 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "qwen3_asr": {"eos_token_id": 127},
     "vibevoice": {"eos_token_id": 127},
     "xlstm": {"hidden_size": 64, "embedding_dim": 64, "num_heads": 2, "qk_dim_factor": 1.0},
-    "fun_asr_nano_encoder": {},
     "glm4v_moe_text": {"rope_parameters": {**_MROPE, "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}},
     "glm_ocr_text": {"rope_parameters": {**_MROPE, "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}},
     **{t: {"rope_parameters": _MROPE} for t in (
@@ -198,8 +199,8 @@ def shrink(config: PreTrainedConfig) -> dict[str, Any]:
                 changes[name] = min(value, 1)
         changes[_real_name(config, "num_hidden_layers")] = 4
     for name, value in SPECIAL.get(config.model_type, {}).items():
-        if value is ...:
-            changes.pop(name, None)
+        if isinstance(value, dict) and isinstance(changes.get(name), dict):
+            changes[name] = changes[name] | value
         else:
             changes[name] = value
     return changes

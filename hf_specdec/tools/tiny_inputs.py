@@ -67,7 +67,9 @@ def _media(kind: str) -> Inputs:
         width = model.config.get_text_config(decoder=True).hidden_size
         features = _randn(seed, batch, _PLACEHOLDERS, width)
         for form in (features, tuple(features)):  # classes want the one or the other
-            inputs["mm_encoder_outputs"] = {kind: BaseModelOutputWithPooling(pooler_output=form)}
+            output = BaseModelOutputWithPooling(pooler_output=form)
+            output.deepstack_features = [form if isinstance(form, tuple) else features.flatten(0, 1)]
+            inputs["mm_encoder_outputs"] = {kind: output}
             with contextlib.suppress(Exception), torch.no_grad():
                 model(**copy.deepcopy(inputs))
                 break
@@ -137,6 +139,22 @@ def _udop(model: PreTrainedModel, batch: int, seed: int) -> dict[str, Any]:
     return {**_encoder_text(model, batch, seed), "bbox": boxes}
 
 
+def _video(model: PreTrainedModel, batch: int, seed: int) -> dict[str, Any]:
+    """InstructBLIP-Video: four frames, each with its own query tokens."""
+    inputs = _with_question(model, batch, seed)
+    extra = 3 * model.config.num_query_tokens
+    for name, value in (("input_ids", model.config.video_token_index), ("attention_mask", 1)):
+        inputs[name] = torch.cat([inputs[name].new_full((batch, extra), value), inputs[name]], dim=1)
+    inputs["pixel_values"] = inputs["pixel_values"][:, None].repeat(1, 4, 1, 1, 1)
+    return inputs
+
+
+def _patches(model: PreTrainedModel, batch: int, seed: int) -> dict[str, Any]:
+    patches = _randn(seed, batch, 8, 2 + model.config.vision_config.patch_embed_hidden_size)
+    patches[..., :2] = 1 + torch.arange(8)[:, None]
+    return {"flattened_patches": patches, "attention_mask": torch.ones(batch, 8)}
+
+
 _IMAGE16 = {"image": _features("pixel_values", 3, 16, 16)}
 # What is fed to classes that a general rule does not fit, by model type.
 _OWN: dict[str, dict[str, Inputs]] = {
@@ -150,13 +168,13 @@ _OWN: dict[str, dict[str, Inputs]] = {
     "seamless_m4t_v2/input_features": {"audio": _features("input_features", 40, "feature_projection_input_dim")},
     "canary": {"audio": _features("input_features", 64, "encoder_config.num_mel_bins")},
     "cohere_asr": {"audio": _features("input_features", 64, "encoder_config.num_mel_bins")},
-    "pix2struct": {"image": _features("flattened_patches", 8, 34)},
+    "pix2struct": {"image": _patches},
     "vision-encoder-decoder": _IMAGE16,
     "pp_formulanet": _IMAGE16,
     "blip": {"image": _pixels},
     "blip-2": {"image": _with_question},
     "instructblip": {"image": _with_question},
-    "instructblipvideo": {"image": _with_question},
+    "instructblipvideo": {"image": _video},
     "git": {"text": _text, "image": _pixels},
     "kosmos-2": {"image": _kosmos2},
     "idefics": {"image": _idefics},

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from .tiny_configs import FIRST_SPECIAL, SPECIAL, VOCAB, shrink
+from .tiny_configs import FIRST_SPECIAL, shrink
 
 _MAPPINGS = ("CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM")
 _MOST_PARAMETERS = 20_000_000
@@ -66,17 +66,13 @@ def _class(name: str) -> Any:
 
 def tiny_config(entry: Entry) -> PreTrainedConfig:
     config_class = CONFIG_MAPPING[entry.model_type]
-    config = config_class(**shrink(_default(config_class)))
+    config = config_class(**shrink(config_class()))
     own = getattr(_class(entry.name), "config_class", None) or type(config)
     if not isinstance(config, own):  # the class is the decoder of a larger model
         config = next((c for c in vars(config).values() if isinstance(c, own)), config)
     if entry.mappings == ("CAUSAL_LM",) and hasattr(config, "is_decoder"):
         config.is_decoder = True
     return config
-
-
-def _default(config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
-    return config_class(**SPECIAL.get(config_class.model_type, {}).get("__default__", {}))
 
 
 def build(entry: Entry, seed: int = 0, **kwargs: Any) -> PreTrainedModel:
