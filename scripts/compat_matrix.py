@@ -74,10 +74,12 @@ def main(arguments: list[str] | None = None) -> int:
     console.print(summary(results), markup=False, soft_wrap=True)
     if args.write:
         args.write.parent.mkdir(parents=True, exist_ok=True)
-        args.write.write_text(markdown(results, args.batch, args.seed), encoding="utf-8")
+        command = "./scripts/compat_matrix --write " + str(args.write)
+        args.write.write_text(markdown(results, args.batch, command), encoding="utf-8")
     bad = [r["name"] for r in results if any(c.get(OURS, {}).get("outcome") in (WRONG, ERROR) for c in r["cases"])]
     totals = counts(results, args.batch)
-    print(json.dumps({"classes": len(results), "seconds": round(time.perf_counter() - start), "counts": totals, "bad": bad}))
+    seconds = round(time.perf_counter() - start)
+    print(json.dumps({"classes": len(results), "seconds": seconds, "counts": totals, "bad": bad}))
     return 1 if bad else 0
 
 

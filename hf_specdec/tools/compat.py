@@ -86,13 +86,16 @@ def _compare(entry: Entry, make: Inputs, batch: int, seed: int, assisted: bool) 
     case["distinct"] = len(set(expected[0, -NEW_TOKENS:].tolist()))
     case["one_forward"] = _agreement(target, inputs, expected)
     draft, case["noise"], case["agreement"] = _draft(target, inputs, expected, seed)
+    case["drafter"], assistant = "model", {"assistant_model": draft}
+    if not _reads_text(draft):
+        case["drafter"], assistant = "look-up", {"prompt_lookup_num_tokens": GAMMA, "max_matching_ngram_size": 1}
     draft.generation_config.num_assistant_tokens = GAMMA
     draft.generation_config.num_assistant_tokens_schedule = "constant"
     draft.generation_config.assistant_confidence_threshold = 0.0
     stats = hf_specdec.SpeculationStats()
-    ours = {"strategy": "spec", "num_assistant_tokens": GAMMA, "num_assistant_tokens_schedule": "constant"}
+    ours = {"strategy": "spec", "num_assistant_tokens": GAMMA, "num_assistant_tokens_schedule": "constant", **assistant}
     case[OURS] = _outcome(
-        lambda: _generate(target, inputs, assistant_model=draft, speculation_stats=stats, **ours),
+        lambda: _generate(target, inputs, speculation_stats=stats, **ours),
         expected,
         gaps,
         "hf_specdec",
@@ -102,9 +105,21 @@ def _compare(entry: Entry, make: Inputs, batch: int, seed: int, assisted: bool) 
         case["efficiency"] = stats.block_efficiency
     if assisted:
         case[ASSISTED] = _outcome(
-            lambda: _generate(target, inputs, assistant_model=draft), expected, gaps, "transformers/generation"
+            lambda: _generate(target, inputs, **assistant), expected, gaps, "transformers/generation"
         )
     return case
+
+
+def _reads_text(draft: PreTrainedModel) -> bool:
+    """Whether a model can be fed nothing but tokens, as drafts are."""
+    if draft.config.is_encoder_decoder:
+        return True
+    try:
+        with torch.no_grad():
+            draft(input_ids=torch.tensor([[5, 6, 7]]))
+    except Exception:
+        return False
+    return True
 
 
 def _generate(model: PreTrainedModel, inputs: dict[str, Any], **kwargs: Any) -> Any:

@@ -1,15 +1,19 @@
-"""The results of `compat.py` for people: counts, a Markdown table, and a summary by outcome and message."""
+"""The results of `compat.py` for people: counts, a Markdown page, and a summary by outcome and message."""
 
 import re
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from datetime import date
 from typing import Any
 
+import torch
 import transformers
 
 from .compat import ASSISTED, ERROR, IDENTICAL, OURS, REFUSED, WRONG
 
 NOT_BUILT, VANILLA_CANNOT, CRASH = "not built", "vanilla cannot", "crash"
+ORDER = (IDENTICAL, REFUSED, ERROR, WRONG, CRASH)
+COLUMNS = {OURS: "hf_specdec", ASSISTED: "HF assisted"}
 
 
 def outcome(result: dict[str, Any], method: str, batch: int) -> tuple[str, str]:
@@ -29,46 +33,98 @@ def outcome(result: dict[str, Any], method: str, batch: int) -> tuple[str, str]:
     return IDENTICAL, ""
 
 
-def counts(results: list[dict[str, Any]], batches: list[int]) -> dict[str, dict[str, dict[str, int]]]:
+def counts(results: list[dict[str, Any]], batches: Sequence[int]) -> dict[str, dict[str, dict[str, int]]]:
     """How many classes have each outcome: by batch size, then method."""
     return {
-        str(batch): {m: dict(Counter(outcome(r, m, batch)[0] for r in results)) for m in (OURS, ASSISTED)}
-        for batch in batches
+        str(batch): {m: dict(Counter(outcome(r, m, batch)[0] for r in results)) for m in COLUMNS} for batch in batches
     }
 
 
 def summary(results: list[dict[str, Any]]) -> str:
-    """Counts, then the classes grouped by what went wrong with ours."""
-    batches = sorted({case["batch"] for result in results for case in result["cases"]}) or [1]
+    """Counts, then the classes grouped by what ours does where it is not identical."""
+    batches = _batches(results)
     lines = [f"{len(results)} classes"]
-    for batch, methods in counts(results, batches).items():
-        lines += [f"B={batch} {method}: {tally}" for method, tally in methods.items()]
+    for rows, methods in counts(results, batches).items():
+        lines += [f"B={rows} {COLUMNS[method]}: {tally}" for method, tally in methods.items()]
     for batch in batches:
-        groups: dict[tuple[str, str], list[str]] = defaultdict(list)
-        for result in results:
-            kind, message = outcome(result, OURS, batch)
-            if kind != IDENTICAL:
-                name = result["name"] + (f" [{result['model_type']}]" if kind in (WRONG, ERROR) else "")
-                groups[kind, _pattern(message, result["name"])].append(name)
         lines.append(f"\n## ours, B={batch}, not identical")
-        for (kind, message), names in sorted(groups.items(), key=lambda item: (item[0][0], -len(item[1]))):
+        for (kind, message), names in _groups(results, OURS, batch):
             lines.append(f"- {kind} ({len(names)}): {message}\n    {', '.join(names)}")
     return "\n".join(lines)
 
 
+def _batches(results: list[dict[str, Any]]) -> list[int]:
+    return sorted({case["batch"] for result in results for case in result["cases"]}) or [1]
+
+
+def _groups(results: list[dict[str, Any]], method: str, batch: int) -> list[tuple[tuple[str, str], list[str]]]:
+    """Classes that are not identical, by outcome and message; the largest groups first."""
+    groups: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for result in results:
+        kind, message = outcome(result, method, batch)
+        if kind != IDENTICAL:
+            groups[kind, _pattern(message, result["name"])].append(result["name"])
+    return sorted(groups.items(), key=lambda item: (item[0][0], -len(item[1])))
+
+
 def _pattern(message: str, name: str) -> str:
     """The message without what is particular to one class, so that equal reasons group together."""
-    return re.sub(r"row \d+ differs.*", "tokens differ", message.replace(name, "CLASS"))
+    message = re.sub(r"row \d+ differs.*", "tokens differ", message.replace(name, "CLASS"))
+    return " ".join(message.split())
 
 
-def markdown(results: list[dict[str, Any]], batches: list[int], seed: int) -> str:
-    """The page with the table."""
-    shown = [r for r in results if outcome(r, OURS, batches[0])[0] not in (NOT_BUILT, VANILLA_CANNOT)]
-    lines = ["# Compatibility", ""]
-    lines.append(f"transformers {transformers.__version__}, {date.today()}, `./scripts/compat_matrix --seed {seed}`.")
-    lines += ["", f"| class | layers | {' | '.join(f'B={b} | HF, B={b}' for b in batches)} |"]
-    lines.append("|---" * (2 + 2 * len(batches)) + "|")
-    for result in shown:
-        cells = [" ".join(outcome(result, m, b)[:1]) for b in batches for m in (OURS, ASSISTED)]
-        lines.append(f"| {result['name']} | {', '.join(result.get('layer_types', []))} | {' | '.join(cells)} |")
+def markdown(results: list[dict[str, Any]], batches: Sequence[int], command: str) -> str:
+    """The page: how it was made, counts, one row per class, and the reasons."""
+    ran = [r for r in results if outcome(r, OURS, batches[0])[0] in ORDER]
+    tallies = counts(ran, batches)
+    where = f"transformers {transformers.__version__}, torch {torch.__version__}, float32, CPU, {date.today()}"
+    lines = [
+        "# Compatibility",
+        "",
+        "Every class of transformers' mappings for causal, sequence-to-sequence, speech and multimodal generation,",
+        "tried with a tiny random model and a draft that agrees in part: greedy tokens beside those of `generate()`.",
+        "",
+        "- **identical**: vanilla's tokens, every one, for text and, where such a prompt could be made, images, sound.",
+        "- **refused**: a ValueError that names what is missing.",
+        "- **error**: another exception. **wrong**: other tokens, without a word.",
+        "",
+        f"{where}. Made by `{command}`; the classes where vanilla itself cannot, or that cannot be built here, are at",
+        "the end.",
+        "",
+        f"## {len(ran)} classes that can be built and that vanilla can generate with",
+        "",
+        "| | " + " | ".join(f"{COLUMNS[m]}, {b} row{'s' * (b > 1)}" for b in batches for m in COLUMNS) + " |",
+        "|---" * (1 + 2 * len(batches)) + "|",
+    ]
+    for kind in ORDER:
+        tally = [tallies[str(b)][m].get(kind, 0) for b in batches for m in COLUMNS]
+        if any(tally):
+            lines.append(f"| {kind} | " + " | ".join(f"{n} ({n / max(len(ran), 1):.0%})" for n in tally) + " |")
+    lines += ["", "| class | layers | prompts | " + " | ".join(
+        f"{COLUMNS[m]}, {b}" for b in batches for m in COLUMNS) + " |",
+        "|---" * (3 + 2 * len(batches)) + "|"]  # fmt: skip
+    for result in ran:
+        kinds = dict.fromkeys(case["inputs"] for case in result["cases"] if case["vanilla"] is None)
+        cells = [_cell(outcome(result, m, b)[0]) for b in batches for m in COLUMNS]
+        layers = ", ".join(layer.replace("_attention", "") for layer in result.get("layer_types", []))
+        lines.append(f"| {result['name']} | {layers} | {', '.join(kinds)} | {' | '.join(cells)} |")
+    lines += ["", "## What hf_specdec says where it refuses", ""]
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for batch in batches:
+        for (kind, message), names in _groups(ran, OURS, batch):
+            reasons[f"{kind}: {message}"] += [name for name in names if name not in reasons[f"{kind}: {message}"]]
+    lines += [f"- {reason}: {', '.join(names)}" for reason, names in reasons.items()]
+    for title, kind in (("Vanilla cannot", VANILLA_CANNOT), ("Not built here", NOT_BUILT)):
+        lines += ["", f"## {title}", ""]
+        left = [(r["name"], outcome(r, OURS, batches[0])) for r in results]
+        lines += [f"- {name}: {_short(why)}" for name, (found, why) in left if found == kind]
     return "\n".join(lines) + "\n"
+
+
+def _cell(kind: str) -> str:
+    return {IDENTICAL: "✓"}.get(kind, kind if kind == REFUSED else f"**{kind}**")
+
+
+def _short(message: str) -> str:
+    text = " ".join(message.split()).replace("|", "\\|")
+    return text if len(text) < 200 else text[:197] + "..."

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from .tiny_configs import FIRST_SPECIAL, shrink
@@ -118,7 +118,7 @@ def _enlarge(model: PreTrainedModel) -> None:
             if parameter.ndim < 2 or not parameter.is_floating_point():
                 continue
             std = float(parameter.std())
-            if std == 0 or not std == std:
+            if not std > 0:
                 parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
             elif std < 0.1 or (std > 0.2 and parameter is embedding):
                 parameter.mul_(0.2 / std)
