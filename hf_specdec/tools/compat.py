@@ -9,6 +9,7 @@ Each method's outcome is one of
 """
 
 import copy
+import functools
 import linecache
 import traceback
 from collections.abc import Callable
@@ -80,7 +81,7 @@ def _compare(entry: Entry, make: Inputs, batch: int, seed: int, assisted: bool) 
     case: dict[str, Any] = {"seed": seed, "vanilla": None}
     try:
         inputs = make(target, batch, seed)
-        expected, gaps = _vanilla(target, inputs)
+        expected = _generate(target, inputs)
     except Exception as error:
         return case | {"vanilla": _message(error), "where": _where(error)}
     case["distinct"] = len(set(expected[0, -NEW_TOKENS:].tolist()))
@@ -92,13 +93,10 @@ def _compare(entry: Entry, make: Inputs, batch: int, seed: int, assisted: bool) 
     draft.generation_config.num_assistant_tokens = GAMMA
     draft.generation_config.num_assistant_tokens_schedule = "constant"
     draft.generation_config.assistant_confidence_threshold = 0.0
-    stats = hf_specdec.SpeculationStats()
+    stats, gaps = hf_specdec.SpeculationStats(), functools.partial(_gaps, target, inputs)
     ours = {"strategy": "spec", "num_assistant_tokens": GAMMA, "num_assistant_tokens_schedule": "constant", **assistant}
     case[OURS] = _outcome(
-        lambda: _generate(target, inputs, speculation_stats=stats, **ours),
-        expected,
-        gaps,
-        "hf_specdec",
+        lambda: _generate(target, inputs, speculation_stats=stats, **ours), expected, gaps, "hf_specdec"
     )
     if stats.target_forwards:
         case["acceptance"] = stats.acceptance_rate
@@ -126,33 +124,36 @@ def _generate(model: PreTrainedModel, inputs: dict[str, Any], **kwargs: Any) -> 
     return model.generate(**copy.deepcopy(inputs), max_new_tokens=NEW_TOKENS, do_sample=False, **kwargs)
 
 
-def _vanilla(model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Vanilla's tokens, and by row and step the gap between its two best logits."""
-    output = _generate(model, inputs, return_dict_in_generate=True, output_logits=True)
-    best = torch.stack(output.logits, dim=1).float().topk(2, dim=-1).values
-    return output.sequences, best[..., 0] - best[..., 1]
-
-
-def _outcome(run: Callable[[], Any], expected: Tensor, gaps: Tensor, package: str) -> dict[str, Any]:
+def _outcome(run: Callable[[], Any], expected: Tensor, gaps: Callable[[], Tensor], package: str) -> dict[str, Any]:
+    """What came of a method; `gaps` are asked for only where its tokens differ."""
     try:
-        output = run()
+        given = run()
     except Exception as error:
         refused = isinstance(error, _DELIBERATE) and _raised_on_purpose(error, package)
         return {"outcome": REFUSED if refused else ERROR, "message": _message(error), "where": _where(error)}
-    given = output if isinstance(output, Tensor) else output.sequences
     if given.shape == expected.shape and torch.equal(given, expected):
         return {"outcome": IDENTICAL}
-    return {"outcome": WRONG, **_first_difference(given, expected, gaps)}
+    return {"outcome": WRONG, **_first_difference(given, expected, gaps())}
+
+
+def _gaps(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
+    """`[batch, steps]`: how far apart vanilla's two best logits are; no steps where it does not tell its logits."""
+    output = _generate(model, inputs, return_dict_in_generate=True, output_logits=True)
+    logits = getattr(output, "logits", None)
+    if not logits:
+        return torch.zeros(len(output.sequences), 0)
+    best = torch.stack(logits, dim=1).float().topk(2, dim=-1).values
+    return best[..., 0] - best[..., 1]
 
 
 def _first_difference(given: Tensor, expected: Tensor, gaps: Tensor) -> dict[str, Any]:
-    width = expected.shape[1] - gaps.shape[1]
     if given.shape != expected.shape:
         return {"message": f"shape {tuple(given.shape)} instead of {tuple(expected.shape)}", "gap": 1.0}
     row, column = min(((given != expected).nonzero()).tolist(), key=lambda place: place[1])
-    gap = float(gaps[row, column - width]) if column >= width else 1.0
+    step = column - (expected.shape[1] - gaps.shape[1])
+    gap = float(gaps[row, step]) if gaps.shape[1] and step >= 0 else 1.0
     rows = int((given != expected).any(dim=1).sum())
-    return {"message": f"row {row} differs at new token {column - width} ({rows} rows, gap {gap:.2g})", "gap": gap}
+    return {"message": f"row {row} differs at new token {step} ({rows} rows, gap {gap:.2g})", "gap": gap}
 
 
 def _message(error: Exception) -> str:

@@ -80,7 +80,11 @@ _MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 8}
 _EXPERTS = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}
 _INDEXER = {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 16,
             "indexer_compress_ratio": 4}  # fmt: skip
+_DECODER = {"decoder": {"is_decoder": True, "add_cross_attention": True}}
 SPECIAL: dict[str, dict[str, Any]] = {
+    "encoder-decoder": _DECODER,
+    "vision-encoder-decoder": _DECODER,
+    "speech-encoder-decoder": _DECODER,
     "bamba": {**_MAMBA2, "num_hidden_layers": 4, "attn_layer_indices": [1, 3]},
     "granitemoehybrid": {**_MAMBA2, "layer_types": ["linear_attention", "full_attention"] * 2, "num_hidden_layers": 4},
     "mamba2": {"num_heads": 8},
