@@ -1,11 +1,9 @@
 """Architectures of every family, each with its own kinds of layers and inputs, say what they say without us.
 
-`scripts/compat_matrix` goes over all classes; these are a sample. Tiny models, built and compared as there: float32, all
-rows of an uneven batch, prompts beyond the sliding windows, drafts that agree in part.
+`scripts/compat_matrix` goes over all classes; these are a sample, built and compared as there: tiny, in float32, uneven rows,
+prompts beyond the sliding windows, drafts that agree in part.
 """
 
-import dataclasses
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +30,9 @@ FAMILIES: dict[str, list[str]] = {
         "Exaone4ForCausalLM",
     ],
     "encoder-decoder": [
-        "T5ForConditionalGeneration", "BartForConditionalGeneration", "MarianMTModel", "PegasusForConditionalGeneration",
-        "M2M100ForConditionalGeneration", "WhisperForConditionalGeneration", "VisionEncoderDecoderModel",
+        "T5ForConditionalGeneration", "BartForConditionalGeneration", "MarianMTModel",
+        "PegasusForConditionalGeneration", "M2M100ForConditionalGeneration", "WhisperForConditionalGeneration",
+        "VisionEncoderDecoderModel",
     ],
     "images and sound": [
         "LlavaForConditionalGeneration", "Qwen2VLForConditionalGeneration", "Qwen3VLForConditionalGeneration",
@@ -54,3 +53,85 @@ def test_a_class_says_what_it_said(name: str) -> None:
         assert case[OURS]["outcome"] == IDENTICAL, case
     rates = [case["acceptance"] for case in result["cases"]]
     assert 0.05 < sum(rates) / len(rates) < 0.95
+
+
+def test_other_tokens_are_called_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One position too far while drafts are verified, and the table says so."""
+    original = forward.CachedModel._positions
+
+    def broken(self: Any, rows: list[int], slots: torch.Tensor) -> torch.Tensor:
+        return original(self, rows, slots) + (slots.shape[1] == compat.GAMMA + 1)
+
+    monkeypatch.setattr(forward.CachedModel, "_positions", broken)
+    result = examine(ENTRIES["LlamaForCausalLM"], batches=(1,), assisted=False)
+    kind, message = compat_table.outcome(result, OURS, 1)
+    assert kind == WRONG and "differs at new token" in message
+
+
+def test_exceptions_raised_on_purpose_are_refusals_and_others_are_errors() -> None:
+    result = examine(ENTRIES["LlamaForCausalLM"], batches=(4,))
+    kind, message = compat_table.outcome(result, compat.ASSISTED, 4)
+    assert kind == REFUSED and message == "ValueError: assisted generate is only supported for batch_size = 1"
+
+    def somebody_elses() -> None:
+        raise ValueError("not our words")
+
+    def our_mistake() -> None:
+        forward.CachedModel._positions(None, [], None)  # type: ignore[arg-type]
+
+    for run in (somebody_elses, our_mistake):
+        found = compat._outcome(run, torch.zeros(1, 1), lambda: torch.zeros(1, 1), "hf_specdec/")
+        assert found["outcome"] == ERROR
+
+
+def test_every_class_of_the_mappings_is_listed_once() -> None:
+    names = [entry.name for entry in tiny_models.entries()]
+    assert len(names) == len(set(names)) > 200
+    assert {"LlamaForCausalLM", "T5ForConditionalGeneration", "WhisperForConditionalGeneration"} <= set(names)
+
+
+def test_a_worker_that_dies_or_hangs_is_told_and_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "moody.py").write_text(
+        "import os, time\n"
+        "from hf_specdec.tools.isolated import serve\n"
+        "def answer(question):\n"
+        "    print('chatter')\n"
+        "    if question['do'] == 'die': os._exit(3)\n"
+        "    if question['do'] == 'hang': time.sleep(60)\n"
+        "    return {'did': question['do']}\n"
+        "serve(answer)\n"
+    )
+    paths = [str(tmp_path), str(Path(__file__).parent.parent)]
+    monkeypatch.setenv("PYTHONPATH", ":".join(paths))
+    worker = Worker("moody")
+    assert worker.ask({"do": "work"}, 60) == {"did": "work"}
+    assert worker.ask({"do": "die"}, 60) == {"crash": "the process ended with code 3"}
+    assert worker.ask({"do": "hang"}, 2) == {"crash": "no answer within 2 s"}
+    assert worker.ask({"do": "work"}, 60) == {"did": "work"}
+    worker.stop()
+
+
+def test_the_page_counts_and_lists_everything() -> None:
+    def case(ours: str, batch: int, vanilla: str | None = None) -> dict[str, Any]:
+        method = {"outcome": ours, "message": "" if ours == IDENTICAL else "ValueError: no X in AModel"}
+        return {"inputs": "text", "batch": batch, "vanilla": vanilla, OURS: method, compat.ASSISTED: method}
+
+    results = [
+        {
+            "name": "AModel",
+            "build": None,
+            "layer_types": ["full_attention"],
+            "cases": [case(IDENTICAL, 1), case(REFUSED, 4)],
+        },
+        {"name": "BModel", "build": None, "cases": [case(WRONG, 1), case(WRONG, 4)]},
+        {"name": "CModel", "build": "ImportError: timm", "cases": []},
+        {"name": "DModel", "build": None, "cases": [case("", 1, "TypeError: no"), case("", 4, "TypeError: no")]},
+    ]
+    assert compat_table.counts(results, [1])["1"][OURS] == {
+        IDENTICAL: 1, WRONG: 1, compat_table.NOT_BUILT: 1, compat_table.VANILLA_CANNOT: 1,
+    }  # fmt: skip
+    page = compat_table.markdown(results, [1, 4], "the command")
+    assert "| identical | 1 (50%) | 1 (50%) | 0 (0%) | 0 (0%) |" in page
+    assert "| AModel | full | text | ✓ | ✓ | refused | refused |" in page
+    assert "- refused: ValueError: no X in CLASS: AModel" in page
+    assert "- CModel: ImportError: timm" in page and "- DModel: TypeError: no" in page and "the command" in page

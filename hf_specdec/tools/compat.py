@@ -96,14 +96,14 @@ def _compare(entry: Entry, make: Inputs, batch: int, seed: int, assisted: bool) 
     stats, gaps = hf_specdec.SpeculationStats(), functools.partial(_gaps, target, inputs)
     ours = {"strategy": "spec", "num_assistant_tokens": GAMMA, "num_assistant_tokens_schedule": "constant", **assistant}
     case[OURS] = _outcome(
-        lambda: _generate(target, inputs, speculation_stats=stats, **ours), expected, gaps, "hf_specdec"
+        lambda: _generate(target, inputs, speculation_stats=stats, **ours), expected, gaps, "/hf_specdec/"
     )
     if stats.target_forwards:
         case["acceptance"] = stats.acceptance_rate
         case["efficiency"] = stats.block_efficiency
     if assisted:
         case[ASSISTED] = _outcome(
-            lambda: _generate(target, inputs, **assistant), expected, gaps, "transformers/generation"
+            lambda: _generate(target, inputs, **assistant), expected, gaps, "/transformers/generation/"
         )
     return case
 
