@@ -1,7 +1,7 @@
 """Architectures of every family, each with its own kinds of layers and inputs, say what they say without us.
 
-`scripts/compat_matrix` goes over all classes; these are a sample, built and compared as there: tiny, in float32, uneven rows,
-prompts beyond the sliding windows, drafts that agree in part.
+`scripts/compat_matrix` goes over all classes; these are a sample, built and compared as there: tiny, in float32, rows
+of uneven lengths, prompts beyond the sliding windows, drafts that agree in part.
 """
 
 from pathlib import Path
