@@ -1,7 +1,8 @@
-"""RaggedCache: keys and values of rows that have different lengths.
+"""RaggedCache: what a model keeps of rows that have different lengths.
 
-Owns the storage of one model's attention cache and the length of each row. It never decides what is committed; it is
-told, by `lengths`. Rolling back is setting a smaller length: nothing is copied and nothing is cleared.
+Owns the storage of one model's keys and values and the length of each row. It never decides what is committed; it is
+told. Rolling back is setting a smaller length: nothing is copied and nothing is cleared. What layers keep besides keys
+and values is in `states.py`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .host import to_device
+from .states import States, copy_states, is_known, is_recurrent
 
 if TYPE_CHECKING:
     from .window import Window
@@ -91,7 +93,7 @@ class RaggedCache(Cache):
         device: where index tensors are made.
         capacity: slots to allocate at first.
         max_capacity: slots that will ever be needed; growth is geometric up to it.
-        layers: made for the model; by default all hold every slot, and are made as they come.
+        layers: made for the model (see `layers.py`); by default all hold every slot, and are made as they come.
     """
 
     def __init__(
@@ -100,10 +102,15 @@ class RaggedCache(Cache):
         device: torch.device,
         capacity: int,
         max_capacity: int,
-        layers: Sequence[RaggedLayer] = (),
+        layers: Sequence[Any] = (),
     ):
         super().__init__(layers=list(layers))
-        self.windows = list({id(layer.window): layer.window for layer in layers if layer.window is not None}.values())
+        mine = [layer for layer in layers if isinstance(layer, RaggedLayer)]
+        self.windows = list({id(layer.window): layer.window for layer in mine if layer.window is not None}.values())
+        self.states = States(
+            recurrent=[layer for layer in layers if is_recurrent(layer) and (layer in mine or is_known(layer))],
+            whole=[layer for layer in layers if layer not in mine and not is_known(layer)],
+        )
         self.device = device
         self.capacity = min(round_up(capacity), round_up(max_capacity))
         self.max_capacity = round_up(max_capacity)
@@ -118,20 +125,28 @@ class RaggedCache(Cache):
         return self._storage[: self._active]
 
     def activate(self, rows: list[int]) -> None:
-        """From now on forwards are over these rows, in this order. Other rows keep their entries."""
+        """From now on forwards are over these rows, in this order. The others keep their entries, not their states."""
+        if rows == self.rows:
+            return
+        if self.states:
+            self.states.select([self.rows.index(row) for row in rows])
         for i, row in enumerate(rows):
             j = self._storage.index(row)
             if i != j:
                 used = max(self.lengths[row], self.lengths[self._storage[i]])
-                for layer in self.layers:
-                    if layer.is_initialized:
-                        layer.swap(i, j, used)
+                for layer in self._with_entries():
+                    layer.swap(i, j, used)
                 self._storage[i], self._storage[j] = self._storage[j], self._storage[i]
         self._active = len(rows)
 
     @property
     def active_lengths(self) -> list[int]:
         return [self.lengths[row] for row in self.rows]
+
+    @property
+    def has_entries(self) -> bool:
+        """Whether there are layers with an entry per token."""
+        return not self.layers or any(not is_recurrent(layer) or hasattr(layer, "keys") for layer in self.layers)
 
     @property
     def is_uniform(self) -> bool:
@@ -151,6 +166,8 @@ class RaggedCache(Cache):
             prefill: whether rows are sure to be rolled back to these, their own tokens being followed by fill.
         """
         lengths = self.active_lengths
+        if self.states:
+            self.states.mark(lengths)
         used = max(lengths) + query_length
         if used > self.capacity:
             self._grow(used)
@@ -161,6 +178,15 @@ class RaggedCache(Cache):
         else:
             starts = to_device(lengths, self.device)
             self._write = _Write(used, 0, starts[:, None] + torch.arange(query_length, device=self.device))
+
+    def roll_back(self, rows: list[int], most: list[int]) -> None:
+        """Keep at most so many tokens of each of these rows; if there are states, as many as a mark was made at."""
+        limits = dict(zip(rows, most))
+        kept = [min(self.lengths[row], limits.get(row, self.lengths[row])) for row in self.rows]
+        if self.states:
+            kept = self.states.roll_back(self.active_lengths, kept)
+        for row, length in zip(self.rows, kept):
+            self.lengths[row] = length
 
     def prepare_slots(self, slots: Tensor) -> None:
         """Announce a forward whose tokens go to `slots` `[active rows, q]`, and see the whole capacity."""
@@ -175,10 +201,9 @@ class RaggedCache(Cache):
         self.lengths = [0] * len(self.lengths)
         self._storage = list(range(len(self.lengths)))
         self._active = len(self.lengths)
-        for layer in self.layers:
-            if layer.is_initialized:
-                layer.keys.zero_()
-                layer.values.zero_()
+        for layer in self._with_entries():
+            layer.keys.zero_()
+            layer.values.zero_()
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -187,6 +212,8 @@ class RaggedCache(Cache):
         write = self._write
         assert write is not None, "prepare() comes before a forward"
         layer = self._layer(layer_idx, key_states, value_states)
+        if not isinstance(layer, RaggedLayer):
+            return layer.update(key_states, value_states, *args, **kwargs)
         if layer.window is not None:
             return layer.update(key_states, value_states)
         return self._put(layer.keys, key_states, write), self._put(layer.values, value_states, write)
@@ -213,25 +240,30 @@ class RaggedCache(Cache):
         return self.get_seq_length(layer_idx)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        window = self.layers[layer_idx].window if layer_idx < len(self.layers) else None
-        if window is not None:
-            return window.view.used, min(window.view.origins)
+        layer: Any = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        if layer is not None and getattr(layer, "window", None) is not None:
+            return layer.window.view.used, min(layer.window.view.origins)
+        if layer in self.states.whole:
+            return layer.get_mask_sizes(query_length)
         return self.get_seq_length() + query_length, 0
 
-    def _layer(self, layer_idx: int, key_states: Tensor, value_states: Tensor) -> RaggedLayer:
+    def _with_entries(self) -> Iterator[RaggedLayer]:
+        """The layers that hold keys and values here."""
+        return (layer for layer in self.layers if isinstance(layer, RaggedLayer) and layer.is_initialized)
+
+    def _layer(self, layer_idx: int, key_states: Tensor, value_states: Tensor) -> Any:
         while len(self.layers) <= layer_idx:
             self.layers.append(RaggedLayer())
-        layer = self.layers[layer_idx]
-        if not layer.is_initialized:
+        layer: Any = self.layers[layer_idx]
+        if isinstance(layer, RaggedLayer) and not layer.is_initialized:
             layer.allocate(len(self.lengths), self.capacity, key_states, value_states)
         return layer
 
     def _grow(self, needed: int) -> None:
         used = max(self.lengths)
         self.capacity = round_up(max(needed, min(2 * self.capacity, self.max_capacity)))
-        for layer in self.layers:
-            if layer.is_initialized:
-                layer.grow(self.capacity, used)
+        for layer in self._with_entries():
+            layer.grow(self.capacity, used)
 
     # Exchange with the caches of transformers, which hold all rows in equal columns.
 
@@ -247,12 +279,17 @@ class RaggedCache(Cache):
         self.capacity = max(self.capacity, round_up(past))
         for window in self.windows:
             window.load(self)
+        for mine, theirs in zip(self.layers, source.layers):
+            if is_recurrent(mine) or mine in self.states.whole:
+                copy_states(theirs, mine)
         for index, layer in enumerate(source.layers):
-            if not layer.is_initialized:
+            if getattr(layer, "keys", None) is None or (
+                index < len(self.layers) and self.layers[index] in self.states.whole
+            ):
                 continue
             keys, values = layer.keys, layer.values
-            held = min(keys.shape[-2], past)  # a sliding layer has let go of the oldest columns
             mine = self._layer(index, keys, values)
+            held = min(keys.shape[-2], past)  # a sliding layer has let go of the oldest columns
             for row, f in enumerate(first):
                 if f >= past:
                     continue
@@ -270,7 +307,7 @@ class RaggedCache(Cache):
             width: columns in all; those that hold nothing are zero.
         """
         for index, layer in enumerate(self.layers):
-            if not layer.is_initialized:
+            if not isinstance(layer, RaggedLayer) or not layer.is_initialized:
                 continue
             out = []
             for storage in (layer.keys, layer.values):
@@ -281,6 +318,12 @@ class RaggedCache(Cache):
                 out.append(states)
             yield index, out[0], out[1]
 
+    def copy_states_to(self, other: Cache) -> None:
+        """Give a cache of transformers, which has the same kinds of layers, what these keep besides keys and values."""
+        for mine, theirs in zip(self.layers, other.layers):
+            if is_recurrent(mine) or mine in self.states.whole:
+                copy_states(mine, theirs)
+
 
 def _storage(like: Tensor, *shape: int) -> Tensor:
     """Zeros that may be written in and outside of inference mode."""
@@ -290,23 +333,3 @@ def _storage(like: Tensor, *shape: int) -> Tensor:
 
 def round_up(tokens: int) -> int:
     return -(-max(tokens, 1) // _ROUND) * _ROUND
-
-
-def check_layers(cache: Cache, owner: str) -> None:
-    """Raise a ValueError unless a cache like this is keys and values, one entry per token, and nothing else.
-
-    Args:
-        cache: what transformers makes of the model's config; need not have been used.
-        owner: whose cache it is, for the message.
-    """
-    extra_state = ("update_recurrent_state", "update_indexer", "_quantize", "set_prefill_length")
-    unsupported = {
-        type(layer).__name__
-        for layer in cache.layers
-        if not hasattr(layer, "keys") or any(hasattr(layer, name) for name in extra_state)
-    }
-    if unsupported:
-        raise ValueError(
-            f"The cache of {owner} has layers of type {', '.join(sorted(unsupported))}, which strategy='spec' cannot "
-            "roll back to the accepted tokens yet"
-        )

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from transformers import AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from .cache import check_layers
+from .layers import check_layers
+from .probes import continues_states
+from .states import has_states
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -40,7 +42,13 @@ def check_architecture(draft: PreTrainedModel, target: PreTrainedModel) -> None:
             f"`assistant_model` must be a decoder-only model, {name} is an encoder-decoder model: the target "
             f"({type(target).__name__}) has no encoder inputs to give to it"
         )
-    check_layers(DynamicCache(config=draft.config.get_text_config(decoder=True)), f"`assistant_model` ({name})")
+    cache = DynamicCache(config=draft.config.get_text_config(decoder=True))
+    check_layers(cache, f"`assistant_model` ({name})")
+    if has_states(cache) and not (continues_states(draft) or continues_states(draft, at_once=1)):
+        raise ValueError(
+            f"`assistant_model` ({name}) keeps state where no cache of transformers holds it, so that it cannot go "
+            "back to accepted tokens: use another draft"
+        )
 
 
 def check_device(draft: PreTrainedModel, target: PreTrainedModel) -> None:

@@ -4,6 +4,7 @@ Start reading at `SpeculativeDecoding.run`. What each step needs lives in its ow
 is the only one that appends to the context.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import perf_counter
 
@@ -54,10 +55,12 @@ class SpeculativeDecoding:
         in_order: logits processors and stopping criteria are called as vanilla calls them, step by step.
         lockstep: all rows commit equally many tokens per iteration.
         pending_embeds: `[batch, columns, width]` when the prompt is embeddings, whose last one no token stands for.
+        make_target: makes the target as it was before anything was fed to it.
     """
 
     context: Context
     target: CachedModel
+    make_target: Callable[[], CachedModel]
     drafter: Drafter
     request: DraftRequest
     schedule: Schedule
@@ -72,6 +75,7 @@ class SpeculativeDecoding:
     stats: SpeculationStats = field(default_factory=SpeculationStats)
     trace: Trace | None = None
     _done_at: dict[int, int] = field(default_factory=dict)  # row -> column behind which it met a criterion
+    _fed_before: list[int] = field(default_factory=list)  # by active row, queries of tokens that were pending
     _finished: set[int] = field(default_factory=set)  # rows that leave the batch after this iteration
 
     def run(self) -> int:
@@ -102,9 +106,10 @@ class SpeculativeDecoding:
         self.drafter.start(self.request, self.context)
         chunks: list[tuple[list[int], ModelOutput]] = []
         equal = len(set(self.target.missing(self.context))) == 1
+        is_special = self.prefill_chunk_size or self.pending_embeds is not None or self.recorder.forward_kwargs
         if self.target.first_forward is not None:
             pass  # that is the first verification
-        elif not equal or self.prefill_chunk_size or self.pending_embeds is not None or self.recorder.forward_kwargs:
+        elif not equal or is_special or self.target.cache.states:
             chunks = self.target.prefill(
                 self.context, self.prefill_chunk_size, embeds=self.pending_embeds, **self.recorder.forward_kwargs
             )
@@ -117,7 +122,10 @@ class SpeculativeDecoding:
         context = self.context
         room = [max(context.max_length - end - 1, 0) for end in context.active_ends]
         reads_prompt = self.pending_embeds is not None or self.target.first_forward is not None
-        max_tokens = 0 if reads_prompt else min(self.schedule.plan(len(context.rows)), max(room))
+        gamma = 0 if reads_prompt else self.schedule.plan(len(context.rows))
+        if self.target.cache.states and not reads_prompt:
+            room = [min(space, most) for space, most in zip(room, self._beside_pending(gamma))]
+        max_tokens = min(gamma, max(room))
         if max_tokens == 0:
             return Draft(context.tokens.new_empty(len(context.rows), 0), lengths=[0] * len(context.rows))
         draft = self.drafter.propose(context, max_tokens)
@@ -127,20 +135,40 @@ class SpeculativeDecoding:
         probs = None if draft.probs is None else draft.probs[:, :longest]
         return Draft(draft.tokens[:, :longest], probs, lengths, draft.valid)
 
+    def _beside_pending(self, gamma: int) -> list[int]:
+        """How many drafts fit behind the pending tokens of each active row, where all rows are fed equally many.
+
+        A row with more of them gets fewer drafts, and at times none, after which nothing is pending any more. So a
+        forward is never over more than 2γ + 1 tokens per row, and each row gets a token from each.
+        """
+        pending = self.target.missing(self.context)
+        width = max(min(gamma + min(pending), 2 * gamma + 1), max(pending))
+        return [width - n for n in pending]
+
     def verify(self, draft: Draft) -> ModelOutput:
-        """One target forward over each row's last committed token and its drafts: `[rows, γ + 1, vocab]` logits."""
-        if self.target.first_forward is not None:
-            output = self.target.read_prompt(**self.recorder.forward_kwargs)
+        """One target forward over each row's uncached tokens and its drafts: `[rows, γ + 1, vocab]` logits."""
+        context, target = self.context, self.target
+        if target.first_forward is not None:
+            output = target.read_prompt(**self.recorder.forward_kwargs)
             self.recorder.prompt(output)
             return CausalLMOutputWithPast(logits=output.logits)
-        self.context.clear_drafts()
-        self.context.write_drafts(draft.tokens)
-        proposed = draft.tokens.shape[1]
-        width = max(self.target.missing(self.context)) + proposed
-        output = self.target.forward(
-            self.context, width, keep=proposed + 1, embeds=self.pending_embeds, **self.recorder.forward_kwargs
+        context.clear_drafts()
+        if target.cache.states and not draft.tokens.shape[1] and len(set(target.missing(context))) > 1:
+            target.prefill(context)  # without drafts to fill them up, some rows would stay behind for ever
+        context.write_drafts(draft.tokens)
+        missing = target.missing(context)
+        width = max(n + proposed for n, proposed in zip(missing, draft.row_lengths))
+        begin = [n - 1 for n in missing]  # the query of each row that is about its next token
+        output = target.forward(
+            context, width, keep=width - min(begin), embeds=self.pending_embeds, **self.recorder.forward_kwargs
         )
         self.pending_embeds = None
+        count = draft.tokens.shape[1] + 1
+        if min(begin) != max(begin) or output.logits.shape[1] != count:
+            at = to_device(begin, output.logits.device)[:, None] - min(begin)
+            at = (at + torch.arange(count, device=at.device)).clamp(max=output.logits.shape[1] - 1)
+            output.logits = output.logits.gather(1, at[..., None].expand(-1, -1, output.logits.shape[2]))
+        self._fed_before = begin
         return output
 
     def accept(self, draft: Draft, logits: Tensor) -> Committed:
@@ -287,7 +315,7 @@ class SpeculativeDecoding:
     def commit(self, committed: Committed, output: ModelOutput) -> None:
         """Append each row's committed set."""
         self.context.clear_drafts()
-        self.recorder.layers(output, [len(tokens) for tokens in committed.tokens])
+        self.recorder.layers(output, [len(tokens) for tokens in committed.tokens], self._fed_before)
         for row, tokens in zip(self.context.rows, committed.tokens):
             self.context.append(row, tokens)
         self._finished = {row for row, why in zip(self.context.rows, committed.finished) if why is not None}

@@ -16,6 +16,7 @@ from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTra
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
+from .layers import cached_length
 from .masks import looks_ahead
 
 # What our own forwards are made of. Whatever else a model is given is the prompt's, or its own.
@@ -56,11 +57,11 @@ class FirstForward:
         self._model = model
         self._ids = input_ids
         self._config = generation_config
-        self._columns = columns + int(cache.get_seq_length())
+        self._columns = columns + cached_length(cache)
         if self._columns == columns:  # the given one may be of another kind; it gets its entries in the end
             cache = DynamicCache(config=model.config.get_text_config(decoder=True))
         self.cache = cache
-        self._kwargs = {**model_kwargs, "past_key_values": cache}
+        self._kwargs = {**model_kwargs, "cache_params" if "cache_params" in model_kwargs else "past_key_values": cache}
         self.inputs: dict[str, Any] = model.prepare_inputs_for_generation(
             input_ids, next_sequence_length=columns, is_first_iteration=True, **self._kwargs
         )

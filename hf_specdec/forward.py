@@ -22,7 +22,7 @@ from .context import Context
 from .encoded import Encoded
 from .first_forward import FirstForward
 from .host import no_bookkeeping, to_device
-from .masks import ragged_mask, takes_position_ids
+from .masks import Mask, ragged_mask, takes_position_ids
 from .static import WIDTHS, StaticForwards, give_back
 
 
@@ -75,10 +75,12 @@ class CachedModel:
         self.static = static
         self.encoded = encoded
         self.no_bookkeeping = no_bookkeeping(model, self.device)
+        self.at_once: int | None = None  # over so many tokens a state goes on in one forward; None for all
         self.forwards = 0  # whose logits were wanted
         self.prefill_forwards = 0
         parameters = inspect.signature(model.forward).parameters
         self._vocab_size: int = model.config.get_text_config(decoder=True).vocab_size
+        self._cache_name = "cache_params" if "cache_params" in parameters else "past_key_values"
         self._takes_position_ids = takes_position_ids(model)
         if first_forward is not None and first_forward.places_tokens_itself:
             self._takes_position_ids = False
@@ -95,17 +97,21 @@ class CachedModel:
 
         Returns: for each chunk, how many of its tokens were each row's own, and the output.
         """
-        todo = max(self.missing(context)) - 1
         outputs = []
-        while todo > 0:
+        while (todo := max(self.missing(context)) - 1) > 0:
+            own = [max(n - 1, 0) for n in self.missing(context)]
+            if self.cache.states:  # no row may be fed what is not its own
+                todo = min(n for n in own if n)
             width = min(chunk_size or todo, todo)
-            counts = [min(max(n - 1, 0), width) for n in self.missing(context)]
+            if self.at_once is not None:
+                width = self.at_once if self.cache.get_seq_length() else todo
+            counts = [min(n, width) for n in own]
             with self.no_bookkeeping():
                 outputs.append((counts, self._feed(context, width, keep=1, prefill=True, **kwargs)))
             self.prefill_forwards += 1
-            for row in context.rows:
-                self.cache.lengths[row] += width
-            todo -= width
+            if self.cache.states:
+                most = [self.cache.lengths[row] - width + n for row, n in zip(context.rows, counts)]
+                self.cache.roll_back(context.rows, most)
         self.commit(context)
         return outputs
 
@@ -133,7 +139,7 @@ class CachedModel:
             ids: `[active rows, width]`, what to feed where that is known already.
 
         Returns: the model's output, `logits` `[active rows, keep, vocab]` of the last `keep` tokens.
-            The cache's lengths stay as they were until `commit`.
+            The cache now holds all of it, until `commit`.
         """
         keep = keep or width
         self.forwards += 1
@@ -147,8 +153,9 @@ class CachedModel:
 
     def commit(self, context: Context) -> None:
         """Keep the entries of committed tokens but the last one, forget those of rejected drafts."""
-        for row in context.rows:
-            self.cache.lengths[row] = max(context.ends[row] + self.slot_offset[row] - 1, 0)
+        self.cache.roll_back(
+            context.rows, [max(context.ends[row] + self.slot_offset[row] - 1, 0) for row in context.rows]
+        )
 
     def release(self) -> None:
         """The call is over: what is kept for the next one may be used by it."""
@@ -162,6 +169,7 @@ class CachedModel:
         last = [self.cache.capacity] * len(rows) if self.max_slot is None else [self.max_slot[row] for row in rows]
         places = torch.tensor([starts, [self.position_offset[row] for row in rows], last])
         ids = self._tokens(context, starts, width, ids)
+        self._advance(rows, width)
         return static(self.model, ids, places.to(self.device, non_blocking=True))
 
     def _tokens(self, context: Context, starts: list[int], width: int, ids: Tensor | None) -> Tensor:
@@ -186,7 +194,7 @@ class CachedModel:
         cache.prepare(width, [context.ends[row] + self.slot_offset[row] - 1 for row in rows], prefill)
 
         slots = to_device(starts, self.device)[:, None] + torch.arange(width, device=self.device)
-        inputs: dict[str, Any] = {"past_key_values": cache, "use_cache": True, "attention_mask": self._mask(slots)}
+        inputs: dict[str, Any] = {self._cache_name: cache, "use_cache": True, "attention_mask": self._mask(slots)}
         if embeds is not None:
             first = to_device([self.column_offset - self.slot_offset[row] for row in rows], self.device)
             columns = (slots + first[:, None]).clamp(max=embeds.shape[1] - 1)
@@ -204,7 +212,13 @@ class CachedModel:
             inputs[name] = value[rows].expand(-1, width, *value.shape[2:]) if wide else value
         if self.encoded is not None:
             inputs = self.encoded.join(inputs, rows)
-        return self.model(**inputs, **kwargs, return_dict=True)
+        output = self.model(**inputs, **kwargs, return_dict=True)
+        self._advance(rows, width)
+        return output
+
+    def _advance(self, rows: list[int], width: int) -> None:
+        for row in rows:
+            self.cache.lengths[row] += width
 
     def _positions(self, rows: list[int], slots: Tensor) -> Tensor:
         def by_row(values: list[int]) -> Tensor:
@@ -222,13 +236,16 @@ class CachedModel:
         given = known.gather(1, columns.clamp(max=known.shape[1] - 1))
         return torch.where(columns < known.shape[1], given, positions)
 
-    def _mask(self, slots: Tensor) -> Tensor | dict[str, Tensor] | None:
-        used = self.cache.get_seq_length() + slots.shape[1]
+    def _mask(self, slots: Tensor) -> Mask | None:
+        rows, used = self.cache.rows, self.cache.get_seq_length() + slots.shape[1]
+        if not self.cache.has_entries:  # recurrent layers alone: which of these tokens are real
+            prompt = None if self.padding_mask is None else self.padding_mask[rows, used - slots.shape[1] : used]
+            return None if prompt is None or prompt.shape[1] < slots.shape[1] else prompt.long()
+        if not self.cache.sees_one_span:
+            first = None if self.padding_mask is None else self.padding_mask.long().argmax(dim=1)[rows]
+            held = {window.layer_type: window.slots(self.device) for window in self.cache.windows}
+            return ragged_mask(self.model, slots, used, held, first)
         if self.padding_mask is not None:
-            prompt = self.padding_mask[self.cache.rows, :used]
+            prompt = self.padding_mask[rows, :used]
             return torch.cat([prompt, prompt.new_ones(len(prompt), used - prompt.shape[1])], dim=1).long()
-        if self.cache.sees_one_span:
-            return None  # plain causal attention: transformers builds it, or skips it
-        return ragged_mask(
-            self.model, slots, used, {window.layer_type: window.slots(self.device) for window in self.cache.windows}
-        )
+        return None  # plain causal attention: transformers builds it, or skips it

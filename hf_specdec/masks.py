@@ -3,7 +3,7 @@
 import inspect
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,17 +12,28 @@ from transformers.modeling_outputs import BaseModelOutput
 
 # Layer types whose attention mask is a function of query and key positions.
 _MASKED_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
+# Layer types that do not attend. "hybrid" layers do both, and their two halves ask for masks by these names.
+_UNMASKED_LAYER_TYPES = {"linear_attention", "conv", "mamba", "moe", "mlp", "dummy"}
+_HYBRID_HALVES = {"hybrid": "full_attention", "hybrid_sliding": "sliding_attention"}
 # Attention implementations that take a 4-D mask.
 _MASK_TAKING = {"sdpa", "eager"}
 
 
+Mask: TypeAlias = Tensor | dict[str, Tensor | None]
+
+
 def ragged_mask(
-    model: PreTrainedModel, slots: Tensor, used: int, key_slots: Mapping[str, Tensor] | None = None
-) -> Tensor | dict[str, Tensor]:
+    model: PreTrainedModel,
+    slots: Tensor,
+    used: int,
+    key_slots: Mapping[str, Tensor] | None = None,
+    first: Tensor | None = None,
+) -> Mask:
     """The 4-D mask for queries at `slots` `[rows, q]` over `used` slots, in the form the model's layers expect.
 
     Args:
         key_slots: by layer type, `[rows, k]`, the slots of the keys where they are not the first `used`.
+        first: `[rows]`, the first slot of each row that is not padding; `None` if there is none.
 
     Returns: `[rows, 1, q, used or k]`, bool (True = attend) for sdpa and additive for eager; by layer type when the
     config has `layer_types`, as `create_masks_for_generate` of transformers does it.
@@ -34,8 +45,11 @@ def ragged_mask(
     def mask_for(layer_type: str) -> Tensor:
         held = None if key_slots is None else key_slots.get(layer_type)
         keys = every_slot if held is None else held[:, None, None, :]
-        mask = causal = keys <= queries
-        if layer_type == "sliding_attention":
+        causal = keys <= queries
+        if first is not None:
+            causal = causal & (keys >= first[:, None, None, None])
+        mask = causal
+        if layer_type in ("sliding_attention", "hybrid_sliding"):
             mask = causal & (keys > queries - config.sliding_window)
         elif layer_type == "chunked_attention":
             mask = causal & (keys // config.attention_chunk_size == queries // config.attention_chunk_size)
@@ -46,7 +60,10 @@ def ragged_mask(
 
     layer_types = getattr(config, "layer_types", None)
     if layer_types is not None:
-        return {layer_type: mask_for(layer_type) for layer_type in set(layer_types)}
+        names = set(layer_types)
+        for hybrid in names & _HYBRID_HALVES.keys():
+            names |= {_HYBRID_HALVES[hybrid], "linear_attention", "conv"}
+        return {name: None if name in _UNMASKED_LAYER_TYPES else mask_for(name) for name in names}
     if getattr(config, "sliding_window", None) is not None:
         return mask_for("sliding_attention")
     if getattr(config, "attention_chunk_size", None) is not None:
@@ -94,8 +111,8 @@ def _probe(model: PreTrainedModel) -> bool:
     slots = torch.tensor([[0, 0]], device=model.device)
     mask = ragged_mask(model, slots, 2)
 
-    def turn(m: Tensor) -> Tensor:
-        return torch.cat([m[:, :, :1], m[:, :, 1:].flip(-1)], dim=2)
+    def turn(m: Tensor | None) -> Tensor | None:
+        return None if m is None else torch.cat([m[:, :, :1], m[:, :, 1:].flip(-1)], dim=2)
 
     masks = {key: turn(m) for key, m in mask.items()} if isinstance(mask, dict) else turn(mask)
     kwargs: dict[str, Any] = {"use_cache": False, "return_dict": True}

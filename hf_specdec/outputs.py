@@ -78,16 +78,18 @@ class Recorder:
                 weights = [layer[row, :, query:, first:] for layer in output.attentions]
                 self._attentions[row].append(torch.stack(weights))
 
-    def layers(self, output: ModelOutput, counts: list[int]) -> None:
-        """Record hidden states and attentions, if any, of the first `counts[i]` queries of each active row."""
+    def layers(self, output: ModelOutput, counts: list[int], skipped: list[int] | None = None) -> None:
+        """Record hidden states and attentions, if any, of `counts[i]` queries of each row, behind `skipped[i]`."""
         prefix = PREFIX if self._has_encoder else ""
         hidden_states, attentions = (output.get(prefix + name) for name in ("hidden_states", "attentions"))
         for i, (row, count) in enumerate(zip(self._context.rows, counts)):
+            begin = skipped[i] if skipped else 0
+            own = slice(begin, begin + count)
             if self.wants_hidden_states and hidden_states is not None:
-                states = [layer[i, :count] for layer in hidden_states]
+                states = [layer[i, own] for layer in hidden_states]
                 self._hidden_states[row].append(torch.stack(states))
             if self.wants_attentions and attentions is not None:
-                weights = [layer[i, :, :count] for layer in attentions]
+                weights = [layer[i, :, own] for layer in attentions]
                 self._attentions[row].append(torch.stack(weights))
             if self.wants_attentions and self._has_encoder:
                 weights = [layer[i, :, :count] for layer in output.cross_attentions]

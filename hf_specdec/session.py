@@ -2,6 +2,7 @@
 becomes transformers' output classes and caches again.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,24 +20,26 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 from transformers.utils import logging
 
-from .cache import RaggedCache, check_layers
+from .cache import RaggedCache
 from .context import Context
 from .decoding import SpeculativeDecoding
 from .drafters import Drafter, DraftRequest, ModelDrafter
 from .encoded import EncoderSide, decoder_kwargs, read_encoder
 from .first_forward import FirstForward, prepare_first_forward
 from .forward import CachedModel
-from .masks import takes_position_ids, takes_ragged_rows
+from .layers import cache_layers, cached_length, check_layers
+from .masks import takes_position_ids
 from .options import Options
 from .outputs import Recorder
+from .probes import check_states, decodes_ragged_rows
 from .processors import known, unknown_names
 from .schedule import make_schedule
+from .states import has_states
 from .static import WIDTHS, borrow
 from .stats import SpeculationStats
 from .stopping import Stopping
 from .streaming import StepStreamer
 from .trace import Trace
-from .window import window_layers
 
 logger = logging.get_logger(__name__)
 
@@ -95,7 +98,8 @@ def prepare(
         encoder = read_encoder(model, model_kwargs, encoder_inputs, len(input_ids))
         user_cache, model_kwargs = model_kwargs["past_key_values"], decoder_kwargs(model, input_ids, model_kwargs)
     check_model_kwargs(model_kwargs)
-    cache: Cache = model_kwargs["past_key_values"]
+    cache = prepared_cache(model_kwargs)
+    check_states(model, cache, "the model")
     vocab_size: int = model.config.get_text_config(decoder=True).vocab_size
     prompt = read_prompt(model, input_ids, generation_config, cache, model_kwargs, vocab_size)
     max_length = min(
@@ -106,15 +110,19 @@ def prepare(
     batch = len(prompt.first)
     unknown = [*unknown_names(logits_processor), *stopping.unknown]
     lockstep = batch > 1 and _needs_lockstep(model, drafter, prompt, unknown)
-    # Who is not told positions counts columns, padding included.
-    aligned = prompt.holes or lockstep or (any(prompt.first) and not takes_position_ids(model))
+    # Vanilla pads recurrent layers on the left, which tell what is padding only there; and who is not told positions
+    # counts columns, padding included.
+    aligned = prompt.holes or lockstep or has_states(cache) or (any(prompt.first) and not takes_position_ids(model))
     first = [0] * batch if aligned else prompt.first
 
     pad = generation_config._pad_token_tensor
     context_first = [max(f - prompt.column_offset, 0) for f in prompt.first]
     context = Context(prompt.input_ids, context_first, max_length, 0 if pad is None else int(pad))
     keeps_all = _may_go_far_back(generation_config, cache, batch, lockstep, stopping)
-    target = _cached_target(model, cache, prompt, context, first, aligned, keeps_all, generation_config, encoder)
+    make_target = functools.partial(
+        _cached_target, model, cache, prompt, context, first, aligned, keeps_all, generation_config, encoder
+    )
+    target = make_target()
     if target.encoded is not None:
         target.encoded.load(user_cache.cross_attention_cache)
     windows = [getattr(layer, "sliding_window", None) for layer in cache.layers]
@@ -142,6 +150,7 @@ def prepare(
     return SpeculativeDecoding(
         context=context,
         target=target,
+        make_target=make_target,
         drafter=drafter,
         request=request,
         schedule=schedule,
@@ -162,7 +171,7 @@ def finish(
     decoding: SpeculativeDecoding, width: int, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
 ) -> GenerateDecoderOnlyOutput | GenerateEncoderDecoderOutput | Tensor:
     """The result of `generate()` for a decoding that has run, and the cache that it leaves behind."""
-    cache: Cache = model_kwargs["past_key_values"]
+    cache = prepared_cache(model_kwargs)
     wants_dict = bool(generation_config.return_dict_in_generate)
     if wants_dict or getattr(cache, "_is_user_defined", False):
         hand_back_cache(decoding, width, cache)
@@ -204,6 +213,8 @@ def hand_back_cache(decoding: SpeculativeDecoding, width: int, cache: Cache) -> 
     context, target = decoding.context, decoding.target
     context.rows = list(range(context.batch_size))
     context.ends = [width] * context.batch_size
+    if target.cache.states and context.batch_size > 1:  # those of rows that ended are gone: once more from the start
+        target = decoding.make_target()
     shortest = min(target.cache.lengths)
     for row, offset in enumerate(target.slot_offset):
         held = min(target.cache.lengths[row], width + offset - 1)
@@ -214,13 +225,19 @@ def hand_back_cache(decoding: SpeculativeDecoding, width: int, cache: Cache) -> 
     own = getattr(cache, "self_attention_cache", cache)
     for index, keys, values in target.cache.columns(first, width + target.column_offset - 1):
         own.update(keys, values, index)
+    target.cache.copy_states_to(own)
     if target.encoded is not None:
         target.encoded.hand_back(cache)
 
 
+def prepared_cache(model_kwargs: dict[str, Any]) -> Any:
+    """The cache that transformers has made, or the user has given, under the name that the model has for it."""
+    return model_kwargs.get("past_key_values", model_kwargs.get("cache_params"))
+
+
 def check_model_kwargs(model_kwargs: dict[str, Any]) -> None:
     """Refuse models whose state this loop does not know how to carry from step to step."""
-    cache = model_kwargs.get("past_key_values", model_kwargs.get("cache_params"))  # the latter in Mamba models
+    cache = prepared_cache(model_kwargs)
     if not isinstance(cache, Cache):
         raise ValueError(
             "strategy='spec' needs a model that keeps a transformers `Cache` as `past_key_values`, "
@@ -250,7 +267,7 @@ def read_prompt(
     embeds: Tensor | None = model_kwargs.get("inputs_embeds")
     mask: Tensor | None = model_kwargs.get("attention_mask")
     position_ids: Tensor | None = model_kwargs.get("position_ids")
-    past = int(cache.get_seq_length())
+    past = cached_length(cache)
     batch, width = input_ids.shape
 
     if embeds is not None:
@@ -266,7 +283,8 @@ def read_prompt(
             f"`attention_mask` has the shape {tuple(mask.shape)}, but prompt and `past_key_values` together have "
             f"{batch} rows and {columns} columns"
         )
-    if past and (rows := next(layer.keys.shape[0] for layer in cache.layers if layer.is_initialized)) != batch:
+    initialised = (layer.keys for layer in cache.layers if getattr(layer, "keys", None) is not None)
+    if past and (rows := len(next(initialised))) != batch:
         raise ValueError(f"`past_key_values` has {rows} rows, but the prompt has {batch}: they must be the same")
     if columns - past < 1:
         raise ValueError(
@@ -329,7 +347,7 @@ def _needs_lockstep(model: PreTrainedModel, drafter: Drafter, prompt: Prompt, un
         reason = "the attention mask has zeros behind a row's first token"
     elif prompt.first_forward is not None and prompt.first_forward.places_tokens_itself:
         reason = f"{type(model).__name__} makes its own position ids"
-    elif not takes_ragged_rows(model):
+    elif not decodes_ragged_rows(model):
         reason = f"{type(model).__name__} cannot attend to rows of different lengths (4-D masks)"
     elif isinstance(drafter, ModelDrafter) and not drafter.takes_ragged_rows:
         reason = f"{type(drafter.model).__name__} cannot attend to rows of different lengths (4-D masks)"
@@ -365,14 +383,15 @@ def _cached_target(
     columns = context.max_length + prompt.column_offset
     padded = aligned and not bool(prompt.mask.all())
     device = prompt.mask.device if model.device.type == "meta" else model.device
-    layers = [] if keeps_all else window_layers(source.layers, model.config, len(first), columns)
+    layers = cache_layers(source, model.config, len(first), columns, windowed=not keeps_all)
     cache = RaggedCache(len(first), device, prompt.mask.shape[1] + 256, max_capacity=columns, layers=layers)
     static = None
     if generation_config.cache_implementation == "static":
         moving = prompt.positions is not None or prompt.axes is not None or prompt.first_forward is not None
-        if padded or moving or encoder is not None or not takes_ragged_rows(model):
+        if padded or moving or encoder is not None or cache.states or not decodes_ragged_rows(model):
             logger.warning_once(f"{type(model).__name__} and this prompt need forwards of changing shapes.")
-            cache = RaggedCache(len(first), device, capacity=columns, max_capacity=columns)
+            layers = cache_layers(source, model.config, len(first), columns, windowed=False)
+            cache = RaggedCache(len(first), device, capacity=columns, max_capacity=columns, layers=layers)
         else:
             cache, static = borrow(model, len(first), device, columns + WIDTHS[-1])
     if prompt.past:

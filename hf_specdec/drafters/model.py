@@ -9,10 +9,10 @@ from ..cache import RaggedCache
 from ..context import Context
 from ..forward import CachedModel
 from ..host import to_device
-from ..masks import takes_ragged_rows
+from ..layers import cache_layers
+from ..probes import continues_states, decodes_ragged_rows
 from ..processors import BlockProcessors
 from ..static import WIDTHS, borrow
-from ..window import window_layers
 from .base import Draft, Drafter, DraftRequest
 
 logger = logging.get_logger(__name__)
@@ -47,7 +47,7 @@ class ModelDrafter(Drafter):
 
     @property
     def takes_ragged_rows(self) -> bool:
-        return takes_ragged_rows(self.model)
+        return decodes_ragged_rows(self.model)
 
     def start(self, request: DraftRequest, context: Context) -> None:
         self._request = request
@@ -58,23 +58,25 @@ class ModelDrafter(Drafter):
         columns = torch.arange(context.prompt_width, device=self.model.device)
         padding_mask = columns >= to_device(request.first, self.model.device)[:, None]
         rows, device, static = context.batch_size, self.model.device, None
-        padded = request.lockstep and max(request.first) > 0
+        layers = cache_layers(DynamicCache(config=self.model.config), config, rows, context.max_length)
+        cache = RaggedCache(rows, device, context.prompt_width + 256, context.max_length, layers)
+        padded = (request.lockstep or bool(cache.states)) and max(request.first) > 0
         encoded = None if request.encoder is None else request.encoder.for_draft(self.model)
-        if request.static and not padded and encoded is None and self.takes_ragged_rows:
+        changing = padded or bool(cache.states) or encoded is not None
+        if request.static and not changing and self.takes_ragged_rows:
             cache, static = borrow(self.model, rows, device, context.max_length + WIDTHS[-1])
-        else:
-            layers = window_layers(DynamicCache(config=self.model.config).layers, config, rows, context.max_length)
-            cache = RaggedCache(rows, device, context.prompt_width + 256, context.max_length, layers)
         self.cached = CachedModel(
             self.model,
             cache,
             first=request.first,
             padding_mask=padding_mask if padded else None,
-            position_offset=[-f for f in request.first] if request.lockstep else None,
+            position_offset=[-f for f in request.first] if padded else None,
             max_slot=[self._max_positions - 1] * context.batch_size,
             static=static,
             encoded=encoded,
         )
+        if cache.states and not continues_states(self.model):
+            self.cached.at_once = 1
 
     def propose(self, context: Context, max_tokens: int) -> Draft:
         max_tokens = min(max_tokens, self._room(context))
@@ -119,9 +121,7 @@ class ModelDrafter(Drafter):
 
     def commit(self, context: Context) -> None:
         # The cache holds the context as it was and all drafts but the last: what is committed of that stays.
-        for row in context.rows:
-            kept = context.ends[row] + self.cached.slot_offset[row] - 1
-            self.cached.cache.lengths[row] = min(self.cached.cache.lengths[row], kept)
+        self.cached.commit(context)
 
     def end(self) -> None:
         self.cached.release()
@@ -138,9 +138,12 @@ class ModelDrafter(Drafter):
 
     def _catch_up(self, context: Context) -> None:
         """Feed what the cache is behind, prompts at first, unless the next forward can do it in passing."""
-        missing, chunk = self.cached.missing(context), self._request.prefill_chunk_size
-        if max(missing) > (chunk or max(missing)) or (len(set(missing)) > 1 and max(missing) > 2):
-            self.cached.prefill(context, chunk)
+        cached, chunk = self.cached, self._request.prefill_chunk_size
+        missing = cached.missing(context)
+        unequal = len(set(missing)) > 1 and max(missing) > (1 if cached.cache.states else 2)
+        alone = cached.at_once is not None and max(missing) > cached.at_once and cached.cache.get_seq_length() > 0
+        if max(missing) > (chunk or max(missing)) or unequal or alone:
+            cached.prefill(context, chunk)
 
     def _next_scores(self, context: Context, step: int, drawn: Tensor | None) -> Tensor:
         """`[rows, 1, vocab]` float32, processed, for the token behind the first `step` drafts, `drawn` the last one."""
@@ -148,7 +151,7 @@ class ModelDrafter(Drafter):
         equal = min(missing) == max(missing)
         logits = self.cached.forward(context, max(missing), 1 if equal else None, drawn).logits
         for row, n in zip(context.rows, missing):
-            self.cached.cache.lengths[row] += n
+            self.cached.cache.lengths[row] -= max(missing) - n  # what was fed behind its own tokens
         if not equal:
             last = to_device(missing, logits.device)[:, None, None] - 1
             logits = logits.gather(1, last.expand(-1, 1, logits.shape[2]))
