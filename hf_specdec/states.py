@@ -70,7 +70,7 @@ def copy_states(source: Any, target: Any) -> None:
     """Give one layer what another of its kind keeps besides keys and values."""
     only_states = is_known(source) or is_known(target)
     names = vars(LinearAttentionLayer(source.number_of_states)) if only_states else vars(source)
-    vars(target).update({name: copy.deepcopy(getattr(source, name)) for name in names})
+    vars(target).update({name: _copied(getattr(source, name)) for name in names})
 
 
 @dataclass
@@ -124,9 +124,10 @@ class States:
         """
         known = [*(mark.lengths for mark in self._marks), held]
         chosen = [max(i for i, lengths in enumerate(known) if lengths[row] <= end) for row, end in enumerate(most)]
-        for index in set(chosen) - {len(self._marks)}:
-            rows = [row for row, choice in enumerate(chosen) if choice == index]
-            self._restore(self._marks[index], rows, all_rows=len(rows) == len(chosen))
+        with torch.inference_mode():  # in which the states may have been made
+            for index in set(chosen) - {len(self._marks)}:
+                rows = [row for row, choice in enumerate(chosen) if choice == index]
+                self._restore(self._marks[index], rows, all_rows=len(rows) == len(chosen))
         self.settle()
         return [known[choice][row] for row, choice in enumerate(chosen)]
 
