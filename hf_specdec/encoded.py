@@ -5,7 +5,9 @@ call: the encoder's outputs, its padding mask, and the keys and values of cross-
 them in its first forward. Owns these, for one decoder, and hands out those of the active rows.
 """
 
+import copy
 import inspect
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +58,11 @@ class Encoded:
         inputs = {self.prefix + name if name in _PREFIXED else name: value for name, value in inputs.items()}
         inputs["past_key_values"] = EncoderDecoderCache(inputs["past_key_values"], self._cross)
         return inputs | self._selected
+
+    def of_row(self, row: int) -> "Encoded":
+        """The same for one row of the batch alone, with nothing cached."""
+        inputs = {name: _select(value, torch.tensor([row]), self._batch_size) for name, value in self._inputs.items()}
+        return Encoded(inputs, 1, self.prefix)
 
     def load(self, cross: Cache) -> None:
         """Take over the cross-attention of a cache that has been used with the same encoder outputs."""
@@ -124,8 +131,9 @@ class EncoderSide:
     module: torch.nn.Module
     batch_size: int
 
-    @property
-    def for_target(self) -> Encoded:
+    def for_target(self, target: PreTrainedModel) -> Encoded:
+        """What the forwards of the target are given."""
+        self._check_decoder(target, "the target", self.outputs)
         inputs = {**self.more, "encoder_outputs": self.outputs, "attention_mask": self.mask}
         return Encoded(inputs, self.batch_size)
 
@@ -137,6 +145,7 @@ class EncoderSide:
         """
         if draft.config.is_encoder_decoder:
             outputs = self.outputs if draft.get_encoder() is self.module else self._encode(draft)
+            self._check_decoder(draft, "`assistant_model`", outputs)
             return Encoded({"encoder_outputs": outputs, "attention_mask": self.mask}, self.batch_size)
         parameters = inspect.signature(draft.forward).parameters
         if "encoder_outputs" in parameters:
@@ -152,6 +161,19 @@ class EncoderSide:
                 f"target's encoder gives {given}: use a draft that was made for this encoder, or one with its own"
             )
         return Encoded(inputs, self.batch_size, prefix="")
+
+    def _check_decoder(self, model: PreTrainedModel, role: str, outputs: Any) -> None:
+        """Raise a ValueError unless several tokens on a filled cache get the logits that they get one by one."""
+        if model.training:  # with dropout all answers differ
+            return
+        if model not in _complaints:
+            one_row = Encoded({**self.more, "encoder_outputs": outputs, "attention_mask": self.mask}, self.batch_size)
+            _complaints[model] = _complaint(model, one_row.of_row(0))
+        if _complaints[model]:
+            raise ValueError(
+                f"The decoder of {role} ({type(model).__name__}) {_complaints[model]}, so drafts cannot be verified in "
+                "one forward: strategy='spec' does not support it"
+            )
 
     def _encode(self, draft: PreTrainedModel) -> Any:
         """The outputs of the draft's own encoder for the target's inputs."""
@@ -175,6 +197,37 @@ class EncoderSide:
         outputs = encoder(**inputs, **{self.input_name: self.inputs}, return_dict=True)
         rows = torch.arange(len(self.inputs)).repeat_interleave(copies)
         return outputs if copies == 1 else _select(outputs, rows, len(self.inputs))
+
+
+_complaints: "weakref.WeakKeyDictionary[PreTrainedModel, str]" = weakref.WeakKeyDictionary()  # empty where all is well
+
+
+@torch.no_grad()
+def _complaint(model: PreTrainedModel, encoded: Encoded) -> str:
+    """Why blocks of tokens cannot be verified; asked of the model itself, once, with a few tokens."""
+    special = {model.generation_config.pad_token_id, model.config.get_text_config(decoder=True).pad_token_id}
+    a, b, c, d = [token for token in range(8) if token not in special][:4]
+
+    def feed(tokens: list[int], cache: Cache) -> Tensor:
+        ids = torch.tensor([tokens], device=model.device)
+        inputs = encoded.of_row(0).join({"input_ids": ids, "past_key_values": cache, "use_cache": True}, [0])
+        logits: Tensor = model(**inputs, return_dict=True).logits[0].float()
+        return logits
+
+    begun = DynamicCache()
+    try:
+        feed([a], begun)
+        if begun.get_seq_length() != 1:
+            return "does not keep what it was fed in its cache"
+        block, other = feed([b, c], copy.deepcopy(begun)), feed([b, d], copy.deepcopy(begun))
+        steps = torch.cat([feed([b], begun), feed([c], begun)])
+    except Exception as error:
+        return f"cannot be fed several tokens on a filled cache ({type(error).__name__}: {error})"
+    spread = steps.max() - steps.min()
+    if (block[0] - other[0]).abs().max() > 1e-3 * spread:
+        return "lets a token see those behind it"
+    # Rounding differs with the shapes, by a lot in half precision.
+    return "" if (block - steps).abs().max() < 0.2 * spread else "gives tokens other logits than one by one"
 
 
 def read_encoder(

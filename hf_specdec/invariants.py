@@ -49,7 +49,8 @@ def _check_entries(context: Context, cached: CachedModel) -> None:
             continue
         fresh = DynamicCache()
         tokens = context.tokens[row : row + 1, first : first + end - begin].to(cached.device)
-        cached.model(input_ids=tokens, past_key_values=fresh, use_cache=True)
+        inputs = {"input_ids": tokens, "past_key_values": fresh, "use_cache": True}
+        cached.model(**(inputs if cached.encoded is None else cached.encoded.of_row(row).join(inputs, [0])))
         for layer, (mine, theirs) in enumerate(zip(cached.cache.layers, fresh.layers)):
             if not mine.is_initialized:
                 continue

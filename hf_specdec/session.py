@@ -410,5 +410,5 @@ def _cached_target(
         first_forward=prompt.first_forward,
         max_slot=[columns - 2 - f for f in first],
         static=static,
-        encoded=None if encoder is None else encoder.for_target,
+        encoded=None if encoder is None else encoder.for_target(model),
     )
