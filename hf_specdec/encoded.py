@@ -162,6 +162,13 @@ class EncoderSide:
             )
         return Encoded(inputs, self.batch_size, prefix="")
 
+    def token_ids(self) -> Tensor | None:
+        """`[batch, columns]` ids that the encoder was given, -1 for padding; `None` where it was given none."""
+        if self.inputs is None or self.inputs.is_floating_point() or self.inputs.ndim != 2:
+            return None
+        ids = self.inputs.repeat_interleave(self.batch_size // len(self.inputs), dim=0)
+        return ids if self.mask is None else ids.masked_fill(self.mask.to(ids.device) == 0, -1)
+
     def _check_decoder(self, model: PreTrainedModel, role: str, outputs: Any) -> None:
         """Raise a ValueError unless several tokens on a filled cache get the logits that they get one by one."""
         if model.training:  # with dropout all answers differ

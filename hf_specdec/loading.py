@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import transformers
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -18,7 +19,14 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from .pair_file import FILE_NAME, ModelReference, PairConfig
 
@@ -124,10 +132,10 @@ def pin(reference: ModelReference, **arguments: Any) -> ModelReference:
 
 
 def load_model(reference: ModelReference, **arguments: Any) -> PreTrainedModel:
-    """The causal language model, in evaluation mode; `arguments` are `from_pretrained`'s."""
+    """The language model, in evaluation mode; `arguments` are `from_pretrained`'s."""
     name, revision = reference.name_or_path, reference.revision
     try:
-        return AutoModelForCausalLM.from_pretrained(name, revision=revision, **arguments).eval()
+        return _model_class(name, revision, **arguments).from_pretrained(name, revision=revision, **arguments).eval()
     except OSError as error:
         cause: BaseException = error
         while cause.__context__ is not None:
@@ -135,6 +143,15 @@ def load_model(reference: ModelReference, **arguments: Any) -> PreTrainedModel:
         # transformers names a file that it misses and not why, which may be a broken connection.
         reason = "" if cause is error else f"; it began with {type(cause).__name__}: {cause}"
         raise OSError(f"{name} could not be loaded: {error}{reason}") from error
+
+
+def _model_class(name: str, revision: str | None, **arguments: Any) -> Any:
+    """What to load a model with: encoder-decoders keep their encoder, which they would lose as causal models."""
+    understood = {key: value for key, value in arguments.items() if key in TOKENIZER_ARGUMENTS}
+    config = AutoConfig.from_pretrained(name, revision=revision, **understood)
+    if not config.is_encoder_decoder:
+        return AutoModelForCausalLM
+    return getattr(transformers, (config.architectures or [""])[0], AutoModelForSeq2SeqLM)
 
 
 def load_tokenizer(reference: ModelReference, **arguments: Any) -> PreTrainedTokenizerBase:

@@ -3,6 +3,7 @@
 import copy
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,6 +38,9 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateEncoderDecoderOutput
 
 import hf_specdec
+from hf_specdec.context import Context
+from hf_specdec.drafters import DraftRequest, PromptLookupDrafter
+from hf_specdec.encoded import EncoderSide
 from hf_specdec.masks import takes_ragged_rows
 
 NEW_TOKENS = 20
@@ -396,6 +400,16 @@ def test_a_causal_language_model_drafts_from_the_decoder_tokens_alone(name: str)
         assert_lossless((pair(name)[0], draft), inputs(name, batch), lambda: dict(GREEDY), (1, 4))
 
 
+@pytest.mark.parametrize("name", ["bart", "whisper"])
+def test_drafts_by_name_keep_their_encoder(name: str, tmp_path: Path) -> None:
+    target, draft = pair(name)
+    draft.save_pretrained(tmp_path)
+    stats = [hf_specdec.SpeculationStats(), hf_specdec.SpeculationStats()]
+    for assistant, filled in zip((draft, str(tmp_path)), stats):
+        target.generate(**inputs(name, 1), **GREEDY, **spec(assistant, speculation_stats=filled))
+    assert stats[0].accepted_tokens == stats[1].accepted_tokens > 0
+
+
 def test_encoder_outputs_of_the_user() -> None:
     target, draft = copy.deepcopy(pair("mbart"))
     given = inputs("mbart", 4)
@@ -608,3 +622,20 @@ def test_whisper_long_form(whisper: tuple[PreTrainedModel, PreTrainedModel]) -> 
         "condition_on_prev_tokens": True, "temperature": 0.0,
     }  # fmt: skip
     assert_lossless((target, draft), {"input_features": features, "attention_mask": mask}, lambda: dict(options), (4,))
+
+
+# Prompt look-up
+
+
+def test_prompt_lookup_reads_what_the_encoder_was_given() -> None:
+    """Summaries quote their source: [5] stands there in row 0, in front of [9, 8]; row 1 has it in its padding only."""
+    ids = torch.tensor([[3, 5, 9, 8, 0], [4, 6, 7, 5, 5]])
+    mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 0, 0]])
+    module = torch.nn.Identity()
+    encoder = EncoderSide(None, mask, more={}, inputs=ids, input_name="input_ids", module=module, batch_size=2)
+    drafter = PromptLookupDrafter(max_matching_ngram_size=2)
+    context = Context(torch.tensor([[0, START, 5], [START, 11, 5]]), first=[1, 0], max_length=20, pad_token_id=0)
+    drafter.start(DraftRequest(False, VOCAB, torch.device("cpu"), [1, 0], encoder=encoder), context)
+    draft = drafter.propose(context, 4)
+    assert draft.row_lengths == [2, 0]
+    assert draft.tokens[0, :2].tolist() == [9, 8]

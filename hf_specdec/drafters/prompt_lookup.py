@@ -11,7 +11,7 @@ from .base import Draft, Drafter, DraftRequest
 
 
 class PromptLookupDrafter(Drafter):
-    """Looks the context's last n-gram up in the context itself, longest n first.
+    """Looks the context's last n-gram up in the context itself, longest n first, and in what an encoder was given.
 
     Among the places where it occurred, those with the most tokens behind them win (up to what is asked for), then the
     latest.
@@ -29,11 +29,17 @@ class PromptLookupDrafter(Drafter):
 
     def start(self, request: DraftRequest, context: Context) -> None:
         self._vocab_size = request.vocab_size
+        self._encoded = None if request.encoder is None else request.encoder.token_ids()
 
     def propose(self, context: Context, max_tokens: int) -> Draft:
         ends = context.first_free
         first = to_device([context.first[row] for row in context.rows], ends.device)
         tokens = context.tokens[context.row_index, : max(context.active_ends)]  # [rows, width]
+        if self._encoded is not None:  # stands in front, with what is no token as -1, which nothing matches
+            padding = torch.arange(tokens.shape[1], device=ends.device) < first[:, None]
+            encoded = self._encoded[context.row_index.to(self._encoded.device)].to(ends.device)
+            tokens = torch.cat([encoded, tokens.masked_fill(padding, -1)], dim=1)
+            first, ends = torch.zeros_like(first), ends + encoded.shape[1]
 
         source = torch.zeros_like(ends)  # the column behind the chosen occurrence
         found = torch.zeros_like(ends)  # how many tokens to copy from there
@@ -44,7 +50,7 @@ class PromptLookupDrafter(Drafter):
 
         offsets = torch.arange(max_tokens, device=ends.device)
         drafts = tokens.gather(1, (source[:, None] + offsets).clamp(max=tokens.shape[1] - 1))
-        # A prompt may hold ids that are no tokens (image placeholders): copy only up to them.
+        # A source may hold ids that are no tokens (image placeholders, padding): copy only up to them.
         copied = (offsets < found[:, None]) & (drafts >= 0) & (drafts < self._vocab_size)
         lengths: list[int] = copied.long().cumprod(dim=1).sum(dim=1).tolist()
         return Draft(drafts[:, : max(lengths)].clamp(0, self._vocab_size - 1), lengths=lengths)
