@@ -79,8 +79,9 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     if (
-        _folds(query, key, attention_mask)
-        and _thread.calls
+        _thread.calls
+        and not torch.compiler.is_compiling()  # what is compiled outlives the call, and would fold afterwards too
+        and _folds(query, key, attention_mask)
         and dropout == 0.0
         and not any(name in kwargs and kwargs[name] is not None for name in _UNFOLDABLE)
     ):

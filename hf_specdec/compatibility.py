@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from transformers import AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from .host import model_device
 from .layers import check_layers
 from .probes import continues_states
 from .states import has_states
@@ -52,10 +53,10 @@ def check_architecture(draft: PreTrainedModel, target: PreTrainedModel) -> None:
 
 
 def check_device(draft: PreTrainedModel, target: PreTrainedModel) -> None:
-    if draft.device != target.device:
+    here, there = model_device(draft), model_device(target)
+    if here != there:
         raise ValueError(
-            f"`assistant_model` is on {draft.device}, the target on {target.device}: move it with "
-            f"`assistant_model.to({str(target.device)!r})`"
+            f"`assistant_model` is on {here}, the target on {there}: move it with `assistant_model.to({str(there)!r})`"
         )
 
 

@@ -16,6 +16,7 @@ from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTra
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
+from .host import model_device
 from .layers import cached_length
 from .masks import looks_ahead
 
@@ -138,7 +139,7 @@ class FirstForward:
         return known[names]
 
     def _next_logits(self, inputs: dict[str, Any]) -> Tensor:
-        ids = self._ids.new_zeros(len(self._ids), 1).to(self._model.device)
+        ids = self._ids.new_zeros(len(self._ids), 1).to(model_device(self._model))
         cache = copy.deepcopy(self.cache)
         return self._model(input_ids=ids, past_key_values=cache, use_cache=True, **inputs, return_dict=True).logits
 

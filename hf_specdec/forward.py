@@ -8,7 +8,6 @@ token, so rows hold no padding and have lengths of their own; in the *aligned* l
 included, all rows always have equal lengths, and a 2-D mask says what is padding, as in vanilla `generate()`.
 """
 
-import inspect
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from .cache import RaggedCache
 from .context import Context
 from .encoded import Encoded
 from .first_forward import FirstForward
-from .host import no_bookkeeping, to_device
+from .host import forward_parameters, no_bookkeeping, to_device
 from .masks import Mask, ragged_mask, takes_position_ids
 from .static import WIDTHS, StaticForwards, give_back
 
@@ -78,7 +77,7 @@ class CachedModel:
         self.at_once: int | None = None  # over so many tokens a state goes on in one forward; None for all
         self.forwards = 0  # whose logits were wanted
         self.prefill_forwards = 0
-        parameters = inspect.signature(model.forward).parameters
+        parameters = forward_parameters(model)
         self._vocab_size: int = model.config.get_text_config(decoder=True).vocab_size
         self._cache_name = "cache_params" if "cache_params" in parameters else "past_key_values"
         self._takes_position_ids = takes_position_ids(model)

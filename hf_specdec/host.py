@@ -1,10 +1,16 @@
-"""What PyTorch costs around a model: crossing to the device without waiting for it, and bookkeeping for gradients."""
+"""What PyTorch costs around a model: crossing to the device without waiting for it, and bookkeeping for gradients.
 
-from collections.abc import Callable, Sequence
+And what must be known of a model before: on which device it takes its inputs, and which.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 
 def to_device(values: Sequence[int] | Sequence[bool], device: torch.device) -> Tensor:
@@ -19,3 +25,20 @@ def no_bookkeeping(model: torch.nn.Module, device: torch.device) -> Callable[[],
     """
     hooked = any(m._forward_hooks or (m._forward_pre_hooks and m is not model) for m in model.modules())
     return nullcontext if hooked or device.type != "cpu" else torch.inference_mode
+
+
+def model_device(model: PreTrainedModel) -> torch.device:
+    """Where a model takes its inputs; of one whose weights accelerate has put away, where it computes."""
+    if model.device.type == "meta":
+        for module in model.modules():
+            hook: Any = getattr(module, "_hf_hook", None)
+            for part in getattr(hook, "hooks", (hook,)):
+                device = getattr(part, "execution_device", None)
+                if device is not None:
+                    return torch.device(device)
+    return model.device
+
+
+def forward_parameters(model: PreTrainedModel) -> Mapping[str, inspect.Parameter]:
+    """The inputs that a model's `forward` names; of one compiled by `torch.compile`, those of the model inside."""
+    return inspect.signature(getattr(model, "_orig_mod", model).forward).parameters

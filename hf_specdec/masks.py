@@ -1,6 +1,5 @@
 """Masks for rows of different lengths, and which models follow them."""
 
-import inspect
 import weakref
 from collections.abc import Mapping
 from typing import Any, TypeAlias
@@ -9,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
+
+from .host import forward_parameters, model_device
 
 # Layer types whose attention mask is a function of query and key positions.
 _MASKED_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -74,10 +75,11 @@ def ragged_mask(
 def takes_position_ids(model: PreTrainedModel) -> bool:
     """Whether the decoder can be told positions; without, it counts from the length of its cache."""
     name = "decoder_position_ids" if model.config.is_encoder_decoder else "position_ids"
-    return name in inspect.signature(model.forward).parameters
+    return name in forward_parameters(model)
 
 
-_honours_masks: "weakref.WeakKeyDictionary[PreTrainedModel, bool]" = weakref.WeakKeyDictionary()
+# model -> attention implementation -> whether it does
+_honours_masks: "weakref.WeakKeyDictionary[PreTrainedModel, dict[str, bool]]" = weakref.WeakKeyDictionary()
 
 
 def takes_ragged_rows(model: PreTrainedModel) -> bool:
@@ -91,9 +93,24 @@ def takes_ragged_rows(model: PreTrainedModel) -> bool:
         return False
     if not set(getattr(config, "layer_types", None) or ()) <= _MASKED_LAYER_TYPES:
         return False
-    if model not in _honours_masks:
-        _honours_masks[model] = _probe(model) and _probe_padding(model)
-    return _honours_masks[model]
+    known = _honours_masks.setdefault(model, {})
+    implementation = config._attn_implementation
+    if implementation not in known:
+        honours = _probe(model) and _probe_padding(model)
+        if model.training:  # dropout: not an answer to keep
+            return honours
+        known[implementation] = honours
+    return known[implementation]
+
+
+def probe_inputs(model: PreTrainedModel) -> dict[str, Any]:
+    """What a forward over a few tokens needs besides them: an encoder-decoder model has something to attend to."""
+    kwargs: dict[str, Any] = {"use_cache": False, "return_dict": True}
+    if model.config.is_encoder_decoder:
+        width = model.config.get_text_config(encoder=True).hidden_size
+        states = torch.linspace(-1, 1, width, dtype=model.dtype, device=model_device(model)).view(1, 1, width)
+        kwargs["encoder_outputs"] = BaseModelOutput(last_hidden_state=states)
+    return kwargs
 
 
 def looks_ahead(model: PreTrainedModel) -> bool:
@@ -104,24 +121,21 @@ def looks_ahead(model: PreTrainedModel) -> bool:
 def _probe(model: PreTrainedModel) -> bool:
     if not takes_position_ids(model):
         return False  # it believes that all rows are as long as the cache says
-    pair = torch.tensor([[1, 2]], device=model.device)
+    device = model_device(model)
+    pair = torch.tensor([[1, 2]], device=device)
     alone = pair[:, 1:]
     # Two keys, of which the query behind them sees only the second: the causal mask of slot 0, then slot 0 again,
     # moved right by one.
-    slots = torch.tensor([[0, 0]], device=model.device)
+    slots = torch.tensor([[0, 0]], device=device)
     mask = ragged_mask(model, slots, 2)
 
     def turn(m: Tensor | None) -> Tensor | None:
         return None if m is None else torch.cat([m[:, :, :1], m[:, :, 1:].flip(-1)], dim=2)
 
     masks = {key: turn(m) for key, m in mask.items()} if isinstance(mask, dict) else turn(mask)
-    kwargs: dict[str, Any] = {"use_cache": False, "return_dict": True}
     prefix = "decoder_" if model.config.is_encoder_decoder else ""
     try:
-        if model.config.is_encoder_decoder:
-            width = model.config.get_text_config(encoder=True).hidden_size
-            states = torch.linspace(-1, 1, width, dtype=model.dtype, device=model.device).view(1, 1, width)
-            kwargs["encoder_outputs"] = BaseModelOutput(last_hidden_state=states)
+        kwargs = probe_inputs(model)
         told = {prefix + "input_ids": pair, prefix + "attention_mask": masks, prefix + "position_ids": slots}
         masked = model(**told, **kwargs).logits[:, -1]
         expected = model(**{prefix + "input_ids": alone}, **kwargs).logits[:, -1]
@@ -135,11 +149,12 @@ def _probe_padding(model: PreTrainedModel) -> bool:
     """Whether left padding is to the model itself, told by a 2-D mask and step by step, as if the row were alone."""
     if model.config.is_encoder_decoder:
         return True  # its padding is the encoder's
+    device = model_device(model)
 
     def next_logits(*steps: tuple[list[int], list[int], list[int] | None]) -> Tensor:
         cache = DynamicCache(config=model.config.get_text_config(decoder=True))
         for step in steps:
-            ids, positions, mask = (None if row is None else torch.tensor([row], device=model.device) for row in step)
+            ids, positions, mask = (None if row is None else torch.tensor([row], device=device) for row in step)
             inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": mask, "past_key_values": cache}
             logits = model(**inputs, use_cache=True, return_dict=True).logits[:, -1]
         return logits

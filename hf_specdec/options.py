@@ -20,6 +20,8 @@ DEFAULTS: dict[str, Any] = {
     "assistant_early_exit": None,
 }
 OPTION_NAMES = tuple(DEFAULTS)
+# `cache_implementation` for a cache of fixed size; all but the first are transformers' deprecated names for it.
+STATIC_KINDS = ("static", "sliding_window", "hybrid", "hybrid_chunked")
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,22 @@ def check_generation_config(config: GenerationConfig) -> None:
 
 
 def check_cache_implementation(name: str | None) -> None:
-    """Refuse kinds of cache that cannot be exchanged with ours."""
-    if name not in (None, "dynamic", "dynamic_full", "static"):
-        raise ValueError(
-            f"`cache_implementation` {name!r} is not supported by strategy='spec': use 'dynamic' or 'static'"
+    """Refuse kinds of cache that cannot be exchanged with ours, or that would be no use with it."""
+    if name in (None, "dynamic", *STATIC_KINDS):
+        return
+    if name == "quantized":
+        reason = (
+            "such a cache cannot roll back exactly, since how it rounds an entry depends on what is written with it, "
+            "rejected drafts too"
         )
+    elif name.startswith("offloaded"):
+        # Who offloads has no room on the device: a cache kept there all the same would fail late, as lack of memory.
+        reason = "it keeps keys and values on the model's device"
+    elif name == "paged":
+        reason = "it means continuous batching, which has a loop of its own"
+    else:
+        reason = "it is not known here"
+    raise ValueError(
+        f"`cache_implementation` {name!r} is not supported by strategy='spec' ({reason}): use 'dynamic' or 'static', "
+        "or drop strategy='spec'"
+    )

@@ -16,10 +16,12 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from .abilities import unwrapped
 from .card import license_of, write_card
 from .catalogue import suggest_draft
 from .compatibility import Compatibility, check_draft_model, compare, vocabulary_check
 from .drafters import Drafter, ModelDrafter, PromptLookupDrafter
+from .host import model_device
 from .loading import find_pair, load_model, load_tokenizer, pin
 from .options import OPTION_NAMES, Options
 from .pair_file import FILE_NAME, ModelReference, PairConfig
@@ -226,13 +228,13 @@ def make_drafter(
         raise ValueError("`assistant_model` and `prompt_lookup_num_tokens` each choose a drafter: pass one of them")
     if isinstance(assistant_model, (str, Path)):
         of_the_target = (target.name_or_path,) if assistant_model == "auto" else ()
-        assistant_model = load_draft(str(assistant_model), target.dtype, target.device, *of_the_target)
+        assistant_model = load_draft(str(assistant_model), target.dtype, model_device(target), *of_the_target)
     if not isinstance(assistant_model, torch.nn.Module) or not hasattr(assistant_model, "config"):
         raise TypeError(
             "`assistant_model` must be a transformers model, a Hub id or local path, or a hf_specdec.Drafter, "
             f"got {type(assistant_model).__name__}"
         )
-    draft: Any = assistant_model
+    draft = unwrapped(assistant_model)
     check_draft_model(draft, target, tokenizer, assistant_tokenizer)
     return ModelDrafter(draft, options.assistant_confidence_threshold)
 

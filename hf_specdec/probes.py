@@ -5,7 +5,6 @@ model is led through what decoding does to it - a prompt, drafts that are reject
 then be those that it gives the same tokens at once.
 """
 
-import inspect
 import weakref
 
 import torch
@@ -15,6 +14,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from .cache import RaggedCache
 from .context import Context
 from .forward import CachedModel
+from .host import forward_parameters, model_device
 from .layers import cache_layers
 from .masks import takes_ragged_rows
 from .states import has_states, rows_are_independent
@@ -65,8 +65,8 @@ def check_states(model: PreTrainedModel, cache: Cache, owner: str) -> None:
 
 @torch.no_grad()
 def _probe(model: PreTrainedModel, rows: int, at_once: int | None) -> bool:
-    prompt = torch.tensor([[1, 2, 3, 4, 4, 1, 3, 2], [0, 3, 2, 1, 1, 4, 2, 3]][:rows], device=model.device)
-    drafts = torch.tensor([[2, 1, 4], [4, 1, 2]][:rows], device=model.device)
+    prompt = torch.tensor([[1, 2, 3, 4, 4, 1, 3, 2], [0, 3, 2, 1, 1, 4, 2, 3]][:rows], device=model_device(model))
+    drafts = torch.tensor([[2, 1, 4], [4, 1, 2]][:rows], device=model_device(model))
     try:
         context = Context(prompt, [0, 1][:rows], max_length=20, pad_token_id=0)
         cached = make_cached_model(model, context)
@@ -95,9 +95,9 @@ def make_cached_model(model: PreTrainedModel, context: Context) -> CachedModel:
     """A model with an empty cache, for prompts that may be padded on the left."""
     like: Cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     layers = cache_layers(like, model.config, context.batch_size, context.max_length)
-    cache = RaggedCache(context.batch_size, model.device, context.max_length, context.max_length, layers)
-    columns = torch.arange(context.prompt_width, device=model.device)
-    padding = columns >= torch.tensor(context.first, device=model.device)[:, None]
+    cache = RaggedCache(context.batch_size, model_device(model), context.max_length, context.max_length, layers)
+    columns = torch.arange(context.prompt_width, device=model_device(model))
+    padding = columns >= torch.tensor(context.first, device=model_device(model))[:, None]
     padded = max(context.first) > 0
     return CachedModel(
         model,
@@ -109,7 +109,7 @@ def make_cached_model(model: PreTrainedModel, context: Context) -> CachedModel:
 
 
 def _at_once(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    kwargs = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    kwargs = {"use_cache": False} if "use_cache" in forward_parameters(model) else {}
     return model(input_ids=tokens, return_dict=True, **kwargs).logits[0, -1]
 
 

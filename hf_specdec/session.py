@@ -20,6 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 from transformers.utils import logging
 
+from .abilities import check_target
 from .cache import RaggedCache
 from .context import Context
 from .decoding import SpeculativeDecoding
@@ -27,9 +28,10 @@ from .drafters import Drafter, DraftRequest, ModelDrafter
 from .encoded import EncoderSide, decoder_kwargs, read_encoder
 from .first_forward import FirstForward, prepare_first_forward
 from .forward import CachedModel
+from .host import model_device
 from .layers import cache_layers, cached_length, check_layers
 from .masks import takes_position_ids
-from .options import Options
+from .options import STATIC_KINDS, Options
 from .outputs import Recorder
 from .probes import check_states, decodes_ragged_rows
 from .processors import known, unknown_names
@@ -40,6 +42,7 @@ from .stats import SpeculationStats
 from .stopping import Stopping
 from .streaming import StepStreamer
 from .trace import Trace
+from .user_cache import check_user_cache
 
 logger = logging.get_logger(__name__)
 
@@ -93,11 +96,13 @@ def prepare(
     Args:
         encoder_inputs: what `generate()` has given to the encoder, if there is one.
     """
+    check_user_cache(model_kwargs.get("past_key_values"), model, generation_config.max_length)
     encoder = None
     if model.config.is_encoder_decoder:
         encoder = read_encoder(model, model_kwargs, encoder_inputs, len(input_ids))
         user_cache, model_kwargs = model_kwargs["past_key_values"], decoder_kwargs(model, input_ids, model_kwargs)
     check_model_kwargs(model_kwargs)
+    check_target(model, input_ids.shape[0])
     cache = prepared_cache(model_kwargs)
     check_states(model, cache, "the model")
     vocab_size: int = model.config.get_text_config(decoder=True).vocab_size
@@ -382,11 +387,11 @@ def _cached_target(
 ) -> CachedModel:
     columns = context.max_length + prompt.column_offset
     padded = aligned and not bool(prompt.mask.all())
-    device = prompt.mask.device if model.device.type == "meta" else model.device
+    device = model_device(model)
     layers = cache_layers(source, model.config, len(first), columns, windowed=not keeps_all)
     cache = RaggedCache(len(first), device, prompt.mask.shape[1] + 256, max_capacity=columns, layers=layers)
     static = None
-    if generation_config.cache_implementation == "static":
+    if generation_config.cache_implementation in STATIC_KINDS:
         moving = prompt.positions is not None or prompt.axes is not None or prompt.first_forward is not None
         if padded or moving or encoder is not None or cache.states or not decodes_ragged_rows(model):
             logger.warning_once(f"{type(model).__name__} and this prompt need forwards of changing shapes.")

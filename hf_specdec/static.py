@@ -115,4 +115,6 @@ def borrow(
 
 def give_back(model: PreTrainedModel, cache: RaggedCache, forwards: StaticForwards) -> None:
     """The call is over: keep them for the next one."""
+    if hasattr(model, "peft_config"):  # adapters may be switched in between, which captured graphs would not notice
+        return
     _kept[model] = cache, forwards

@@ -8,7 +8,7 @@ from transformers.utils import logging
 from ..cache import RaggedCache
 from ..context import Context
 from ..forward import CachedModel
-from ..host import to_device
+from ..host import model_device, to_device
 from ..layers import cache_layers
 from ..probes import continues_states, decodes_ragged_rows
 from ..processors import BlockProcessors
@@ -35,7 +35,7 @@ class ModelDrafter(Drafter):
     def __init__(self, model: PreTrainedModel, confidence_threshold: float = 0.0):
         self.model = model
         self.confidence_threshold = confidence_threshold
-        self.shows_confidence = model.device.type == "cpu"
+        self.shows_confidence = model_device(model).type == "cpu"
 
     @property
     def forwards(self) -> int:
@@ -55,9 +55,9 @@ class ModelDrafter(Drafter):
         config = self.model.config.get_text_config(decoder=True)
         limits = (getattr(config, name, None) for name in ("max_position_embeddings", "max_target_positions"))
         self._max_positions: int = next(filter(None, limits), context.max_length)
-        columns = torch.arange(context.prompt_width, device=self.model.device)
-        padding_mask = columns >= to_device(request.first, self.model.device)[:, None]
-        rows, device, static = context.batch_size, self.model.device, None
+        rows, device, static = context.batch_size, model_device(self.model), None
+        columns = torch.arange(context.prompt_width, device=device)
+        padding_mask = columns >= to_device(request.first, device)[:, None]
         layers = cache_layers(DynamicCache(config=self.model.config), config, rows, context.max_length)
         cache = RaggedCache(rows, device, context.prompt_width + 256, context.max_length, layers)
         padded = (request.lockstep or bool(cache.states)) and max(request.first) > 0
