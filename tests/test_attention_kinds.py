@@ -123,7 +123,10 @@ def test_kernels_that_align_queries_with_the_first_keys_are_refused():
     with flash_attention(target, aligned_to="start"):
         assert generate(target).shape == (4, 18 + NEW_TOKENS)
         for batch in (1, 4):
-            with pytest.raises(ValueError, match=r"'flash_attention_2', LlamaForCausalLM gives several tokens .*use `attn_implementation='sdpa'`"):
+            with pytest.raises(
+                ValueError,
+                match=r"'flash_attention_2', LlamaForCausalLM gives several tokens .*use `attn_implementation='sdpa'`",
+            ):
                 generate(target, draft, batch)
     check_identical(target, draft)  # the refusal holds for that implementation only
 
