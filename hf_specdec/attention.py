@@ -26,7 +26,7 @@ _NAME = "sdpa"
 # Above this many folded queries the copies are small beside the products.
 _MAX_QUERIES = 256
 # Arguments that a folded call could not honour, unless they are None.
-_UNFOLDABLE = ("position_bias", "softcap", "cache", "s_aux", "sinks")
+_UNFOLDABLE = frozenset({"position_bias", "softcap", "cache", "s_aux", "sinks"})
 
 
 class _Thread(threading.local):
@@ -83,7 +83,7 @@ def _attend(
         and not torch.compiler.is_compiling()  # what is compiled outlives the call, and would fold afterwards too
         and _folds(query, key, attention_mask)
         and dropout == 0.0
-        and not any(name in kwargs and kwargs[name] is not None for name in _UNFOLDABLE)
+        and (_UNFOLDABLE.isdisjoint(kwargs) or all(kwargs.get(name) is None for name in _UNFOLDABLE))
     ):
         return folded(query, key, value, attention_mask, scaling), None
     return original(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)

@@ -69,7 +69,9 @@ class Context:
         return self.tokens[:, :end]
 
     def gather(self, starts: list[int], width: int) -> Tensor:
-        """`[active rows, width]`: tokens of the active rows from a column of each row's own."""
+        """`[active rows, width]`: tokens of the active rows from a column of each row's own; maybe a view."""
+        if len(starts) == 1 and 0 <= starts[0] <= self.tokens.shape[1] - width:
+            return self.tokens[self.rows[0], starts[0] : starts[0] + width][None]
         columns = to_device(starts, self.tokens.device)[:, None] + self._arange(width)
         return self.tokens[self.row_index[:, None], columns.clamp(0, self.tokens.shape[1] - 1)]
 
@@ -80,10 +82,14 @@ class Context:
         """
         if draft_tokens.shape[1] == 0:
             return
+        self._draft_width = max(self._draft_width, offset + draft_tokens.shape[1])
         self._make_room(max(self.active_ends) + offset + draft_tokens.shape[1])
+        if len(self.rows) == 1:
+            columns = self.tokens[self.rows[0], self.ends[self.rows[0]] + offset :][: draft_tokens.shape[1]]
+            columns.copy_(draft_tokens[0, : len(columns)])
+            return
         columns = self.first_free[:, None] + offset + self._arange(draft_tokens.shape[1])
         self.tokens[self.row_index[:, None], columns.clamp(max=self.tokens.shape[1] - 1)] = draft_tokens
-        self._draft_width = max(self._draft_width, offset + draft_tokens.shape[1])
 
     def clear_drafts(self) -> None:
         """Put padding back behind the committed tokens of the active rows."""

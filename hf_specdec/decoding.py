@@ -190,7 +190,7 @@ class SpeculativeDecoding:
             new = committed.tokens[slot]
             committed.finished[slot] = self._finish(row, new)
             committed.accepted[slot] = min(accepted[slot], len(new))
-            for i in range(len(new)):
+            for i in range(len(new) if self.recorder.wants_tokens else 0):
                 self.recorder.token(row, context.ends[row] + i, logits[slot, i], scores[slot, i])
         return committed
 

@@ -203,7 +203,7 @@ class CachedModel:
         else:
             inputs["input_ids"] = self._tokens(context, starts, width, ids)
         if self._takes_position_ids:
-            inputs["position_ids"] = self._positions(rows, slots)
+            inputs["position_ids"] = self._positions(rows, starts, slots)
         if self._takes_logits_to_keep:
             inputs["logits_to_keep"] = keep
         for name, value in self.later_inputs.items():
@@ -219,13 +219,16 @@ class CachedModel:
         for row in rows:
             self.cache.lengths[row] += width
 
-    def _positions(self, rows: list[int], slots: Tensor) -> Tensor:
+    def _positions(self, rows: list[int], starts: list[int], slots: Tensor) -> Tensor:
         def by_row(values: list[int]) -> Tensor:
             return to_device([values[row] for row in rows], self.device)[:, None]
 
-        if self.max_slot is not None:  # fill behind a row's last token must not ask for positions that do not exist
-            slots = slots.clamp(max=by_row(self.max_slot))
-        positions = (slots + by_row(self.position_offset)).clamp(min=0)
+        positions, width = slots, slots.shape[1]
+        last = self.max_slot
+        if last is not None and any(start + width - 1 > last[row] for row, start in zip(rows, starts)):
+            positions = positions.clamp(max=by_row(last))  # fill must not ask for positions that do not exist
+        if any(self.position_offset[row] for row in rows):
+            positions = (positions + by_row(self.position_offset)).clamp(min=0)
         if self.axes is not None:
             positions = positions + self.axes[:, rows]
         if self.prompt_positions is None:

@@ -78,6 +78,11 @@ class Recorder:
                 weights = [layer[row, :, query:, first:] for layer in output.attentions]
                 self._attentions[row].append(torch.stack(weights))
 
+    @property
+    def wants_tokens(self) -> bool:
+        """Whether `token` has anything to record."""
+        return self.wants_scores or self.wants_logits
+
     def layers(self, output: ModelOutput, counts: list[int], skipped: list[int] | None = None) -> None:
         """Record hidden states and attentions, if any, of `counts[i]` queries of each row, behind `skipped[i]`."""
         prefix = PREFIX if self._has_encoder else ""

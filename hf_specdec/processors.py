@@ -63,7 +63,7 @@ class BlockProcessors:
 
     def __init__(self, processors: LogitsProcessorList):
         split = next((i for i, processor in enumerate(processors) if type(processor) not in BLIND), len(processors))
-        self.blind = LogitsProcessorList(processors[:split])
+        self.blind = processors[:split]
         self.rest = LogitsProcessorList(processors[split:])  # order matters, so blind ones behind a pure one wait
 
     def __call__(self, logits: Tensor, context: Context, offset: int = 0) -> Tensor:
@@ -77,8 +77,10 @@ class BlockProcessors:
         """
         rows, k, vocab = logits.shape
         if self.blind:
-            flat = logits.reshape(rows * k, vocab)
-            logits = self.blind(context.tokens.new_zeros(rows * k, 1), flat).view(rows, k, vocab)
+            ids, scores = context.tokens.new_zeros(rows * k, 1), logits.reshape(rows * k, vocab)
+            for processor in self.blind:  # a `LogitsProcessorList` would inspect each one's signature each time
+                scores = processor(ids, scores)
+            logits = scores.view(rows, k, vocab)
         return self._by_prefix(logits, context, offset) if self.rest else logits
 
     def _by_prefix(self, logits: Tensor, context: Context, offset: int) -> Tensor:

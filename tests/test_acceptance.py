@@ -17,7 +17,7 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from hf_specdec import reference
+from hf_specdec import acceptance, reference
 from hf_specdec.acceptance import Verdict, accept_greedy, accept_sampled, residual
 
 Tokens = tuple[int, ...]
@@ -84,7 +84,7 @@ def scores_of(p: object) -> Tensor:
 
 
 class FixedRandomness:
-    """Stands in for `torch.rand_like` and `torch.multinomial`; keeps what the latter was asked to draw from."""
+    """Stands in for `torch.rand_like` and `draw`; keeps what the latter was asked to draw from."""
 
     def __init__(self, u: Tensor, v: Tensor):
         self.u, self.v = u, v
@@ -94,8 +94,7 @@ class FixedRandomness:
         assert like.shape == self.u.shape
         return self.u
 
-    def multinomial(self, weights: Tensor, num_samples: int) -> Tensor:
-        assert num_samples == 1
+    def draw(self, weights: Tensor) -> Tensor:
         self.weights = weights
         return (weights.cumsum(dim=-1) <= self.v[:, None]).sum(dim=-1, keepdim=True).clamp(max=weights.shape[1] - 1)
 
@@ -108,7 +107,7 @@ def fix_randomness(monkeypatch: pytest.MonkeyPatch) -> FixRandomness:
     def fix(u: Tensor, v: Tensor) -> FixedRandomness:
         fixed = FixedRandomness(u, v)
         monkeypatch.setattr(torch, "rand_like", fixed.rand_like)
-        monkeypatch.setattr(torch, "multinomial", fixed.multinomial)
+        monkeypatch.setattr(acceptance, "draw", fixed.draw)
         return fixed
 
     return fix
@@ -447,3 +446,25 @@ def test_scores_that_are_no_distribution_are_reported_where_the_outcome_depends_
     verdict = accept_sampled(drafts, lengths, q, scores) if do_sample else accept_greedy(drafts, lengths, scores)
     assert verdict.valid.tolist() == [False, False, False, True, True, True]
     assert verdict.accepted.tolist()[3:] == [1, 0, 2]
+
+
+def test_a_draw_follows_the_distribution() -> None:
+    """False alarm: 1e-4 for each of two rows."""
+    torch.manual_seed(0)
+    p = torch.tensor([[0.0, 0.1, 0.0, 0.6, 0.25, 0.05, 0.0], [0.0, 2.0, 1.0, 0.0, 0.5, 0.5, 0.0]])  # as weights
+    drawn = torch.cat([acceptance.draw(p) for _ in range(20_000)], dim=1)
+    for row, weights in zip(drawn, p.double()):
+        counts = torch.bincount(row, minlength=p.shape[1])
+        assert counts[weights == 0].sum() == 0
+        expected = weights[weights > 0] / weights.sum() * len(row)
+        assert scipy.stats.chisquare(counts[weights > 0], expected).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("u", [0.0, 1 - 2**-53])
+def test_a_draw_is_never_a_token_of_probability_zero(u: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "rand", lambda *shape, dtype: torch.full(shape, u, dtype=dtype))
+    torch.manual_seed(0)
+    p = torch.randn(500, 1000).mul(3).softmax(-1)
+    p[:, :5] = p[:, -5:] = 0
+    p *= torch.rand_like(p[:, :1])
+    assert (p.gather(1, acceptance.draw(p)) > 0).all()

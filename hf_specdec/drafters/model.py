@@ -5,6 +5,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.utils import logging
 
+from ..acceptance import draw
 from ..cache import RaggedCache
 from ..context import Context
 from ..forward import CachedModel
@@ -92,7 +93,7 @@ class ModelDrafter(Drafter):
             valid &= best.isfinite().squeeze(1)
             if self._request.do_sample:
                 q = scores.softmax(dim=-1).nan_to_num(nan=1.0)
-                drawn = torch.multinomial(q[:, 0], num_samples=1)
+                drawn = draw(q[:, 0])
                 probs.append(q)
             else:
                 drawn = argmax
