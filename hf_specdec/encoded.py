@@ -17,6 +17,8 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
+from .host import forward_parameters, model_device
+
 # Inputs of a decoder's forward that carry this prefix where the model has an encoder too.
 PREFIX = "decoder_"
 _PREFIXED = ("input_ids", "attention_mask", "position_ids")
@@ -74,7 +76,7 @@ class Encoded:
         """Fill the cross-attention of a reset cache of transformers; all rows must be active."""
         self._activate(list(range(self._batch_size)))
         for index, layer in enumerate(self._cross.layers):
-            cache.cross_attention_cache.update(layer.keys, layer.values, index)
+            cache.cross_attention_cache.update(layer.keys.clone(), layer.values.clone(), index)
             cache.is_updated[index] = True
 
     def _activate(self, rows: list[int]) -> None:
@@ -90,8 +92,9 @@ class Encoded:
         for i, row in enumerate(rows if self._storage else ()):
             j = self._order.index(row)
             if i != j:
-                for states in (states for layer in self._storage for states in layer):
-                    states[[i, j]] = states[[j, i]]
+                with torch.inference_mode():  # in which they may have been made
+                    for states in (states for layer in self._storage for states in layer):
+                        states[[i, j]] = states[[j, i]]
                 self._order[i], self._order[j] = self._order[j], self._order[i]
         for layer, (keys, values) in zip(layers, self._storage):
             layer.keys, layer.values = keys[: len(rows)], values[: len(rows)]
@@ -140,14 +143,14 @@ class EncoderSide:
     def for_draft(self, draft: PreTrainedModel) -> Encoded | None:
         """What the forwards of a draft model are given; `None` for a causal language model, which has no use for it.
 
-        A draft with an encoder runs it on the target's inputs, unless it is the target's own. One without, whose
+        A draft with an encoder runs it on the target's inputs, unless it is the target's or a copy. One without, whose
         forward takes encoder outputs, is given the target's (Distil-Whisper's decoder).
         """
         if draft.config.is_encoder_decoder:
-            outputs = self.outputs if draft.get_encoder() is self.module else self._encode(draft)
+            outputs = self.outputs if _is_copy(draft.get_encoder(), self.module) else self._encode(draft)
             self._check_decoder(draft, "`assistant_model`", outputs)
             return Encoded({"encoder_outputs": outputs, "attention_mask": self.mask}, self.batch_size)
-        parameters = inspect.signature(draft.forward).parameters
+        parameters = forward_parameters(draft)
         if "encoder_outputs" in parameters:
             inputs = {"encoder_outputs": self.outputs}
         elif "encoder_hidden_states" in parameters and getattr(draft.config, "add_cross_attention", False):
@@ -206,6 +209,24 @@ class EncoderSide:
         return outputs if copies == 1 else _select(outputs, rows, len(self.inputs))
 
 
+_copies: "weakref.WeakKeyDictionary[torch.nn.Module, tuple[weakref.ref[torch.nn.Module], bool]]"
+_copies = weakref.WeakKeyDictionary()
+
+
+def _is_copy(encoder: torch.nn.Module, other: torch.nn.Module) -> bool:
+    """Whether two encoders have the same weights, as those of Distil-Whisper and its target; compared once."""
+    known = _copies.get(encoder)
+    if known is None or known[0]() is not other:
+        mine, theirs = encoder.state_dict(), other.state_dict()
+        same = mine.keys() == theirs.keys() and all(_equal(mine[name], theirs[name]) for name in mine)
+        _copies[encoder] = weakref.ref(other), same
+    return _copies[encoder][1]
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b))
+
+
 _complaints: "weakref.WeakKeyDictionary[PreTrainedModel, str]" = weakref.WeakKeyDictionary()  # empty where all is well
 
 
@@ -216,7 +237,7 @@ def _complaint(model: PreTrainedModel, encoded: Encoded) -> str:
     a, b, c, d = [token for token in range(8) if token not in special][:4]
 
     def feed(tokens: list[int], cache: Cache) -> Tensor:
-        ids = torch.tensor([tokens], device=model.device)
+        ids = torch.tensor([tokens], device=model_device(model))
         inputs = encoded.of_row(0).join({"input_ids": ids, "past_key_values": cache, "use_cache": True}, [0])
         logits: Tensor = model(**inputs, return_dict=True).logits[0].float()
         return logits

@@ -75,7 +75,27 @@ def ragged_mask(
 def takes_position_ids(model: PreTrainedModel) -> bool:
     """Whether the decoder can be told positions; without, it counts from the length of its cache."""
     name = "decoder_position_ids" if model.config.is_encoder_decoder else "position_ids"
-    return name in forward_parameters(model)
+    parameters = forward_parameters(model)
+    if name in parameters or not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return name in parameters
+    if model not in _hands_positions_on:
+        _hands_positions_on[model] = _probe_positions(model, name)
+    return _hands_positions_on[model]
+
+
+_hands_positions_on: "weakref.WeakKeyDictionary[PreTrainedModel, bool]" = weakref.WeakKeyDictionary()
+
+
+def _probe_positions(model: PreTrainedModel, name: str) -> bool:
+    """Whether positions that the model's forward does not name get to its decoder all the same, and change anything."""
+    ids, positions = (torch.tensor([pair], device=model_device(model)) for pair in ([1, 2], [0, 1]))
+    ids_name = name.replace("position", "input")
+    try:
+        kwargs = {**probe_inputs(model), ids_name: ids}
+        logits = [model(**kwargs, **{name: positions + start}).logits for start in (0, 1)]
+    except Exception:
+        return False
+    return not torch.equal(*logits)
 
 
 # model -> attention implementation -> whether it does
