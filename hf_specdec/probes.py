@@ -75,17 +75,17 @@ def _probe(model: PreTrainedModel, rows: int, at_once: int | None) -> bool:
         context.write_drafts(drafts)
         cached.forward(context, at_once or 4)  # rejected: one row gets one token of its own, the other two
         context.clear_drafts()
-        for row, own in enumerate([[3], [3, 4]][:rows]):
-            context.append(row, own)
-        cached.commit(context)
-        if at_once is not None:
-            cached.prefill(context)
-        missing = cached.missing(context)
-        logits = cached.forward(context, max(missing)).logits
-        for row, pending in enumerate(missing):
-            tokens = context.row(row)[None]
-            if not _close(logits[row, pending - 1], _at_once(model, tokens)):
-                return False
+        for own in ([[3], [3, 4]], [[2], [1]]):  # behind the second of these, one row stands for more tokens
+            for row in range(rows):
+                context.append(row, own[row])
+            cached.commit(context)
+            if at_once is not None:
+                cached.prefill(context)
+            missing = cached.missing(context)
+            logits = cached.forward(context, max(missing)).logits
+            for row, pending in enumerate(missing):
+                if not _close(logits[row, pending - 1], _at_once(model, context.row(row)[None])):
+                    return False
     except Exception:  # whatever a model does that was not made for this: it cannot do it
         return False
     return True

@@ -353,9 +353,9 @@ def _needs_lockstep(model: PreTrainedModel, drafter: Drafter, prompt: Prompt, un
     elif prompt.first_forward is not None and prompt.first_forward.places_tokens_itself:
         reason = f"{type(model).__name__} makes its own position ids"
     elif not decodes_ragged_rows(model):
-        reason = f"{type(model).__name__} cannot attend to rows of different lengths (4-D masks)"
+        reason = f"{type(model).__name__} cannot decode rows of different lengths together"
     elif isinstance(drafter, ModelDrafter) and not drafter.takes_ragged_rows:
-        reason = f"{type(drafter.model).__name__} cannot attend to rows of different lengths (4-D masks)"
+        reason = f"{type(drafter.model).__name__} cannot decode rows of different lengths together"
     else:
         return False
     logger.warning_once(f"The rows of this batch advance in lockstep, which accepts fewer drafts: {reason}.")

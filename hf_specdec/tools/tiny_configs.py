@@ -31,8 +31,9 @@ _SIZES: list[tuple[str, int | None]] = [
     (r"rotary_dim", 4),
     (r".*(num_key_value_heads|kv_n_heads|num_kv_heads|num_query_groups)", 2),
     (r"(linear_num_key_heads)", 2),
+    (r"index_n_heads", 32),  # scores are sums of ReLUs: with few heads many keys tie at 0, and are chosen by accident
     (r".*(attention_heads|num_heads|n_head|n_heads|mamba_n_heads|mamba_num_heads|linear_num_value_heads|resampler_heads"
-     r"|resampler_n_heads|index_n_heads)", _HEADS),
+     r"|resampler_n_heads)", _HEADS),
     (r".*(q_lora_rank|kv_lora_rank|o_lora_rank|hc_lowrank|laurel_rank|adapter_rank|gated_norm_rank|time_step_rank"
      r"|mamba_dt_rank)", 16),
     (r"(mamba_)?(d_)?state(_size)?|ssm_state_size|mamba_d_state", 8),
@@ -78,7 +79,7 @@ _ORDINARY = {"bos_token_id": 1, "pad_token_id": 0, "decoder_start_token_id": 2, 
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 _MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 8}
 _EXPERTS = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}
-_INDEXER = {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 16,
+_INDEXER = {"indexer_n_heads": 32, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 16,
             "indexer_compress_ratio": 4}  # fmt: skip
 _DECODER = {"decoder": {"is_decoder": True, "add_cross_attention": True}}
 SPECIAL: dict[str, dict[str, Any]] = {
