@@ -79,7 +79,7 @@ class CachedModel:
         self.prefill_forwards = 0
         parameters = forward_parameters(model)
         self._vocab_size: int = model.config.get_text_config(decoder=True).vocab_size
-        self._cache_name = "cache_params" if "cache_params" in parameters else "past_key_values"
+        self.cache_name = "cache_params" if "cache_params" in parameters else "past_key_values"
         self._takes_position_ids = takes_position_ids(model)
         if first_forward is not None and first_forward.places_tokens_itself:
             self._takes_position_ids = False
@@ -193,7 +193,7 @@ class CachedModel:
         cache.prepare(width, [context.ends[row] + self.slot_offset[row] - 1 for row in rows], prefill)
 
         slots = to_device(starts, self.device)[:, None] + torch.arange(width, device=self.device)
-        inputs: dict[str, Any] = {self._cache_name: cache, "use_cache": True, "attention_mask": self._mask(slots)}
+        inputs: dict[str, Any] = {self.cache_name: cache, "use_cache": True, "attention_mask": self._mask(slots)}
         if embeds is not None:
             first = to_device([self.column_offset - self.slot_offset[row] for row in rows], self.device)
             columns = (slots + first[:, None]).clamp(max=embeds.shape[1] - 1)

@@ -1,15 +1,18 @@
 """What must hold after every iteration, checked when `HF_SPECDEC_CHECK=1`: slow, for debugging and for tests.
 
-Each row's target cache stands for exactly its committed tokens but the last, at the right positions; the draft's for at
-most those; nothing but padding stands behind what is committed.
+Each row's target cache stands for exactly its committed tokens but the last, at the right positions; where there are
+states, and in the draft's cache, for at most those. Nothing but padding stands behind what is committed.
 """
 
 import os
 
+from torch import Tensor
 from transformers import DynamicCache
 
+from .cache import RaggedLayer
 from .context import Context
 from .forward import CachedModel
+from .states import is_recurrent, states_of
 
 ENABLED = os.environ.get("HF_SPECDEC_CHECK", "") not in ("", "0")
 TOLERANCE = 1e-3  # of the largest key or value; the same numbers through forwards of other shapes, in float32
@@ -23,7 +26,7 @@ def check_iteration(context: Context, target: CachedModel, draft: CachedModel | 
     """Raise an InvariantError unless caches and context agree for the active rows."""
     for row in context.rows:
         held, due = target.cache.lengths[row], context.ends[row] + target.slot_offset[row] - 1
-        if held != due:
+        if held > due or (held < due and not target.cache.states):
             raise InvariantError(f"row {row}: the target's cache holds {held} tokens instead of {due}")
         if draft is not None:
             held, most = draft.cache.lengths[row], context.ends[row] + draft.slot_offset[row] - 1
@@ -38,7 +41,7 @@ def check_iteration(context: Context, target: CachedModel, draft: CachedModel | 
 
 
 def _check_entries(context: Context, cached: CachedModel) -> None:
-    """Compare keys and values with those of one fresh forward over each row's committed tokens."""
+    """Compare keys, values and states with those of one fresh forward over each row's committed tokens."""
     given = cached.column_offset or cached.prompt_positions is not None or not cached.prompt_is_tokens
     if given or not cached.cache.layers:
         return  # the beginning was not given as tokens of this context
@@ -47,12 +50,15 @@ def _check_entries(context: Context, cached: CachedModel) -> None:
         begin, end = first + cached.slot_offset[row], cached.cache.lengths[row]
         if end <= begin or row not in context.rows:
             continue
-        fresh = DynamicCache()
+        fresh = DynamicCache(config=cached.model.config) if cached.cache.states else DynamicCache()
         tokens = context.tokens[row : row + 1, first : first + end - begin].to(cached.device)
-        inputs = {"input_ids": tokens, "past_key_values": fresh, "use_cache": True}
+        inputs = {"input_ids": tokens, cached.cache_name: fresh, "use_cache": True}
         cached.model(**(inputs if cached.encoded is None else cached.encoded.of_row(row).join(inputs, [0])))
         for layer, (mine, theirs) in enumerate(zip(cached.cache.layers, fresh.layers)):
-            if not mine.is_initialized:
+            if is_recurrent(mine):
+                for states, expected in zip(states_of(mine), states_of(theirs)):
+                    _compare(states[index], expected[0], f"row {row}, layer {layer}: the state")
+            if not isinstance(mine, RaggedLayer) or not mine.is_initialized:
                 continue
             base = mine.base(row)
             if mine.window is not None and base > max(end - mine.window.size + 1, begin):
@@ -61,6 +67,11 @@ def _check_entries(context: Context, cached: CachedModel) -> None:
                 )
             held = max(begin, base)
             for states, expected in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
-                error = (states[index, :, held - base : end - base] - expected[0, :, held - begin :]).abs().max()
-                if error > TOLERANCE * expected.abs().max():
-                    raise InvariantError(f"row {row}, layer {layer}: cached entries are off by {float(error):.2g}")
+                own, new = states[index, :, held - base : end - base], expected[0, :, held - begin :]
+                _compare(own, new, f"row {row}, layer {layer}: a cached entry")
+
+
+def _compare(own: Tensor, fresh: Tensor, name: str) -> None:
+    error = (own - fresh).abs().max()
+    if error > TOLERANCE * fresh.abs().max():
+        raise InvariantError(f"{name} is off by {float(error):.2g}")

@@ -16,7 +16,6 @@ together. No layer is asked for its name: it is recurrent if it has `recurrent_s
 """
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,7 +138,7 @@ class States:
             reorder(torch.tensor(index))  # which each layer moves to its own device
 
     def _by_row(self) -> list[Tensor]:
-        return [states for layer in self._recurrent for _, _, states in _slots(layer)]
+        return [states for layer in self._recurrent for states in states_of(layer)]
 
     def _restore(self, mark: _Mark, rows: list[int], all_rows: bool) -> None:
         if self.whole and not all_rows:
@@ -157,14 +156,10 @@ class States:
             vars(layer).update(_copied(attributes))
 
 
-def _slots(layer: Any) -> Iterator[tuple[dict[Any, Any], Any, Tensor]]:
-    """Where a recurrent layer's states are: `(container, key, tensor)`; there may be several of a kind."""
-    for name in _BY_ROW:
-        states = getattr(layer, name, None)
-        container, keys = (states, list(states)) if isinstance(states, dict) else (vars(layer), [name])
-        for key in keys:
-            if isinstance(container.get(key), Tensor):
-                yield container, key, container[key]
+def states_of(layer: Any) -> list[Tensor]:
+    """A recurrent layer's states, each `[rows, ...]`, as far as they were made; there may be several of a kind."""
+    found = [state for name in _BY_ROW for state in getattr(layer, name).values()]
+    return [state for state in found if state is not None]
 
 
 def _copied(value: Any) -> Any:

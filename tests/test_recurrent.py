@@ -11,6 +11,8 @@ from conftest import VOCAB, make_model, make_pair, make_prompts, perturbed
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import hf_specdec
+from hf_specdec import invariants
+from hf_specdec.states import States
 
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -295,3 +297,17 @@ def test_long_prompts_in_chunks_and_prompts_of_one_token() -> None:
         one = {"input_ids": torch.tensor([[5], [9]]), "attention_mask": torch.ones(2, 1, dtype=torch.long)}
         expected, out, _ = both(target, draft, one, 3)
         assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("name", ["bamba", "qwen3_next", "lfm2"])
+def test_after_every_iteration_states_are_those_of_the_committed_tokens(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, draft = pair(name)
+    monkeypatch.setattr(invariants, "ENABLED", True)
+    for batch in (1, 3):
+        expected, out, _ = both(target, draft, make_prompts(batch, seed=4), 3)
+        assert torch.equal(out, expected)
+    monkeypatch.setattr(States, "_restore", lambda *args, **kwargs: None)
+    with pytest.raises(invariants.InvariantError, match="the state is off by"):
+        both(target, draft, make_prompts(1, seed=4), 3)
