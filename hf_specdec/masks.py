@@ -102,6 +102,11 @@ def _probe_positions(model: PreTrainedModel, name: str) -> bool:
 _honours_masks: "weakref.WeakKeyDictionary[PreTrainedModel, dict[str, bool]]" = weakref.WeakKeyDictionary()
 
 
+def takes_masks(model: PreTrainedModel) -> bool:
+    """Whether the model's attention functions take 4-D masks. FlashAttention takes none; of others it is not known."""
+    return model.config.get_text_config(decoder=True)._attn_implementation in _MASK_TAKING
+
+
 def takes_ragged_rows(model: PreTrainedModel) -> bool:
     """Whether the model can decode rows of different lengths together, that is, follows positions and 4-D masks.
 
@@ -109,9 +114,7 @@ def takes_ragged_rows(model: PreTrainedModel) -> bool:
     must then be those that it has alone. (Models with ALiBi, for example, read distances off a 2-D mask instead.)
     """
     config = model.config.get_text_config(decoder=True)
-    if config._attn_implementation not in _MASK_TAKING:
-        return False
-    if not set(getattr(config, "layer_types", None) or ()) <= _MASKED_LAYER_TYPES:
+    if not takes_masks(model) or not set(getattr(config, "layer_types", None) or ()) <= _MASKED_LAYER_TYPES:
         return False
     known = _honours_masks.setdefault(model, {})
     implementation = config._attn_implementation

@@ -16,10 +16,12 @@ from .context import Context
 from .forward import CachedModel
 from .host import forward_parameters, model_device
 from .layers import cache_layers
-from .masks import takes_ragged_rows
+from .masks import takes_masks, takes_ragged_rows
 from .states import has_states, rows_are_independent
 
-_known: "weakref.WeakKeyDictionary[PreTrainedModel, dict[tuple[int, int | None], bool]]" = weakref.WeakKeyDictionary()
+# model -> (attention implementation, rows, at_once) -> whether it does
+_known: "weakref.WeakKeyDictionary[PreTrainedModel, dict[tuple[str, int, int | None], bool]]"
+_known = weakref.WeakKeyDictionary()
 
 
 def decodes_ragged_rows(model: PreTrainedModel) -> bool:
@@ -27,6 +29,8 @@ def decodes_ragged_rows(model: PreTrainedModel) -> bool:
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     if not has_states(cache):
         return takes_ragged_rows(model)
+    if any(hasattr(layer, "keys") for layer in cache.layers) and not takes_masks(model):
+        return False
     return rows_are_independent(cache) and continues_states(model, rows=2)
 
 
@@ -38,9 +42,10 @@ def continues_states(model: PreTrainedModel, rows: int = 1, at_once: int | None 
         at_once: over how many tokens a state must go on in one forward; `None` for as many as there are.
     """
     known = _known.setdefault(model, {})
-    if (rows, at_once) not in known:
-        known[rows, at_once] = _probe(model, rows, at_once)
-    return known[rows, at_once]
+    question = (model.config.get_text_config(decoder=True)._attn_implementation, rows, at_once)
+    if question not in known:
+        known[question] = _probe(model, rows, at_once)
+    return known[question]
 
 
 def check_states(model: PreTrainedModel, cache: Cache, owner: str) -> None:
@@ -84,7 +89,7 @@ def _probe(model: PreTrainedModel, rows: int, at_once: int | None) -> bool:
             missing = cached.missing(context)
             logits = cached.forward(context, max(missing)).logits
             for row, pending in enumerate(missing):
-                if not _close(logits[row, pending - 1], _at_once(model, context.row(row)[None])):
+                if not is_close(logits[row, pending - 1], _at_once(model, context.row(row)[None])):
                     return False
     except Exception:  # whatever a model does that was not made for this: it cannot do it
         return False
@@ -113,7 +118,7 @@ def _at_once(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     return model(input_ids=tokens, return_dict=True, **kwargs).logits[0, -1]
 
 
-def _close(got: Tensor, expected: Tensor) -> bool:
+def is_close(got: Tensor, expected: Tensor) -> bool:
     """Whether rounding explains the difference."""
     tolerance = 2 * torch.finfo(got.dtype).eps ** 0.5
     return bool((got - expected).abs().max() < tolerance * expected.std())

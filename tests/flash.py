@@ -23,7 +23,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, aligned_to: str, options: dict[str, 
         scores = options["softcap"] * torch.tanh(scores / options["softcap"])
     place = torch.arange(queries)[:, None] + (keys - queries if aligned_to == "end" else 0)
     seen = torch.ones(queries, keys, dtype=torch.bool)
-    if options["causal"]:
+    if options["causal"] and not (aligned_to == "start" and queries == 1):  # as transformers calls such kernels
         seen &= torch.arange(keys) <= place
     if "window_size" in options:
         seen &= torch.arange(keys) >= place - options["window_size"][0]

@@ -6,18 +6,27 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, SIZES, make_pair, make_prompts, perturbed
+from conftest import ARCHITECTURES, SIZES, VOCAB, make_model, make_pair, make_prompts, perturbed
 from flash import flash_attention
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    BartConfig,
+    BartForConditionalGeneration,
+    LlamaConfig,
+    PreTrainedModel,
+)
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import hf_specdec
 from hf_specdec.masks import takes_ragged_rows
+from hf_specdec.probes import decodes_ragged_rows
 
 NOISE = {"gemma2": 0.35, "bloom": 0.5}
 NEW_TOKENS = 20
+BART_SIDE = {"layers": 2, "attention_heads": 4, "ffn_dim": 32}
 
 
 @functools.cache
@@ -131,6 +140,23 @@ def test_kernels_that_align_queries_with_the_first_keys_are_refused():
     check_identical(target, draft)  # the refusal holds for that implementation only
 
 
+def test_flash_attention_in_a_decoder_with_an_encoder():
+    sizes: dict[str, Any] = {f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in BART_SIDE.items()}
+    config = BartConfig(
+        vocab_size=VOCAB, d_model=32, init_std=0.3, eos_token_id=None, forced_eos_token_id=None, **sizes
+    )
+    torch.manual_seed(0)
+    target = BartForConditionalGeneration(config).eval()
+    draft = perturbed(target, 0.05)
+    with flash_attention(target, draft):
+        check_identical(target, draft)
+    with (
+        flash_attention(draft, aligned_to="start"),
+        pytest.raises(ValueError, match="BartForConditionalGeneration gives"),
+    ):
+        generate(draft, target)
+
+
 def test_a_static_cache_asked_for_with_flash_attention():
     target, draft = pair("llama")
     with flash_attention(target, draft):
@@ -236,3 +262,26 @@ def test_models_that_know_no_sdpa_fall_back_as_in_vanilla():
     target, draft = pair("bloom")
     assert target.config._attn_implementation == "eager"
     check_identical(target, draft)
+
+
+def test_flash_attention_beside_recurrent_layers():
+    """Their rows go at their own pace where attention takes masks, and in step where it does not."""
+    from transformers import Qwen3NextConfig
+
+    sizes = {
+        "linear_num_value_heads": 2,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    }
+    config = Qwen3NextConfig(
+        **{**SIZES, **sizes, "head_dim": 8, "num_experts": 0, "mlp_only_layers": [0, 1]},
+        layer_types=["linear_attention", "full_attention"],
+    )
+    target = make_model(config)
+    draft = perturbed(target, 0.05)
+    check_identical(target, draft)
+    with flash_attention(target, draft):
+        check_identical(target, draft)
+        assert not decodes_ragged_rows(target)
+    assert decodes_ragged_rows(target)
