@@ -8,12 +8,12 @@
     ./scripts/benchmark_speed --synthetic big --dtype bfloat16 --batch 8 --context 256 --ragged --rounds 5
 
 All methods take turns in one process, batch by batch. Ratios are to vanilla, within a round; the table gives their
-median over the rounds and, in parentheses, the quartiles. "decode" leaves out what the first target forward gives. The
-ideal is the speed-up that the bare forwards of target and draft would allow at the measured τ, with nothing around
-them; "reached" is the share of it that decoding reaches. The first of --batch and the first of --context are the base,
-the others are tried one at a time. Everything is greedy: in float32 all tokens must be vanilla's, or else the exit code
-is 1; in bfloat16 and float16, where near-ties may fall differently, rows that differ are counted. The last line of the
-output is JSON.
+median over the rounds and, in parentheses, the quartiles. "decode" leaves out what the first target forward gives;
+"first" is the time until then, most of which is the prompt's. The ideal is the speed-up that the bare forwards of
+target and draft would allow at the measured τ, with nothing around them; "reached" is the share of it that decoding
+reaches. The first of --batch and the first of --context are the base, the others are tried one at a time. Everything is
+greedy: in float32 all tokens must be vanilla's, or else the exit code is 1; in bfloat16 and float16, where near-ties may
+fall differently, rows that differ are counted. The last line of the output is JSON.
 """
 
 import argparse
@@ -146,6 +146,10 @@ def main() -> int:
             result["settings"].append(summary.summarise(setting, comparison.records, bare))
     for setting_result in result["settings"]:
         show(console, setting_result)
+    result["growth"] = summary.growth(result["settings"])
+    if result["growth"]:
+        grown = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in result["growth"].items())
+        console.print(f"a decoded token with the longest context, over one with the shortest: {grown}")
     differing = sum(f.get("differing_rows", 0) for s in result["settings"] for f in s["methods"].values())
     result["identical"] = differing == 0
     failed = differing > 0 and pair.target.dtype == torch.float32

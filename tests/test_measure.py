@@ -14,9 +14,9 @@ from hf_specdec.schedule import SCHEDULES
 from hf_specdec.tools import methods
 from hf_specdec.tools.arguments import Prompt
 from hf_specdec.tools.bare import BareForward, BareForwards
-from hf_specdec.tools.measure import Comparison, Method, Record, Run, checked, new_rows, peak_memory, timed
+from hf_specdec.tools.measure import Comparison, Method, Record, Run, around, checked, new_rows, peak_memory, timed
 from hf_specdec.tools.settings import Setting, check_positions, make_setting, token_ids
-from hf_specdec.tools.summary import Spread, decode_cost, ratio, summarise, total_cost
+from hf_specdec.tools.summary import Spread, decode_cost, growth, ratio, summarise, total_cost
 
 Pair = tuple[PreTrainedModel, PreTrainedModel]
 
@@ -84,7 +84,7 @@ def test_all_methods_run_in_every_round_and_agree(comparison: Comparison) -> Non
         assert not record.refusal and not record.differing
         assert [len(row) for row in record.rows] == [12, 12]
     stats = comparison.records["hf_specdec γ=3"].stats
-    assert stats.committed_tokens == 24  # of the untimed round alone
+    assert stats.committed_tokens == 2 * 24  # of the timed rounds alone
     assert comparison.records["vanilla"].stats.committed_tokens == 0
 
 
@@ -202,6 +202,7 @@ def test_the_ideal_is_what_the_forwards_allow() -> None:
     bare = BareForwards(*[None] * 2)  # type: ignore[list-item]
     bare.target_seconds, bare.draft_seconds = {1: [0.1, 0.9, 0.1], 5: [0.12]}, [0.01, 0.01, 0.5]
     assert bare.ideal(3.2, tokens=5, draft_forwards=4) == pytest.approx(3.2 * 0.1 / (0.12 + 4 * 0.01))
+    assert bare.ideal(3.2, tokens=3.5, draft_forwards=2.5) == pytest.approx(3.2 * 0.1 / (0.1125 + 2.5 * 0.01))
     assert bare.ideal(3.2, tokens=6, draft_forwards=4) is None
     assert bare.to_dict() == {"target_ms": {1: 100.0, 5: 120.0}, "draft_ms": 10.0, "cost_ratio": 0.1}
 
@@ -209,9 +210,37 @@ def test_the_ideal_is_what_the_forwards_allow() -> None:
 def test_bare_forwards_are_measured_for_each_draft_length(comparison: Comparison) -> None:
     assert comparison.bare is not None
     lookup = checked(comparison.records["hf_specdec look-up γ=2"])
-    assert set(comparison.bare.target_seconds) == {1, 4, lookup}  # γ + 1 of ours and of HF's
+    assert set(comparison.bare.target_seconds) == {1, 4, *around(lookup)}  # γ + 1 of ours and of HF's
+    assert around(4.0) == [4] and around(4.3) == [3, 6] and around(1.2) == [1, 3]
     assert len(comparison.bare.draft_seconds) > 0
     assert checked(comparison.records["vanilla"]) == 1
+
+
+def test_what_a_schedule_does_while_it_learns_is_not_counted(llama_pair: Pair) -> None:
+    target, draft = llama_pair
+    gammas = iter([1, 4, 4])
+    chosen = [
+        methods.vanilla(),
+        Method("ours", "hf_specdec", lambda: spec(draft, next(gammas)).options()),
+    ]
+    comparison = Comparison(target, chosen, batches_of(1), 12)
+    comparison.warm_up()
+    comparison.round()
+    comparison.round()
+    stats = comparison.records["ours"].stats
+    runs = [run for runs in comparison.records["ours"].rounds for run in runs]
+    assert stats.committed_tokens == sum(run.tokens for run in runs) == 24
+    assert stats.target_forwards == sum(run.forwards for run in runs)
+
+
+def test_the_growth_of_costs_with_the_context() -> None:
+    def setting(rows: int, tokens: int, **costs: float) -> dict[str, Any]:
+        figures = {name: {"decode_ms": ms} for name, ms in costs.items()}
+        return {"batch_size": rows, "prompt_tokens": [1, tokens], "methods": figures | {"HF": {"refused": "batches"}}}
+
+    settings = [setting(1, 512, a=3.0, b=4.0), setting(1, 64, a=2.0, b=2.0), setting(4, 2048, a=9.0, b=9.0)]
+    assert growth(settings) == {"a": 1.5, "b": 2.0}
+    assert growth(settings[1:]) == {}
 
 
 def test_the_summary_of_a_setting(comparison: Comparison) -> None:
@@ -304,5 +333,6 @@ def test_a_draft_that_agrees_less_has_a_lower_ideal(llama_pair: Pair) -> None:
     for noise in (0.02, 2.0):
         comparison = Comparison(target, [methods.vanilla(), spec(perturbed(target, noise))], batches_of(1), 24)
         comparison.warm_up()
+        comparison.round()
         taus.append(comparison.records["hf_specdec γ=3"].stats.block_efficiency)
     assert taus[0] > taus[1] + 0.5

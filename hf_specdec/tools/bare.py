@@ -102,15 +102,19 @@ class BareForwards:
                 seconds.append(target.seconds(tokens))
             self.draft_seconds.append(draft.seconds(1))
 
-    def ideal(self, tau: float, tokens: int, draft_forwards: float) -> float | None:
+    def ideal(self, tau: float, tokens: float, draft_forwards: float) -> float | None:
         """The speed-up over vanilla at block efficiency `tau` if nothing but forwards took time.
 
-        τ · t_target(1) / (t_target(γ + 1) + γ · t_draft(1)), with γ + 1 = `tokens` and γ = `draft_forwards`.
+        τ · t_target(1) / (t_target(γ + 1) + γ · t_draft(1)), with γ + 1 = `tokens` and γ = `draft_forwards`, which may
+        be means: between lengths that were measured t_target is a line.
         """
-        if tokens not in self.target_seconds or not self.draft_seconds:
+        below = max((n for n in self.target_seconds if n <= tokens), default=None)
+        above = min((n for n in self.target_seconds if n >= tokens), default=None)
+        if below is None or above is None or not self.draft_seconds:
             return None
-        block = self.target_median(tokens) + draft_forwards * statistics.median(self.draft_seconds)
-        return tau * self.target_median(1) / block
+        share = (tokens - below) / max(above - below, 1)
+        block = (1 - share) * self.target_median(below) + share * self.target_median(above)
+        return tau * self.target_median(1) / (block + draft_forwards * statistics.median(self.draft_seconds))
 
     def to_dict(self) -> dict[str, Any]:
         """Medians in milliseconds, and c, the cost ratio."""

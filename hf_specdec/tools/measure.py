@@ -68,7 +68,7 @@ class Record:
 
     Attributes:
         rounds: `[rounds][batches]`.
-        stats: of the untimed round; only ours fills it.
+        stats: of the timed rounds; only ours fills it.
         rows: the new tokens of every row, batch after batch, in the untimed round.
         differing: indices of rows that were not vanilla's in some run.
         refusal: the first line of the error where the method refuses the input.
@@ -161,11 +161,14 @@ class Comparison:
         self.reference = self.records[methods[0].name]
 
     def warm_up(self) -> None:
-        """An untimed round, which counts."""
+        """An untimed round: its rows are kept, and adaptive schedules learn in it what things cost."""
         for index, record in self._turns(self.records):
-            self._run(record, index, record.stats)
+            self._run(record, index, keep=True)
         if self.bare is not None:
-            self.bare.prepare(self.batches[0], self.reference.rows, map(checked, self.records.values()))
+            lengths = {n for record in self.records.values() for n in around(checked(record))}
+            self.bare.prepare(self.batches[0], self.reference.rows, lengths)
+        for record in self.records.values():
+            record.stats = SpeculationStats()
 
     def round(self, names: Iterable[str] | None = None) -> None:
         """A timed round of vanilla and the methods named, or of all."""
@@ -194,14 +197,14 @@ class Comparison:
                 self.advance(record.method.name)
                 yield index, record
 
-    def _run(self, record: Record, index: int, stats: SpeculationStats | None = None) -> Run | None:
-        """One method on one batch; `None` where it refuses. `stats` are given for the run that counts."""
+    def _run(self, record: Record, index: int, keep: bool = False) -> Run | None:
+        """One method on one batch; `None` where it refuses. The rows of the run are kept if so wanted."""
         if record.refusal:
             return None
         batch = self.batches[index]
         options = record.method.options()
         if record.method.family == OURS:
-            options["speculation_stats"] = SpeculationStats() if stats is None else stats
+            options["speculation_stats"] = record.stats
         try:
             run, sequences = timed(self.target, batch, self.new_tokens, options)
         except Exception as error:
@@ -210,18 +213,24 @@ class Comparison:
             record.refusal = (str(error) or type(error).__name__).splitlines()[0]
             return None
         rows = new_rows(self.target, sequences, batch["input_ids"].shape[1])
-        if stats is not None:
+        if keep:
             record.rows.extend(rows)
         first = sum(len(batch["input_ids"]) for batch in self.batches[:index])
         record.differing |= {at for at, row in enumerate(rows, first) if row != self.reference.rows[at]}
         return run
 
 
-def checked(record: Record) -> int:
+def checked(record: Record) -> float:
     """Tokens of a usual verification forward: γ + 1, with the mean γ where it varies; 1 where nothing is drafted."""
+    if record.method.gamma is not None:
+        return 1 + record.method.gamma
     stats = record.stats
-    mean = stats.drafted_tokens / stats.row_iterations if stats.row_iterations else 0
-    return 1 + (round(mean) if record.method.gamma is None else record.method.gamma)
+    return 1 + (stats.drafted_tokens / stats.row_iterations if stats.row_iterations else 0)
+
+
+def around(tokens: float) -> list[int]:
+    """Forwards to measure for a mean number of tokens that may still change a little."""
+    return [int(tokens)] if tokens == int(tokens) else [max(int(tokens) - 1, 1), int(tokens) + 2]
 
 
 @contextmanager

@@ -105,6 +105,18 @@ def figures(
     return result | _speculation(record, result, bare)
 
 
+def growth(settings: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """By method, what a decoded token costs with the longest context over what it costs with the shortest.
+
+    Args:
+        settings: summaries; those with as many rows as the first one are compared.
+    """
+    alike = [s for s in settings if s["batch_size"] == settings[0]["batch_size"]]
+    short, long = (choose(alike, key=lambda s: s["prompt_tokens"][1])["methods"] for choose in (min, max))
+    costs = {name: (long[name].get("decode_ms"), short[name].get("decode_ms")) for name in short}
+    return {name: round(a / b, 3) for name, (a, b) in costs.items() if a and b} if len(alike) > 1 else {}
+
+
 def _speculation(record: Record, result: dict[str, Any], bare: BareForwards) -> dict[str, Any]:
     """α, τ, and how near the decoding comes to what bare forwards would allow."""
     stats = record.stats
