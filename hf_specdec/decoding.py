@@ -29,6 +29,9 @@ from .stopping import Stopping
 from .streaming import StepStreamer
 from .trace import Trace
 
+# Tokens of the prompts, over all rows, above which one forward more is little beside what reading them takes.
+_LONG = 1024
+
 
 @dataclass
 class Committed:
@@ -121,7 +124,9 @@ class SpeculativeDecoding:
         """Up to γ tokens for each active row, but never so many that the target's own would not fit behind them."""
         context = self.context
         room = [max(context.max_length - end - 1, 0) for end in context.active_ends]
-        reads_prompt = self.pending_embeds is not None or self.target.first_forward is not None
+        reads_prompt = (
+            self.pending_embeds is not None or self.target.first_forward is not None or self._is_first_of_long()
+        )
         gamma = 0 if reads_prompt else self.schedule.plan(len(context.rows))
         if self.target.cache.states and not reads_prompt:
             room = [min(space, most) for space, most in zip(room, self._beside_pending(gamma))]
@@ -134,6 +139,11 @@ class SpeculativeDecoding:
         longest = max(lengths)
         probs = None if draft.probs is None else draft.probs[:, :longest]
         return Draft(draft.tokens[:, :longest], probs, lengths, draft.valid)
+
+    def _is_first_of_long(self) -> bool:
+        """Whether the first tokens would have to wait until the draft model has read long prompts too."""
+        begins = self.context.active_ends[0] == self.context.prompt_width
+        return begins and self.drafter.reads_prompts and sum(self.context.lengths) > _LONG
 
     def _beside_pending(self, gamma: int) -> list[int]:
         """How many drafts fit behind the pending tokens of each active row, where all rows are fed equally many.

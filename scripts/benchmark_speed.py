@@ -12,8 +12,8 @@ median over the rounds and, in parentheses, the quartiles. "decode" leaves out w
 "first" is the time until then, most of which is the prompt's. The ideal is the speed-up that the bare forwards of
 target and draft would allow at the measured τ, with nothing around them; "reached" is the share of it that decoding
 reaches. The first of --batch and the first of --context are the base, the others are tried one at a time. Everything is
-greedy: in float32 all tokens must be vanilla's, or else the exit code is 1; in bfloat16 and float16, where near-ties may
-fall differently, rows that differ are counted. The last line of the output is JSON.
+greedy: in float32 all tokens must be vanilla's, or else the exit code is 1; in bfloat16 and float16, where near-ties
+may fall differently, rows that differ are counted. The last line of the output is JSON.
 """
 
 import argparse

@@ -10,7 +10,7 @@ from conftest import SIZES, VOCAB, make_model, make_prompts, perturbed
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 
-from hf_specdec import Draft, Drafter, DraftRequest, ModelDrafter, PromptLookupDrafter, SpeculationStats
+from hf_specdec import Draft, Drafter, DraftRequest, ModelDrafter, PromptLookupDrafter, SpeculationStats, decoding
 from hf_specdec.context import Context
 
 EOS = 77  # ends two of the rows of these tests early
@@ -551,3 +551,21 @@ def test_a_drafter_that_breaks_the_protocol_is_named(draft, error, message, do_s
             num_assistant_tokens=4,
             do_sample=do_sample,
         )
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_first_tokens_do_not_wait_for_the_draft_to_read_long_prompts(
+    batch: int, llama_pair: tuple[PreTrainedModel, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, draft = llama_pair
+    prompts = make_prompts(batch)
+    limits: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False}
+    expected = target.generate(**prompts, **limits)
+    tokens = int(prompts["attention_mask"].sum())
+    for limit, drafts in ((tokens, True), (tokens - 1, False)):
+        monkeypatch.setattr(decoding, "_LONG", limit)
+        stats = SpeculationStats()
+        given: dict[str, Any] = {**limits, "assistant_model": draft, "strategy": "spec", "num_assistant_tokens": 3}
+        assert torch.equal(target.generate(**prompts, **given, speculation_stats=stats), expected)
+        assert all(stats.iterations[0]["drafted"]) == any(stats.iterations[0]["drafted"]) == drafts
+        assert all(stats.iterations[1]["drafted"])

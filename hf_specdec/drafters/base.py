@@ -73,10 +73,12 @@ class Drafter(ABC):
     Attributes:
         in_vocabulary: proposals are the target's tokens by construction, so that the loop need not look.
         shows_confidence: it asks `DraftRequest.go_on`, and reading its probabilities does not wait for a device.
+        reads_prompts: its first proposal takes the longer, the longer the prompts are.
     """
 
     in_vocabulary = False
     shows_confidence = False
+    reads_prompts = False
 
     def start(self, request: DraftRequest, context: Context) -> None:
         """A new `generate()` call begins. `context` holds the prompts; state of an earlier call must go."""

@@ -32,6 +32,7 @@ class ModelDrafter(Drafter):
     """
 
     in_vocabulary = True
+    reads_prompts = True
 
     def __init__(self, model: PreTrainedModel, confidence_threshold: float = 0.0):
         self.model = model
