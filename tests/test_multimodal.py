@@ -195,7 +195,7 @@ def test_images_that_are_no_part_of_the_text_are_refused() -> None:
 class WithoutPositions(LlamaForCausalLM):
     """Takes no position ids: to it, a token's position is its column."""
 
-    def forward(self, input_ids=None, attention_mask=None, past_key_values=None, use_cache=None, return_dict=None):
+    def forward(self, input_ids=None, attention_mask=None, past_key_values=None, use_cache=None, **ignored):
         return super().forward(input_ids, attention_mask, past_key_values=past_key_values, use_cache=use_cache)
 
 
