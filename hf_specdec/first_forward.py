@@ -8,17 +8,20 @@ what they must be given besides tokens, by asking the model what vanilla would g
 
 import copy
 import weakref
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from .host import model_device
 from .layers import cached_length
 from .masks import looks_ahead
+
+logger = logging.get_logger(__name__)
 
 # What our own forwards are made of. Whatever else a model is given is the prompt's, or its own.
 KNOWN_INPUTS = {
@@ -58,14 +61,25 @@ class FirstForward:
         self._model = model
         self._ids = input_ids
         self._config = generation_config
-        self._columns = columns + cached_length(cache)
-        if self._columns == columns:  # the given one may be of another kind; it gets its entries in the end
-            cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+        self._past = cached_length(cache)
+        self._columns = columns + self._past
+        self._given = cache
+        self._kwargs = dict(model_kwargs)
         self.cache = cache
-        self._kwargs = {**model_kwargs, "cache_params" if "cache_params" in model_kwargs else "past_key_values": cache}
+        self.forget()
         self.inputs: dict[str, Any] = model.prepare_inputs_for_generation(
             input_ids, next_sequence_length=columns, is_first_iteration=True, **self._kwargs
         )
+
+    def forget(self) -> None:
+        """Let go of what `run` has cached."""
+        # A given cache without entries may be of another kind; it gets its own in the end.
+        config = self._model.config.get_text_config(decoder=True)
+        self._use(self._given if self._past else DynamicCache(config=config))
+
+    def _use(self, cache: Cache) -> None:
+        self.cache = cache
+        self._kwargs["cache_params" if "cache_params" in self._kwargs else "past_key_values"] = cache
 
     @property
     def places_tokens_itself(self) -> bool:
@@ -81,6 +95,8 @@ class FirstForward:
 
     def run(self, **kwargs: Any) -> ModelOutput:
         """Vanilla's first forward; the entries of its tokens are in `cache` afterwards."""
+        if self._past:
+            self._use(copy.deepcopy(self._given))
         output = self._model._prefill(self._ids, self._config, {**self._kwargs, **kwargs})
         layers = [layer for layer in self.cache.layers if hasattr(layer, "keys") and layer.is_initialized]
         for length in {int(layer.get_seq_length()) for layer in layers} - {self._columns}:
@@ -166,6 +182,47 @@ def prepare_first_forward(
     if not prepares and not _extra(model_kwargs) and (positions is None or positions.ndim <= 2):
         return None
     return FirstForward(model, input_ids, columns, cache, generation_config, model_kwargs)
+
+
+def show(draft: PreTrainedModel, inputs: dict[str, Any], batch_size: int) -> tuple[FirstForward, ModelOutput] | None:
+    """Let a draft model read a prompt with all that belongs to it, where it takes the same inputs as the target.
+
+    Args:
+        draft: the draft model.
+        inputs: what the user gave to the target's `generate()`, ids and mask among them.
+        batch_size: rows in all, with those of `num_return_sequences`.
+
+    Returns: the forward and its output; `None` if the draft is left with the text.
+    """
+    takes = {*signature(draft.forward).parameters, *signature(draft.prepare_inputs_for_generation).parameters}
+    if not inputs.keys() <= takes:
+        return None
+    read: list[tuple[FirstForward, ModelOutput]] = []
+
+    def decode(model: Any, input_ids: Tensor, generation_config: GenerationConfig, **kwargs: Any) -> Tensor:
+        model_kwargs = {k: v for k, v in kwargs.items() if k not in ("logits_processor", "stopping_criteria")}
+        first = FirstForward(model, input_ids, input_ids.shape[1], DynamicCache(), generation_config, model_kwargs)
+        read.append((first, first.run()))
+        return input_ids
+
+    copies = batch_size // len(inputs["input_ids"])
+    sampling = {"num_return_sequences": copies, "do_sample": copies > 1, "num_beams": 1, "max_new_tokens": 1}
+    try:
+        draft.generate(**inputs, **sampling, custom_generate=decode)
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        logger.warning_once(
+            f"{type(draft).__name__} cannot read this prompt's images or audio ({reason}): drafts see text"
+        )
+        return None
+    return None if read[0][0].places_tokens_itself else read[0]
+
+
+def split_axes(position_ids: Tensor | None, batch_size: int) -> tuple[Tensor | None, Tensor | None]:
+    """Position ids of the first axis, `[batch, columns]`, and what to add for each axis, `[axes, batch, 1]`."""
+    if position_ids is None or position_ids.ndim == 2:
+        return position_ids, None
+    return position_ids[0], (position_ids[..., -1:] - position_ids[:1, :, -1:]).expand(-1, batch_size, -1)
 
 
 def _extra(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -123,10 +123,16 @@ class CachedModel:
         first_forward, self.first_forward = self.first_forward, None
         self.forwards += 1
         output = first_forward.run(**kwargs)
-        self.cache.load(first_forward.cache, [self.column_offset - offset for offset in self.slot_offset])
-        self.later_inputs = first_forward.later_inputs(output)
+        self.take_over(first_forward, output)
         output.logits = output.logits[:, -1:]
         return output
+
+    def take_over(self, first_forward: FirstForward, output: ModelOutput) -> None:
+        """Hold what a forward over the whole prompt has left in a cache of transformers."""
+        self.cache.load(first_forward.cache, [self.column_offset - offset for offset in self.slot_offset])
+        self.later_inputs = first_forward.later_inputs(output)
+        first_forward.forget()
+        self.prompt_is_tokens = False
 
     def forward(
         self, context: Context, width: int, keep: int | None = None, ids: Tensor | None = None, **kwargs: Any

@@ -66,6 +66,12 @@ def check_layers(cache: Cache, owner: str) -> None:
         cache: what transformers makes of the model's config; need not have been used.
         owner: whose cache it is, for the message.
     """
+    prompt_apart = {type(layer).__name__ for layer in cache.layers if hasattr(layer, "set_prefill_length")}
+    if prompt_apart:
+        raise ValueError(
+            f"The cache of {owner} has layers of type {', '.join(sorted(prompt_apart))}, which strategy='spec' does "
+            "not support yet: they keep the prompt and a window behind it"
+        )
     quantized = {type(layer).__name__ for layer in cache.layers if hasattr(layer, "_quantize")}
     if quantized:
         raise ValueError(

@@ -26,7 +26,7 @@ from .context import Context
 from .decoding import SpeculativeDecoding
 from .drafters import Drafter, DraftRequest, ModelDrafter
 from .encoded import EncoderSide, decoder_kwargs, read_encoder
-from .first_forward import FirstForward, prepare_first_forward
+from .first_forward import FirstForward, prepare_first_forward, split_axes
 from .forward import CachedModel
 from .host import model_device
 from .layers import cache_layers, cached_length, check_layers
@@ -89,12 +89,14 @@ def prepare(
     stats: SpeculationStats,
     trace: Trace | None,
     model_kwargs: dict[str, Any],
-    encoder_inputs: Tensor | None = None,
+    encoder_inputs: Tensor | None,
+    given: dict[str, Any],
 ) -> SpeculativeDecoding:
     """Build the decoding of one prepared `generate()` call. Nothing has been fed to any model yet.
 
     Args:
         encoder_inputs: what `generate()` has given to the encoder, if there is one.
+        given: the model inputs that `generate()` was given, by name.
     """
     check_user_cache(model_kwargs.get("past_key_values"), model, generation_config.max_length)
     encoder = None
@@ -149,6 +151,7 @@ def prepare(
         processors=known(logits_processor),
         prefill_chunk_size=generation_config.prefill_chunk_size,
         static=target.static is not None,
+        inputs={} if prompt.first_forward is None or prompt.past else given,
         encoder=encoder,
         go_on=schedule.go_on,
     )
@@ -220,6 +223,8 @@ def hand_back_cache(decoding: SpeculativeDecoding, width: int, cache: Cache) -> 
     context.ends = [width] * context.batch_size
     if target.cache.states and context.batch_size > 1:  # those of rows that ended are gone: once more from the start
         target = decoding.make_target()
+        if target.first_forward is not None:
+            target.read_prompt()
     shortest = min(target.cache.lengths)
     for row, offset in enumerate(target.slot_offset):
         held = min(target.cache.lengths[row], width + offset - 1)
@@ -312,10 +317,7 @@ def read_prompt(
             f"`input_ids` holds {int(input_ids[outside][0])}, but the model's vocabulary has the ids 0 to "
             f"{vocab_size - 1}: was it tokenized for another model?"
         )
-    axes = None
-    if position_ids is not None and position_ids.ndim > 2:
-        axes = (position_ids[..., -1:] - position_ids[:1, :, -1:]).expand(-1, batch, -1)
-        position_ids = position_ids[0]
+    position_ids, axes = split_axes(position_ids, batch)
     position_offset, positions = _read_positions(position_ids, mask, first)
     return Prompt(
         input_ids=input_ids,

@@ -25,6 +25,7 @@ from transformers.utils import logging
 
 from .attention import folded_attention
 from .drafters import Drafter
+from .first_forward import KNOWN_INPUTS
 from .options import OPTION_NAMES, check_cache_implementation, check_generation_config, resolve_options
 from .pairs import make_drafter
 from .session import check_not_empty, finish, prepare
@@ -98,6 +99,7 @@ def speculative(
             speculation_trace,
             model_kwargs,
             inputs_tensor,
+            _given_inputs(model, sys._getframe(1)),
         )
         with folded_attention():
             width = decoding.run()
@@ -105,6 +107,18 @@ def speculative(
             return finish(decoding, width, generation_config, model_kwargs)
 
     return decode
+
+
+def _given_inputs(model: PreTrainedModel, frame: Any) -> dict[str, Any]:
+    """The model inputs that the user gave to `generate()`: the images themselves, not what came of them since."""
+    given = frame.f_locals
+    kwargs = {"input_ids": given.get("inputs"), **given.get("kwargs", {})}
+    names = {*inspect.signature(model.forward).parameters}
+    names |= {*inspect.signature(model.prepare_inputs_for_generation).parameters}
+    mine = names - KNOWN_INPUTS | {"input_ids", "attention_mask"}
+    if kwargs["input_ids"] is None or kwargs.get("inputs_embeds") is not None:
+        return {}
+    return {name: value for name, value in kwargs.items() if name in mine and value is not None}
 
 
 def _refuse_what_was_not_handed_over(frame: Any) -> None:

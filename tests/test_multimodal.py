@@ -8,6 +8,7 @@ import torch
 from conftest import ARCHITECTURES, assert_lossless, make_model, make_pair, make_prompts, perturbed
 from multimodal import CLIP, FAMILIES, Inputs, Size, make_multimodal, make_multimodal_prompts
 from transformers import DynamicCache, GitConfig, GitForCausalLM, LlamaForCausalLM, PreTrainedModel
+from transformers.utils import logging
 
 import hf_specdec
 from hf_specdec import invariants
@@ -73,6 +74,31 @@ def test_a_text_only_draft_and_look_up(name: str) -> None:
             **prompts(name, rows), max_new_tokens=NEW_TOKENS, strategy="spec", prompt_lookup_num_tokens=3
         )
         assert torch.equal(looked_up, vanilla(name, rows))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_draft_of_the_same_kind_sees_the_image_too(name: str) -> None:
+    """A copy of the target as its draft is always right: not so where it is blind or looks at the wrong place."""
+    target, _ = pair(name)
+    stats = hf_specdec.SpeculationStats()
+    copies = {"do_sample": True, "top_k": 1, "num_return_sequences": 2}
+    for rows, kwargs in (("alone", {}), ("uneven", {}), ("alone", copies)):
+        speculate(target, prompts(name, rows), perturbed(target, 0.0), speculation_stats=stats, **kwargs)
+    assert stats.acceptance_rate == 1
+
+
+def test_a_draft_that_cannot_see_this_image_is_left_with_the_text(caplog: pytest.LogCaptureFixture) -> None:
+    target, _ = pair("llava")
+    config = FAMILIES["llava"].config()
+    config.vision_config.num_channels = 1
+    torch.manual_seed(1)
+    draft = type(target)(config).eval()
+    logging.enable_propagation()
+    try:
+        assert torch.equal(speculate(target, prompts("llava", "uneven"), draft), vanilla("llava", "uneven"))
+    finally:
+        logging.disable_propagation()
+    assert "cannot read this prompt's images or audio" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "llava", "gemma3"])

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +52,7 @@ class DraftRequest:
         lockstep: all rows always have the same number of columns.
         prefill_chunk_size: feed at most so many tokens per row at once, `None` for all.
         static: forwards are to have fixed shapes.
+        inputs: the prompt as it was given to `generate()`, where it is more than tokens; else empty.
         encoder: what the target's decoder is conditioned on, where it has an encoder.
         go_on: asked after each token but the last by drafters with `shows_confidence`; they stop when told False.
     """
@@ -63,6 +65,7 @@ class DraftRequest:
     processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
     prefill_chunk_size: int | None = None
     static: bool = False
+    inputs: dict[str, Any] = field(default_factory=dict)
     encoder: EncoderSide | None = None
     go_on: GoOn | None = None
 

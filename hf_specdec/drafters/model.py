@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.utils import logging
+from transformers.utils import ModelOutput, logging
 
 from ..acceptance import draw
 from ..cache import RaggedCache
 from ..context import Context
+from ..first_forward import FirstForward, show, split_axes
 from ..forward import CachedModel
 from ..host import model_device, to_device
 from ..layers import cache_layers
@@ -64,7 +65,8 @@ class ModelDrafter(Drafter):
         cache = RaggedCache(rows, device, context.prompt_width + 256, context.max_length, layers)
         padded = (request.lockstep or bool(cache.states)) and max(request.first) > 0
         encoded = None if request.encoder is None else request.encoder.for_draft(self.model)
-        changing = padded or bool(cache.states) or encoded is not None
+        seen = show(self.model, request.inputs, rows) if request.inputs else None
+        changing = padded or bool(cache.states) or encoded is not None or seen is not None
         if request.static and not changing and self.takes_ragged_rows:
             cache, static = borrow(self.model, rows, device, context.max_length + WIDTHS[-1])
         self.cached = CachedModel(
@@ -77,8 +79,21 @@ class ModelDrafter(Drafter):
             static=static,
             encoded=encoded,
         )
+        if seen is not None:
+            self._take_over(*seen)
         if cache.states and not continues_states(self.model):
             self.cached.at_once = 1
+
+    def _take_over(self, first_forward: FirstForward, output: ModelOutput) -> None:
+        """Go on from a forward over the whole prompt, image and all."""
+        cached, rows = self.cached, len(self._request.first)
+        cached.take_over(first_forward, output)
+        cached.prefill_forwards += 1
+        positions, axes = split_axes(first_forward.inputs.get("position_ids"), rows)
+        if positions is not None:  # position ids minus slots
+            last = positions[:, -1].expand(rows).tolist()
+            cached.position_offset = [p - cached.cache.lengths[row] + 1 for row, p in enumerate(last)]
+            cached.axes = axes
 
     def propose(self, context: Context, max_tokens: int) -> Draft:
         max_tokens = min(max_tokens, self._room(context))
