@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 import hf_specdec
 from hf_specdec import invariants
+from hf_specdec.probes import decodes_ragged_rows
 from hf_specdec.states import States
 
 _COMMON: dict[str, Any] = {
@@ -151,6 +152,12 @@ def test_recurrent_models_say_what_they_said(name: str, batch: int) -> None:
     for gamma in (1, 7):
         expected, out, _ = both(*pair(name), make_prompts(batch, seed=10 + batch), gamma)
         assert torch.equal(out, expected), f"γ = {gamma}"
+
+
+@pytest.mark.parametrize("name", CONTINUING)
+def test_rows_go_each_at_its_own_pace(name: str) -> None:
+    """Else a mistake with single rows would not show: models that fail this probe decode in lockstep."""
+    assert decodes_ragged_rows(pair(name)[0])
 
 
 @pytest.mark.parametrize("name", ONE_BY_ONE)
