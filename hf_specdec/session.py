@@ -35,6 +35,7 @@ from .options import STATIC_KINDS, Options
 from .outputs import Recorder
 from .probes import check_states, decodes_ragged_rows
 from .processors import known, unknown_names
+from .rope import check_lengths
 from .schedule import make_schedule
 from .states import has_states
 from .static import WIDTHS, borrow
@@ -112,6 +113,9 @@ def prepare(
     max_length = min(
         [c.max_length for c in stopping_criteria if type(c) is MaxLengthCriteria], default=generation_config.max_length
     )
+    columns = max_length + prompt.column_offset
+    fed_at_once = 0 if generation_config.prefill_chunk_size else prompt.mask.shape[1] - max(prompt.first) - 1
+    check_lengths(model, fed_at_once, columns - min(prompt.first))
     stopping = Stopping(stopping_criteria, max_length)
 
     batch = len(prompt.first)

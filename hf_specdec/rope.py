@@ -1,0 +1,34 @@
+"""Rotary embeddings that change with the length of the text, beyond which what is cached no longer counts."""
+
+from transformers import PreTrainedModel
+
+
+def check_lengths(model: PreTrainedModel, shortest: int, longest: int) -> None:
+    """Refuse texts over which a model changes what a position means to it.
+
+    "dynamic" embeddings do so with every token beyond the original positions, "longrope" once: vanilla then goes on
+    with frequencies of the moment, which depend on how many tokens are in a forward.
+
+    Args:
+        model: the target.
+        shortest: tokens in the shortest forward over the beginning of a row; each later one ends beyond.
+        longest: how many tokens a row may come to.
+    """
+    config = model.config.get_text_config(decoder=True)
+    given = getattr(config, "rope_parameters", None) or {}
+    for parameters in given.values() if all(isinstance(value, dict) for value in given.values()) else [given]:
+        kind = parameters.get("rope_type") or "default"
+        if kind == "longrope":
+            limit = parameters.get("original_max_position_embeddings")
+            changes = limit is not None and shortest <= limit < longest - 1  # the last token is not fed
+        elif "dynamic" in kind:
+            limit = getattr(config, "max_position_embeddings", None)
+            changes = limit is not None and limit < longest - 1
+        else:
+            continue
+        if changes:
+            raise ValueError(
+                f"The rotary embeddings of {type(model).__name__} ({kind!r}) change behind {limit} tokens, and this "
+                f"call may come to {longest}: strategy='spec' does not support that. Lower `max_new_tokens`, or drop "
+                "the strategy"
+            )
