@@ -136,6 +136,8 @@ class SpeculativeDecoding:
         draft = self.drafter.propose(context, max_tokens)
         check_draft(draft, len(context.rows), max_tokens, self.request.vocab_size, self.drafter)
         lengths = [min(length, space) for length, space in zip(draft.row_lengths, room)]
+        if self.target.encoded is not None:
+            lengths = self.target.encoded.up_to_uncounted(context, self.target.missing(context), draft.tokens, lengths)
         longest = max(lengths)
         probs = None if draft.probs is None else draft.probs[:, :longest]
         return Draft(draft.tokens[:, :longest], probs, lengths, draft.valid)

@@ -17,6 +17,7 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
+from .context import Context
 from .host import forward_parameters, model_device
 
 # Inputs of a decoder's forward that carry this prefix where the model has an encoder too.
@@ -42,10 +43,12 @@ class Encoded:
         inputs: what every forward is given, by name; tensors in them have a line for each row of the batch.
         batch_size: rows in all.
         prefix: of the names under which the forward takes ids, mask and positions: `PREFIX`, or "" for decoders alone.
+        uncounted: a token that takes no position from those behind it in the same forward, if the decoder has one.
     """
 
-    def __init__(self, inputs: dict[str, Any], batch_size: int, prefix: str = PREFIX):
+    def __init__(self, inputs: dict[str, Any], batch_size: int, prefix: str = PREFIX, uncounted: int | None = None):
         self.prefix = prefix
+        self.uncounted = uncounted
         self._inputs = {name: value for name, value in inputs.items() if value is not None}
         self._batch_size = batch_size
         self._rows = list(range(batch_size))  # those that the next forward is over
@@ -60,6 +63,25 @@ class Encoded:
         inputs = {self.prefix + name if name in _PREFIXED else name: value for name, value in inputs.items()}
         inputs["past_key_values"] = EncoderDecoderCache(inputs["past_key_values"], self._cross)
         return inputs | self._selected
+
+    def up_to_uncounted(
+        self, context: Context, missing: list[int], draft_tokens: Tensor, lengths: list[int]
+    ) -> list[int]:
+        """Shorter draft lengths, such that nothing is fed behind an uncounted token: vanilla feeds it in the next step.
+
+        Args:
+            missing: how many committed tokens of each active row are fed with its drafts.
+            draft_tokens: `[active rows, k]`.
+            lengths: how many of them each row proposes.
+        """
+        if self.uncounted is None:
+            return lengths
+        shorter = []
+        for row, n, tokens, length in zip(context.rows, missing, draft_tokens.tolist(), lengths):
+            tail = context.tokens[row, context.ends[row] - n : context.ends[row]].tolist()
+            until = tokens.index(self.uncounted) + 1 if self.uncounted in tokens else length
+            shorter.append(0 if self.uncounted in tail else min(length, until))
+        return shorter
 
     def of_row(self, row: int) -> "Encoded":
         """The same for one row of the batch alone, with nothing cached."""
@@ -138,7 +160,7 @@ class EncoderSide:
         """What the forwards of the target are given."""
         self._check_decoder(target, "the target", self.outputs)
         inputs = {**self.more, "encoder_outputs": self.outputs, "attention_mask": self.mask}
-        return Encoded(inputs, self.batch_size)
+        return Encoded(inputs, self.batch_size, uncounted=_uncounted.get(target))
 
     def for_draft(self, draft: PreTrainedModel) -> Encoded | None:
         """What the forwards of a draft model are given; `None` for a causal language model, which has no use for it.
@@ -178,7 +200,7 @@ class EncoderSide:
             return
         if model not in _complaints:
             one_row = Encoded({**self.more, "encoder_outputs": outputs, "attention_mask": self.mask}, self.batch_size)
-            _complaints[model] = _complaint(model, one_row.of_row(0))
+            _complaints[model] = _try_blocks(model, one_row.of_row(0))
         if _complaints[model]:
             raise ValueError(
                 f"The decoder of {role} ({type(model).__name__}) {_complaints[model]}, so drafts cannot be verified in "
@@ -230,10 +252,17 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 _complaints: "weakref.WeakKeyDictionary[PreTrainedModel, str]" = weakref.WeakKeyDictionary()  # empty where all is well
 
 
+_uncounted: "weakref.WeakKeyDictionary[PreTrainedModel, int]" = weakref.WeakKeyDictionary()
+
+
 @torch.no_grad()
-def _complaint(model: PreTrainedModel, encoded: Encoded) -> str:
-    """Why blocks of tokens cannot be verified; asked of the model itself, once, with a few tokens."""
-    special = {model.generation_config.pad_token_id, model.config.get_text_config(decoder=True).pad_token_id}
+def _try_blocks(model: PreTrainedModel, encoded: Encoded) -> str:
+    """Why blocks of tokens cannot be verified, empty if they can; asked of the model itself, once, with a few tokens.
+
+    Some models make positions of how many tokens of a forward are no padding; theirs is noted in `_uncounted`.
+    """
+    padding = model.config.get_text_config(decoder=True).pad_token_id
+    special = {model.generation_config.pad_token_id, padding}
     a, b, c, d = [token for token in range(8) if token not in special][:4]
 
     def feed(tokens: list[int], cache: Cache) -> Tensor:
@@ -248,14 +277,21 @@ def _complaint(model: PreTrainedModel, encoded: Encoded) -> str:
         if begun.get_seq_length() != 1:
             return "does not keep what it was fed in its cache"
         block, other = feed([b, c], copy.deepcopy(begun)), feed([b, d], copy.deepcopy(begun))
+        skipping = None if padding is None else (feed([padding, b], copy.deepcopy(begun)), copy.deepcopy(begun))
         steps = torch.cat([feed([b], begun), feed([c], begun)])
+        if skipping is not None:
+            skipped = torch.cat([feed([padding], skipping[1]), feed([b], skipping[1])])
     except Exception as error:
         return f"cannot be fed several tokens on a filled cache ({type(error).__name__}: {error})"
     spread = steps.max() - steps.min()
     if (block[0] - other[0]).abs().max() > 1e-3 * spread:
         return "lets a token see those behind it"
-    # Rounding differs with the shapes, by a lot in half precision.
-    return "" if (block - steps).abs().max() < 0.2 * spread else "gives tokens other logits than one by one"
+    rounding = (block - steps).abs().max()  # differs with the shapes, by a lot in half precision
+    if rounding >= 0.2 * spread:
+        return "gives tokens other logits than one by one"
+    if skipping is not None and (skipping[0] - skipped)[1].abs().max() > 10 * rounding + 1e-4 * spread:
+        _uncounted[model] = int(padding)
+    return ""
 
 
 def read_encoder(

@@ -22,6 +22,8 @@ from transformers import (
     FSMTForConditionalGeneration,
     GenerationMixin,
     LlamaConfig,
+    M2M100Config,
+    M2M100ForConditionalGeneration,
     MarianConfig,
     MBartConfig,
     PegasusConfig,
@@ -479,6 +481,32 @@ def test_decoders_without_a_causal_mask_on_a_cache_are_refused() -> None:
     message = r"decoder of the target \(FSMT.*\) lets a token see those behind it, so drafts cannot be verified"
     with pytest.raises(ValueError, match=message):
         target.generate(**inputs("bart", 1), **GREEDY, strategy="spec", num_beams=1)
+
+
+class Oracle(hf_specdec.Drafter):
+    """Proposes what vanilla said."""
+
+    def __init__(self, truth: torch.Tensor):
+        self.truth = torch.nn.functional.pad(truth, (0, 8), value=3)
+
+    def propose(self, context: Context, max_tokens: int) -> hf_specdec.Draft:
+        starts = [context.ends[row] for row in context.rows]
+        return hf_specdec.Draft(torch.stack([self.truth[r, s : s + max_tokens] for r, s in zip(context.rows, starts)]))
+
+
+@pytest.mark.parametrize(("batch", "seed"), [(1, 4), (4, 0), (4, 3)])
+def test_decoders_that_do_not_count_padding_as_positions(batch: int, seed: int) -> None:
+    """In M2M100 a padding token takes no position, but only from those that are fed with it: nothing is, behind it."""
+    torch.manual_seed(seed)
+    target = M2M100ForConditionalGeneration(M2M100Config(**{**TEXT, "init_std": 0.5})).eval()
+    target.generation_config.max_length = None
+    options = {**GREEDY, "sequence_bias": {(0,): 4.0}, "pad_token_id": 0}
+    expected = target.generate(**inputs("bart", batch), **options)
+    assert (expected == 0).any()
+    stats = hf_specdec.SpeculationStats()
+    out = target.generate(**inputs("bart", batch), **options, **spec(Oracle(expected), speculation_stats=stats))
+    assert out.equal(expected)
+    assert stats.accepted_tokens > 0
 
 
 def test_decoders_that_keep_no_cache_are_refused() -> None:
