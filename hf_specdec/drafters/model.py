@@ -96,17 +96,21 @@ class ModelDrafter(Drafter):
             cached.axes = axes
 
     def propose(self, context: Context, max_tokens: int) -> Draft:
+        with self.cached.no_bookkeeping():
+            return self._propose(context, max_tokens)
+
+    def _propose(self, context: Context, max_tokens: int) -> Draft:
         max_tokens = min(max_tokens, self._room(context))
         if max_tokens > 0:
             self._catch_up(context)
         tokens: list[Tensor] = []  # each [rows, 1]
+        best: list[Tensor] = []  # each [rows, 1], the score of the likeliest token
         probs: list[Tensor] = []  # each [rows, 1, vocab]
         lengths = [max_tokens] * len(context.rows)
-        valid = torch.ones(len(context.rows), dtype=torch.bool, device=self._request.device)
         for step in range(max_tokens):
             scores = self._next_scores(context, step, tokens[-1] if tokens else None)
-            best, argmax = scores[:, 0].max(dim=-1, keepdim=True)
-            valid &= best.isfinite().squeeze(1)
+            highest, argmax = scores[:, 0].max(dim=-1, keepdim=True)
+            best.append(highest)
             if self._request.do_sample:
                 q = scores.softmax(dim=-1).nan_to_num(nan=1.0)
                 drawn = draw(q[:, 0])
@@ -122,6 +126,7 @@ class ModelDrafter(Drafter):
         if not tokens:
             return Draft(context.tokens.new_empty(len(context.rows), 0))
         lengths = [min(n, len(tokens)) for n in lengths]
+        valid = torch.cat(best, dim=1).isfinite().all(dim=1)
         return Draft(torch.cat(tokens, dim=1), torch.cat(probs, dim=1) if probs else None, lengths, valid)
 
     def _stop(self, step: int, lengths: list[int], scores: Tensor, drawn: Tensor) -> tuple[list[int], bool]:
