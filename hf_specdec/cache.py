@@ -88,6 +88,10 @@ class RaggedCache(Cache):
 
     Only the rows in `rows` take part in a forward; `activate` moves them to the front of the storage.
 
+    Memory: each row takes 2 · layers · kv_heads · head_dim · capacity numbers, as much for short rows as for long ones.
+    Capacity begins a little above the longest prompt and at most doubles, up to what the call can need. Layers grow one
+    after the other, keys before values: the peak is the grown cache and the old keys or values of one layer.
+
     Args:
         batch_size: rows in all.
         device: where index tensors are made.

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import random
+import weakref
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import DynamicCache, QuantizedCache, StaticCache, StoppingCrit
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from hf_specdec import SpeculationStats
+from hf_specdec import cache as cache_module
 from hf_specdec.cache import RaggedCache
 
 CPU = torch.device("cpu")
@@ -493,3 +495,20 @@ def test_a_static_cache_that_is_too_small_is_an_error_as_in_vanilla():
     for draft in (None, pair("llama")[1]):
         with pytest.raises((IndexError, RuntimeError, ValueError)):
             generate(target, draft, **inputs, past_key_values=StaticCache(config=target.config, max_cache_len=20))
+
+
+def test_layers_grow_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the peak there is one copy of the cache, and the old keys or values of one layer."""
+    cache, _ = filled([40, 60])
+    old = [weakref.ref(states) for layer in cache.layers for states in (layer.keys, layer.values)]
+    alive: list[int] = []
+    storage = cache_module._storage
+
+    def counted(*args: Any) -> Tensor:
+        alive.append(sum(states() is not None for states in old))
+        return storage(*args)
+
+    monkeypatch.setattr(cache_module, "_storage", counted)
+    cache.prepare(100)
+    assert alive == list(range(2 * LAYERS, 0, -1))
+    assert not any(states() is not None for states in old)
