@@ -41,6 +41,7 @@ class CachedModel:
         max_slot: by row of the batch, the last slot that will ever be committed; positions are not asked for beyond it.
         static: runs short forwards with fixed shapes; for the ragged layout, and a cache whose capacity never grows.
         encoded: what every forward is given of an encoder.
+        unnamed_positions: tell positions though the forward does not name them.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class CachedModel:
         max_slot: list[int] | None = None,
         static: StaticForwards | None = None,
         encoded: Encoded | None = None,
+        unnamed_positions: bool = False,
     ):
         self.model = model
         self.cache = cache
@@ -80,7 +82,7 @@ class CachedModel:
         parameters = forward_parameters(model)
         self._vocab_size: int = model.config.get_text_config(decoder=True).vocab_size
         self.cache_name = "cache_params" if "cache_params" in parameters else "past_key_values"
-        self._takes_position_ids = takes_position_ids(model)
+        self._takes_position_ids = takes_position_ids(model) or unnamed_positions
         if first_forward is not None and first_forward.places_tokens_itself:
             self._takes_position_ids = False
         self._takes_logits_to_keep = "logits_to_keep" in parameters

@@ -74,20 +74,30 @@ def ragged_mask(
 
 def takes_position_ids(model: PreTrainedModel) -> bool:
     """Whether the decoder can be told positions; without, it counts from the length of its cache."""
-    name = "decoder_position_ids" if model.config.is_encoder_decoder else "position_ids"
-    parameters = forward_parameters(model)
-    if name in parameters or not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return name in parameters
+    return _positions_name(model) in forward_parameters(model)
+
+
+def hands_positions_on(model: PreTrainedModel) -> bool:
+    """Whether positions that a forward does not name get to the decoder all the same, so that a draft can be told them.
+
+    Vanilla does not tell them to such a model, so that it would decode other tokens with them than without.
+    """
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in forward_parameters(model).values())
+    if takes_position_ids(model) or not open_ended:
+        return False
     if model not in _hands_positions_on:
-        _hands_positions_on[model] = _probe_positions(model, name)
+        _hands_positions_on[model] = _probe_positions(model, _positions_name(model))
     return _hands_positions_on[model]
+
+
+def _positions_name(model: PreTrainedModel) -> str:
+    return "decoder_position_ids" if model.config.is_encoder_decoder else "position_ids"
 
 
 _hands_positions_on: "weakref.WeakKeyDictionary[PreTrainedModel, bool]" = weakref.WeakKeyDictionary()
 
 
 def _probe_positions(model: PreTrainedModel, name: str) -> bool:
-    """Whether positions that the model's forward does not name get to its decoder all the same, and change anything."""
     ids, positions = (torch.tensor([pair], device=model_device(model)) for pair in ([1, 2], [0, 1]))
     ids_name = name.replace("position", "input")
     try:
@@ -107,19 +117,24 @@ def takes_masks(model: PreTrainedModel) -> bool:
     return model.config.get_text_config(decoder=True)._attn_implementation in _MASK_TAKING
 
 
-def takes_ragged_rows(model: PreTrainedModel) -> bool:
+def takes_ragged_rows(model: PreTrainedModel, drafts: bool = False) -> bool:
     """Whether the model can decode rows of different lengths together, that is, follows positions and 4-D masks.
 
     Asked of the model itself, once: the second of two tokens is told by mask and position that it is alone; its logits
     must then be those that it has alone. (Models with ALiBi, for example, read distances off a 2-D mask instead.)
+
+    Args:
+        drafts: its tokens need not be vanilla's.
     """
     config = model.config.get_text_config(decoder=True)
     if not takes_masks(model) or not set(getattr(config, "layer_types", None) or ()) <= _MASKED_LAYER_TYPES:
         return False
     known = _honours_masks.setdefault(model, {})
-    implementation = config._attn_implementation
+    implementation = config._attn_implementation + (" of a draft" if drafts else "")
     if implementation not in known:
-        honours = _probe(model) and _probe_padding(model)
+        told = takes_position_ids(model) or (drafts and hands_positions_on(model))
+        # Who is not told positions believes that all rows are as long as the cache says.
+        honours = told and _probe(model) and _probe_padding(model)
         if model.training:  # dropout: not an answer to keep
             return honours
         known[implementation] = honours
@@ -142,8 +157,6 @@ def looks_ahead(model: PreTrainedModel) -> bool:
 
 
 def _probe(model: PreTrainedModel) -> bool:
-    if not takes_position_ids(model):
-        return False  # it believes that all rows are as long as the cache says
     device = model_device(model)
     pair = torch.tensor([[1, 2]], device=device)
     alone = pair[:, 1:]

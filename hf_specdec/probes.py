@@ -24,11 +24,11 @@ _known: "weakref.WeakKeyDictionary[PreTrainedModel, dict[tuple[str, int, int | N
 _known = weakref.WeakKeyDictionary()
 
 
-def decodes_ragged_rows(model: PreTrainedModel) -> bool:
-    """Whether the model can decode rows of different lengths together."""
+def decodes_ragged_rows(model: PreTrainedModel, drafts: bool = False) -> bool:
+    """Whether the model can decode rows of different lengths together; as a draft its tokens need not be vanilla's."""
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     if not has_states(cache):
-        return takes_ragged_rows(model)
+        return takes_ragged_rows(model, drafts)
     if any(hasattr(layer, "keys") for layer in cache.layers) and not takes_masks(model):
         return False
     return rows_are_independent(cache) and continues_states(model, rows=2)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import scipy.stats
 import torch
-from conftest import SIZES, VOCAB, assert_lossless, make_model, perturbed
+from conftest import SIZES, VOCAB, assert_lossless, make_model, make_prompts, perturbed
 from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSpeechSeq2Seq,
@@ -133,7 +133,7 @@ def test_only_decoders_that_are_told_positions_let_rows_run_apart(name: str) -> 
     """The others count from the length of the cache, which is one number: their rows advance in lockstep."""
     assert takes_ragged_rows(pair(name)[0]) == (name == "whisper")
     if name == "whisper":
-        assert takes_ragged_rows(distilled()), "its forward does not name positions, but hands them on"
+        assert takes_ragged_rows(distilled(), drafts=True), "its forward does not name positions, but hands them on"
 
 
 def test_a_row_does_not_depend_on_the_other_rows() -> None:
@@ -411,6 +411,12 @@ def test_a_decoder_alone_shares_the_encoder_outputs_of_the_target(batch: int) ->
     target.generate(**given, **GREEDY, **spec(perturbed(draft, 0.0), 1, speculation_stats=stats))
     assert stats.acceptance_rate == rate
     assert hasattr(draft.generation_config, "force_unique_generate_call") is False
+
+
+def test_a_decoder_alone_as_the_target_is_not_told_positions_that_vanilla_does_not_tell() -> None:
+    target = distilled()
+    for batch in (1, 4):
+        assert_lossless((target, perturbed(target, 0.05)), make_prompts(batch), lambda: dict(GREEDY), (4,))
 
 
 @pytest.mark.parametrize("name", ["t5", "bart", "whisper"])

@@ -12,6 +12,7 @@ from ..first_forward import FirstForward, show, split_axes
 from ..forward import CachedModel
 from ..host import model_device, to_device
 from ..layers import cache_layers
+from ..masks import hands_positions_on
 from ..probes import continues_states, decodes_ragged_rows
 from ..processors import BlockProcessors
 from ..static import WIDTHS, borrow
@@ -50,7 +51,7 @@ class ModelDrafter(Drafter):
 
     @property
     def takes_ragged_rows(self) -> bool:
-        return decodes_ragged_rows(self.model)
+        return decodes_ragged_rows(self.model, drafts=True)
 
     def start(self, request: DraftRequest, context: Context) -> None:
         self._request = request
@@ -78,6 +79,7 @@ class ModelDrafter(Drafter):
             max_slot=[self._max_positions - 1] * context.batch_size,
             static=static,
             encoded=encoded,
+            unnamed_positions=hands_positions_on(self.model),
         )
         if seen is not None:
             self._take_over(*seen)
