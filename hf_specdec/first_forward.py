@@ -83,15 +83,16 @@ class FirstForward:
 
     @property
     def places_tokens_itself(self) -> bool:
-        """Whether vanilla keeps the position ids that it has prepared from the model."""
-        return self._kwargs.get("position_ids") is not None and self.inputs.get("position_ids") is None
+        """Whether vanilla does not tell the model positions: it counts columns then, or does something of its own."""
+        return self.inputs.get("position_ids") is None
 
     @property
     def is_needed(self) -> bool:
         """Whether feeding tokens with a position each would not do."""
         positions = self.inputs.get("position_ids")
         axes_differ = positions is not None and positions.ndim > 2 and not bool((positions == positions[:1]).all())
-        return bool(_extra(self.inputs)) or axes_differ or self.places_tokens_itself or looks_ahead(self._model)
+        withheld = self._kwargs.get("position_ids") is not None and self.places_tokens_itself
+        return bool(_extra(self.inputs)) or axes_differ or withheld or looks_ahead(self._model)
 
     def run(self, **kwargs: Any) -> ModelOutput:
         """Vanilla's first forward; the entries of its tokens are in `cache` afterwards."""

@@ -191,7 +191,9 @@ def _probe_padding(model: PreTrainedModel) -> bool:
         cache = DynamicCache(config=model.config.get_text_config(decoder=True))
         for step in steps:
             ids, positions, mask = (None if row is None else torch.tensor([row], device=device) for row in step)
-            inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": mask, "past_key_values": cache}
+            inputs = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}
+            if "position_ids" in forward_parameters(model):  # else vanilla does not tell them
+                inputs["position_ids"] = positions
             logits = model(**inputs, use_cache=True, return_dict=True).logits[:, -1]
         return logits
 

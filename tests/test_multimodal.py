@@ -231,3 +231,25 @@ def test_models_that_see_padding_their_own_way_advance_in_lockstep(target: PreTr
     assert not takes_ragged_rows(target)
     draft = perturbed(target, 0.08)
     assert_lossless((target, draft), make_prompts(4), lambda: {"max_new_tokens": NEW_TOKENS}, gammas=(3,))
+
+
+class Tinted(LlamaForCausalLM):
+    """Hands positions on without naming them, so that vanilla tells none; an image colours the prompt's tokens."""
+
+    def forward(self, input_ids=None, pixel_values=None, **kwargs):
+        embeds = self.get_input_embeddings()(input_ids)
+        if pixel_values is not None:
+            embeds = embeds + pixel_values[..., None]
+        return super().forward(inputs_embeds=embeds, **kwargs)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_prompt_read_without_positions_goes_on_without_them(batch: int) -> None:
+    torch.manual_seed(0)
+    target = Tinted(ARCHITECTURES["llama"]()).eval()
+    target.generation_config.pad_token_id = 0
+    inputs = make_prompts(batch)
+    inputs["pixel_values"] = torch.randn(inputs["input_ids"].shape, generator=torch.Generator().manual_seed(0))
+    pair = target, perturbed(target, 0.08)
+    told = assert_lossless(pair, inputs, lambda: {"max_new_tokens": NEW_TOKENS}, gammas=(3,))
+    assert not torch.equal(told, target.generate(**make_prompts(batch), max_new_tokens=NEW_TOKENS))
