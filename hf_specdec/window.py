@@ -60,7 +60,7 @@ class Window:
     def load(self, cache: RaggedCache) -> None:
         """Be ready for the entries of another cache, which the lengths tell of already."""
         self._allow(cache)
-        self.base = [max(length - self.size, 0) for length in cache.lengths]
+        self.base = [max(length - self.size + 1, 0) for length in cache.lengths]
 
     def _in_place(self, cache: RaggedCache, ends: Sequence[int], query_length: int) -> "_InPlace":
         """A few entries, behind those in storage."""
@@ -237,12 +237,13 @@ def window_layers(layers: Sequence[Any], config: Any, rows: int, max_capacity: i
 
     Args:
         layers: of a `transformers.Cache` made for the model.
-        config: the text config of the model.
+        config: the model's.
         rows: of the batch.
         max_capacity: slots that will ever be needed.
 
     Returns: nothing where no layer slides, or where a mask by layer type could not serve all layers of that type.
     """
+    config = config.get_text_config(decoder=True)
     names: list[str] = getattr(config, "layer_types", None) or [_only_type(config)] * len(layers)
     sizes: dict[str, set[int]] = {}  # 0 for layers that hold everything
     for layer, name in zip(layers, names):
