@@ -251,7 +251,7 @@ def window_layers(layers: Sequence[Any], config: Any, rows: int, max_capacity: i
             sizes.setdefault(name, set()).add(_size(layer))
     sliding = {name for name, found in sizes.items() if found != {0}}
     bounded = all(name in _LAYER_TYPES and len(sizes[name]) == 1 for name in sliding)
-    if not sliding or not bounded or len(names) != len(layers):
+    if not sliding or not bounded or len(names) < len(layers):
         return []
     windows = {name: Window(sizes[name].pop(), name, rows, max_capacity) for name in sliding}
     return [
