@@ -1,4 +1,4 @@
-"""What a model can do with rows of different lengths and with states, asked of the model itself, once.
+"""What a model can do with rows of different lengths, states and windows, asked of the model itself, once.
 
 Not every modeling file can continue a state over several tokens, and some keep state where no cache holds it. So the
 model is led through what decoding does to it - a prompt, drafts that are rejected, pending tokens - and its logits must
@@ -6,6 +6,7 @@ then be those that it gives the same tokens at once.
 """
 
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from .host import forward_parameters, model_device
 from .layers import cache_layers
 from .masks import takes_masks, takes_ragged_rows
 from .states import has_states, rows_are_independent
+from .window import Window
 
 # model -> (attention implementation, rows, at_once) -> whether it does
 _known: "weakref.WeakKeyDictionary[PreTrainedModel, dict[tuple[str, int, int | None], bool]]"
@@ -66,6 +68,72 @@ def check_states(model: PreTrainedModel, cache: Cache, owner: str) -> None:
             "keeps state where no cache of transformers holds it, so that rejected drafts cannot be taken out again"
         )
     raise ValueError(f"strategy='spec' cannot be used with {owner}: the code of {type(model).__name__} {reason}")
+
+
+def check_windows(model: PreTrainedModel, columns: int) -> None:
+    """Raise a ValueError if transformers drops entries that the model's masks would still show, within `columns`.
+
+    Such a model attends to all of its prompt, but to a window from any later token.
+    """
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    layers = cache_layers(cache, model.config, 1, columns)
+    for window in {layer.window for layer in layers if getattr(layer, "window", None) is not None}:
+        known = _follows_window.setdefault(model, {})
+        if window.size >= columns:
+            continue
+        if window.size not in known:
+            known[window.size] = _probe_window(model, layers, window)
+        if not known[window.size]:
+            raise ValueError(
+                f"The cache of transformers keeps a window of {window.size} tokens for {type(model).__name__} (see its "
+                "config), but the model's own masks know of no window: generate() then shows the prompt whole to "
+                "itself and a part of it to later tokens, which strategy='spec' cannot do. Take the window out of the "
+                f"config if it is not meant, or stay within {window.size} tokens"
+            )
+
+
+_follows_window: "weakref.WeakKeyDictionary[PreTrainedModel, dict[int, bool]]" = weakref.WeakKeyDictionary()
+
+
+class _PastWindow(Cache):
+    """Claims as many entries as a window has slots: all are zero but the values of the first one, in its layers."""
+
+    def __init__(self, layers: list[Any], window: Window, mark: float):
+        super().__init__(layers=layers)
+        self._window = window
+        self._mark = mark
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        past = [s.new_zeros(*s.shape[:2], self._window.size, s.shape[3]) for s in (key_states, value_states)]
+        if self.layers[layer_idx].window is self._window:
+            past[1][:, :, 0] = self._mark
+        return torch.cat([past[0], key_states], dim=2), torch.cat([past[1], value_states], dim=2)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self._window.size
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self._window.size
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self._window.size + query_length, 0
+
+
+@torch.no_grad()
+def _probe_window(model: PreTrainedModel, layers: list[Any], window: Window) -> bool:
+    """Whether a token does not see the one that is a whole window before it, when the model makes the masks."""
+    token = torch.tensor([[1]], device=model_device(model))
+    kwargs = {"position_ids": token} if "position_ids" in forward_parameters(model) else {}
+    try:
+        blank, marked = (
+            model(input_ids=token, past_key_values=_PastWindow(layers, window, mark), return_dict=True, **kwargs).logits
+            for mark in (0.0, 100.0)
+        )
+    except Exception:  # not made for this, which says nothing about windows
+        return True
+    return torch.equal(blank, marked)
 
 
 @torch.no_grad()

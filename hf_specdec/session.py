@@ -33,7 +33,7 @@ from .layers import cache_layers, cached_length, check_layers
 from .masks import takes_position_ids
 from .options import STATIC_KINDS, Options
 from .outputs import Recorder
-from .probes import check_states, decodes_ragged_rows
+from .probes import check_states, check_windows, decodes_ragged_rows
 from .processors import known, unknown_names
 from .rope import check_lengths
 from .schedule import make_schedule
@@ -108,6 +108,7 @@ def prepare(
     check_target(model, input_ids.shape[0])
     cache = prepared_cache(model_kwargs)
     check_states(model, cache, "the model")
+    check_windows(model, generation_config.max_length)
     vocab_size: int = model.config.get_text_config(decoder=True).vocab_size
     prompt = read_prompt(model, input_ids, generation_config, cache, model_kwargs, vocab_size)
     max_length = min(

@@ -21,6 +21,7 @@ from transformers import (
     Gemma3TextConfig,
     GptOssConfig,
     Llama4TextConfig,
+    LlamaConfig,
     MistralConfig,
     Phi3Config,
     PreTrainedConfig,
@@ -436,3 +437,16 @@ def test_layers_are_bounded_where_transformers_bounds_them() -> None:
     assert bounded(FAMILIES["gemma3n"]()) == [WINDOW, None, None, None]  # the last two share
     assert bounded(config(MistralConfig, sliding_window=None)) == []
     assert window_layers(DynamicCache().layers, FAMILIES["mistral"](), 1, 1000) == []  # a user's, that holds all
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_model_whose_masks_know_of_no_window_is_refused_past_the_window_of_its_config(batch: int) -> None:
+    target = make_model(config(LlamaConfig))
+    models = target, perturbed(target, 0.06)
+    with pytest.raises(ValueError, match="keeps a window of 12 tokens for LlamaForCausalLM"):
+        generate(models, 3, **prompts(batch))
+    kwargs = {**prompts(batch, width=5), "max_new_tokens": 7}
+    assert torch.equal(generate(models, 3, **kwargs), generate(models, None, **kwargs))
