@@ -63,10 +63,18 @@ def flash_attention(*models: PreTrainedModel, aligned_to: str = "end") -> Iterat
 
         return call
 
+    masks: list[int] = []  # their dimensions; others than two make real kernels read what is not theirs
+    unpad = utils._upad_input
+
+    def watched(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *args: Any) -> Any:
+        masks.append(mask.ndim)
+        return unpad(q, k, v, mask, *args)
+
     process = utils._lazy_define_process_function(varlen)
     functions = (counted(dense), counted(varlen), None, utils._pad_input, utils._unpad_input), (process, dict)
     before = [model.config._attn_implementation for model in models]
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, "_upad_input", watched)
         patch.setattr(utils, "lazy_import_flash_attention", lambda *args, **kwargs: functions)
         try:
             for model in models:
@@ -75,3 +83,4 @@ def flash_attention(*models: PreTrainedModel, aligned_to: str = "end") -> Iterat
         finally:
             for model, implementation in zip(models, before):
                 model.config._attn_implementation = implementation
+    assert set(masks) <= {2}

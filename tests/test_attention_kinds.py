@@ -21,6 +21,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import hf_specdec
+from hf_specdec import masks
 from hf_specdec.masks import takes_ragged_rows
 from hf_specdec.probes import decodes_ragged_rows
 
@@ -82,6 +83,16 @@ def test_another_implementation_is_another_question():
     target.set_attn_implementation("eager")
     assert takes_ragged_rows(target)
     check_identical(target, draft)
+
+
+def test_each_implementation_is_probed_by_itself(monkeypatch):
+    target, _ = make_pair("llama", 0.08)
+    probed: list[str] = []
+    monkeypatch.setattr(masks, "_probe", lambda model: (probed.append(model.config._attn_implementation), True)[1])
+    for implementation in ("sdpa", "eager", "sdpa", "eager"):
+        target.set_attn_implementation(implementation)
+        assert takes_ragged_rows(target)
+    assert probed == ["sdpa", "eager"]
 
 
 # Lengths instead of masks: FlashAttention, through transformers' own integration, over functions that stand in for it
