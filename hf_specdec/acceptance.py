@@ -85,8 +85,7 @@ def draw(p: Tensor) -> Tensor:
     if p.device.type != "cpu":
         return torch.multinomial(p, num_samples=1)
     up_to = p.cumsum(dim=-1, dtype=torch.float64)
-    # 1 - 2**-52: u stays below the sum of all, whatever is rounded.
-    u = torch.rand(len(p), 1, dtype=torch.float64) * up_to[:, -1:] * (1 - 2**-52)
+    u = torch.rand(len(p), 1, dtype=torch.float64) * up_to[:, -1:]
     return torch.searchsorted(up_to, u, right=True)
 
 
