@@ -77,8 +77,8 @@ def test_calls_in_inference_mode_and_outside_of_it_may_follow_each_other(options
 
 
 def test_a_context_that_grows_in_inference_mode_is_written_outside_of_it() -> None:
-    context = Context(torch.ones(2, 1020, dtype=torch.int64), [0, 0], max_length=5000, pad_token_id=0)
+    context = Context(torch.ones(2, 400, dtype=torch.int64), [0, 0], max_length=5000, pad_token_id=0)
     with torch.inference_mode():
-        context.write_drafts(torch.ones(2, 9, dtype=torch.int64))
+        context.write_drafts(torch.ones(2, 9, dtype=torch.int64), offset=1000)
     context.append(0, [7])
     assert context.row(0)[-1] == 7
