@@ -207,5 +207,7 @@ def _agreement(model: PreTrainedModel, inputs: dict[str, Any], expected: Tensor)
                 logits = model(**kwargs).logits
     except Exception:
         return None
+    if logits.shape[1] < NEW_TOKENS:  # Whisper's own `generate()` returns new tokens alone, without what they follow
+        return None
     agree = logits[:, -NEW_TOKENS:].argmax(dim=-1) == expected[:, -NEW_TOKENS:]
     return float(agree.float().mean())
