@@ -134,7 +134,8 @@ def takes_ragged_rows(model: PreTrainedModel, drafts: bool = False) -> bool:
     if implementation not in known:
         told = takes_position_ids(model) or (drafts and hands_positions_on(model))
         # Who is not told positions believes that all rows are as long as the cache says.
-        honours = told and _probe(model) and _probe_padding(model)
+        padding = drafts and not takes_position_ids(model)  # such a draft is never padded as vanilla would
+        honours = told and _probe(model) and (padding or _probe_padding(model))
         if model.training:  # dropout: not an answer to keep
             return honours
         known[implementation] = honours
