@@ -13,8 +13,9 @@ from transformers.cache_utils import Cache
 from transformers.utils import logging
 
 from .host import model_device
-from .masks import probe_inputs
+from .masks import looks_ahead, probe_inputs, takes_position_ids
 from .probes import is_close
+from .states import has_states
 
 logger = logging.get_logger(__name__)
 
@@ -22,6 +23,9 @@ logger = logging.get_logger(__name__)
 _ALIGNED = {"sdpa", "eager", "flex_attention"}
 # model -> the attention implementations with which its probes were passed
 _passed: "weakref.WeakKeyDictionary[PreTrainedModel, set[str]]" = weakref.WeakKeyDictionary()
+
+# model -> (attention implementation, tokens of a window, or 0) -> whether it takes several tokens at once
+_blocks: "weakref.WeakKeyDictionary[PreTrainedModel, dict[tuple[str, int], bool]]" = weakref.WeakKeyDictionary()
 
 
 def check_target(model: PreTrainedModel, rows: int) -> None:
@@ -56,6 +60,63 @@ def check_target(model: PreTrainedModel, rows: int) -> None:
     _passed[model].add(implementation)
 
 
+def check_blocks(model: PreTrainedModel, cache: Cache, max_length: int) -> None:
+    """Raise a ValueError if the model's own code gives several tokens other logits than one after the other.
+
+    Asked with a few tokens and a cache of transformers; and once more beyond a window that the config names, but that
+    is none of the cache, when the text may get there.
+
+    Args:
+        cache: what transformers makes of the model's config.
+        max_length: tokens that the text may have in the end.
+    """
+    if model.training or model.config.is_encoder_decoder or has_states(cache) or looks_ahead(model):
+        return  # random, asked elsewhere, or a prefix, which is read whole
+    known = _blocks.setdefault(model, {})
+    for window in (0, *_unexplained_windows(model, cache, max_length)):
+        question = (model.config.get_text_config(decoder=True)._attn_implementation, window)
+        if question not in known:
+            known[question] = _takes_blocks(model, window + 2)
+        if not known[question] and window:
+            raise ValueError(
+                f"strategy='spec' cannot be used beyond {window} tokens here: what {type(model).__name__} sees of a "
+                f"longer text depends on how many tokens it is fed at once. Set a `max_length` of at most {window}"
+            )
+        if not known[question]:
+            raise ValueError(
+                f"{type(model).__name__} gives several tokens on a filled cache other logits than all tokens at once, "
+                "so that drafts cannot be verified in one forward: drop strategy='spec'"
+            )
+
+
+def _unexplained_windows(model: PreTrainedModel, cache: Cache, max_length: int) -> list[int]:
+    config = model.config.get_text_config(decoder=True)
+    if getattr(config, "layer_types", None) is not None:
+        return []
+    values = {value for name, value in vars(config).items() if "window" in name and type(value) is int}
+    values -= {getattr(layer, "sliding_window", None) for layer in cache.layers}
+    return sorted(value for value in values if 0 < value < max_length)
+
+
+def _takes_blocks(model: PreTrainedModel, before: int) -> bool:
+    """Whether three tokens behind `before` cached ones get the logits that they get when all are fed at once."""
+    ids = torch.tensor([[1, 2, 3, 4, 4, 1, 3]], device=model_device(model)).repeat(1, before // 7 + 1)[:, : before + 3]
+    positions = torch.arange(before + 3, device=ids.device)[None] if takes_position_ids(model) else None
+    try:
+        expected = _logits(model, ids, positions=positions)[:, -3:]
+    except Exception:
+        return True  # it must be fed more than text: it cannot be asked
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    try:
+        _logits(model, ids[:, :before], cache, None if positions is None else positions[:, :before])
+        continued = _logits(model, ids[:, before:], cache, None if positions is None else positions[:, before:])
+    except Exception:  # whatever a model does that was not made for this: it cannot do it
+        return False
+    # Generously: reduced precision (TF32, say) must not refuse a model that can.
+    share = 0.02 if expected.dtype == torch.float32 else 0.2
+    return bool((continued - expected).abs().max() < share * expected.std())
+
+
 def _check_prepared_inputs(model: PreTrainedModel) -> None:
     # Prompt and prefix tuning put virtual tokens in front of the prompt in there; this loop does not call it.
     own = vars(model).get("prepare_inputs_for_generation")
@@ -82,11 +143,15 @@ def _check_adapters(model: PreTrainedModel, rows: int) -> None:
                 )
 
 
-def _logits(model: PreTrainedModel, ids: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
+def _logits(
+    model: PreTrainedModel, ids: torch.Tensor, cache: Cache | None = None, positions: torch.Tensor | None = None
+) -> torch.Tensor:
     name = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
     given = {**probe_inputs(model), name: ids}
     if cache is not None:
         given |= {"past_key_values": cache, "use_cache": True}
+    if positions is not None:
+        given["position_ids"] = positions
     with torch.no_grad():
         return model(**given).logits
 

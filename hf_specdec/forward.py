@@ -216,7 +216,7 @@ class CachedModel:
             inputs["logits_to_keep"] = keep
         for name, value in self.later_inputs.items():
             wide = isinstance(value, Tensor)
-            inputs[name] = value[rows].expand(-1, width, *value.shape[2:]) if wide else value
+            inputs[name] = value[rows].expand(-1, width, *value.shape[2:]).contiguous() if wide else value
         if self.encoded is not None:
             inputs = self.encoded.join(inputs, rows)
         output = self.model(**inputs, **kwargs, return_dict=True)

@@ -20,7 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 from transformers.utils import logging
 
-from .abilities import check_target
+from .abilities import check_blocks, check_target
 from .cache import RaggedCache
 from .context import Context
 from .decoding import SpeculativeDecoding
@@ -109,6 +109,7 @@ def prepare(
     cache = prepared_cache(model_kwargs)
     check_states(model, cache, "the model")
     check_windows(model, generation_config.max_length)
+    check_blocks(model, cache, generation_config.max_length)
     vocab_size: int = model.config.get_text_config(decoder=True).vocab_size
     prompt = read_prompt(model, input_ids, generation_config, cache, model_kwargs, vocab_size)
     max_length = min(

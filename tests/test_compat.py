@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from hf_specdec import forward
+from hf_specdec.masks import takes_ragged_rows
 from hf_specdec.tools import compat, compat_table, tiny_models
 from hf_specdec.tools.compat import ERROR, IDENTICAL, OURS, REFUSED, WRONG, examine
 from hf_specdec.tools.isolated import Worker
@@ -27,7 +29,13 @@ FAMILIES: dict[str, list[str]] = {
     "latent attention": ["DeepseekV3ForCausalLM", "MiniCPM3ForCausalLM"],
     "windows": [
         "Gemma2ForCausalLM", "Gemma3ForCausalLM", "Cohere2ForCausalLM", "MistralForCausalLM", "GptOssForCausalLM",
-        "Exaone4ForCausalLM",
+        "Exaone4ForCausalLM", "Llama4ForCausalLM",
+    ],
+    "chosen keys": ["DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"],
+    "recurrent and hybrid": [
+        "MambaForCausalLM", "Mamba2ForCausalLM", "FalconMambaForCausalLM", "JambaForCausalLM", "BambaForCausalLM",
+        "Zamba2ForCausalLM", "FalconH1ForCausalLM", "Qwen3NextForCausalLM", "NemotronHForCausalLM",
+        "Lfm2MoeForCausalLM",
     ],
     "encoder-decoder": [
         "T5ForConditionalGeneration", "BartForConditionalGeneration", "MarianMTModel",
@@ -40,6 +48,14 @@ FAMILIES: dict[str, list[str]] = {
         "Mistral3ForConditionalGeneration", "VoxtralForConditionalGeneration",
     ],
 }  # fmt: skip
+# Whose own code gives several tokens other logits than one after the other: refused, and why.
+REFUSED_CLASSES = {
+    "CpmAntForCausalLM": "gives several tokens on a filled cache other logits than all tokens at once",
+    "DogeForCausalLM": "cannot be used beyond 12 tokens",
+    "MoshiForCausalLM": "masks know of no window",
+    "ProphetNetForCausalLM": "gives several tokens on a filled cache other logits than all tokens at once",
+    "ReformerModelWithLMHead": "needs a model that keeps a transformers `Cache`",
+}
 SAMPLE = [name for names in FAMILIES.values() for name in names]
 
 
@@ -55,12 +71,20 @@ def test_a_class_says_what_it_said(name: str) -> None:
     assert 0.05 < sum(rates) / len(rates) < 0.95
 
 
+@pytest.mark.parametrize("name", REFUSED_CLASSES)
+def test_a_class_that_cannot_is_refused_by_name(name: str) -> None:
+    result = examine(ENTRIES[name], batches=(1, 4), assisted=False)
+    for batch in (1, 4):
+        kind, message = compat_table.outcome(result, OURS, batch)
+        assert kind == REFUSED and REFUSED_CLASSES[name] in message
+
+
 def test_other_tokens_are_called_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One position too far while drafts are verified, and the table says so."""
+    """One position too far where drafts are verified, and the table says so."""
     original = forward.CachedModel._positions
 
-    def broken(self: Any, rows: list[int], slots: torch.Tensor) -> torch.Tensor:
-        return original(self, rows, slots) + (slots.shape[1] == compat.GAMMA + 1)
+    def broken(self: Any, *args: Any) -> torch.Tensor:
+        return original(self, *args) + (args[-1].shape[1] == compat.GAMMA + 1)
 
     monkeypatch.setattr(forward.CachedModel, "_positions", broken)
     result = examine(ENTRIES["LlamaForCausalLM"], batches=(1,), assisted=False)
@@ -82,6 +106,16 @@ def test_exceptions_raised_on_purpose_are_refusals_and_others_are_errors() -> No
     for run in (somebody_elses, our_mistake):
         found = compat._outcome(run, torch.zeros(1, 1), lambda: torch.zeros(1, 1), "hf_specdec/")
         assert found["outcome"] == ERROR
+
+
+def test_a_model_that_reads_the_length_of_the_longest_row_keeps_rows_in_step() -> None:
+    """Llama 4 scales its queries by it; only beyond 8192 tokens, so no short text would show it."""
+    for honours in (False, True):
+        config = tiny_models.tiny_config(ENTRIES["Llama4ForCausalLM"])
+        config.attn_temperature_tuning = not honours
+        config.floor_scale = 8192
+        torch.manual_seed(0)
+        assert takes_ragged_rows(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()) is honours
 
 
 def test_every_class_of_the_mappings_is_listed_once() -> None:
