@@ -213,9 +213,6 @@ class WindowLayer(RaggedLayer):
     def grow_to(self, capacity: int) -> None:
         super().grow(capacity, self.keys.shape[2])
 
-    def swap(self, i: int, j: int, used: int) -> None:
-        super().swap(i, j, self.keys.shape[2])
-
     def move_to_front(self, moves: Sequence[tuple[int, int]]) -> None:
         """Of each active row, storage indices `[start, stop)` become `[0, stop - start)`."""
         for states in (self.keys, self.values):
