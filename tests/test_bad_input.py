@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, VOCAB, make_model, make_pair, make_prompts, perturbed
+from conftest import ARCHITECTURES, SIZES, VOCAB, make_model, make_pair, make_prompts, perturbed
 from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import (
@@ -26,6 +26,7 @@ from transformers import (
     LlamaModel,
     LogitsProcessor,
     MambaConfig,
+    MiniMaxConfig,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
@@ -262,7 +263,11 @@ NO_DRAFTS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
         r"is on meta, the target on cpu: .*`assistant_model.to\('cpu'\)`",
     ),
     "an encoder-decoder": (lambda target: t5(), ValueError, "must be a decoder-only model, T5.* an encoder-decoder"),
-    "recurrent": (lambda target: mamba(), ValueError, r"\(MambaForCausalLM\) .*cannot roll back"),
+    "state of its own": (
+        lambda target: minimax(),
+        ValueError,
+        r"\(MiniMax.*keeps state where no cache of transformers",
+    ),
     "of another vocabulary": (
         lambda target: make_model(LlamaConfig(**{**target.config.to_dict(), "vocab_size": 80})),
         ValueError,
@@ -282,11 +287,17 @@ def mamba() -> Any:
     return make_model(MambaConfig(**sizes, bos_token_id=1, eos_token_id=None, pad_token_id=0))
 
 
+def minimax() -> Any:
+    sizes = {**SIZES, "num_local_experts": 2, "head_dim": 8, "block_size": 4}
+    return make_model(MiniMaxConfig(**sizes, layer_types=["linear_attention", "full_attention"]))
+
+
 @pytest.mark.parametrize("kind", NO_DRAFTS)
 def test_drafts_that_cannot_draft_for_the_target(kind):
     target, draft = llamas()
     make, error, match = NO_DRAFTS[kind]
-    assert "`assistant_model`" in refused(target, make(target), error, match)
+    asked = kind == "state of its own"  # the model itself is asked what it can do
+    assert "`assistant_model`" in refused(target, make(target), error, match, runs=asked)
     works(target, draft)
 
 
@@ -302,7 +313,7 @@ def test_a_folder_without_a_model_is_refused_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (mamba, "LinearAttentionLayer, which strategy='spec' cannot roll back"),
+        (mamba, "MambaForCausalLM does not continue a recurrent state over several tokens"),
     ],
     ids=["recurrent"],
 )
@@ -310,9 +321,9 @@ def test_targets_that_cannot_be_verified_in_blocks(make, match, drafter):
     target, draft = make(), llamas()[1]
     expected = target.generate(**prompts(1), **GREEDY)
     if drafter == "a draft":
-        refused(target, draft, ValueError, match)
+        refused(target, draft, ValueError, match, runs=True)
     else:
-        refused(target, None, ValueError, match, prompt_lookup_num_tokens=3)
+        refused(target, None, ValueError, match, runs=True, prompt_lookup_num_tokens=3)
     assert target.generate(**prompts(1), **GREEDY).equal(expected)
     works(*llamas())
 
