@@ -8,11 +8,13 @@ import torch
 from conftest import ARCHITECTURES, assert_lossless, make_model, make_pair, make_prompts, perturbed
 from multimodal import CLIP, FAMILIES, Inputs, Size, make_multimodal, make_multimodal_prompts
 from transformers import DynamicCache, GitConfig, GitForCausalLM, LlamaForCausalLM, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 
 import hf_specdec
 from hf_specdec import invariants
 from hf_specdec.masks import takes_ragged_rows
+from hf_specdec.tools.tiny_models import build, entries
 
 NEW_TOKENS = 12
 ALONE: list[list[Size]] = [[(4, 4)]]
@@ -253,3 +255,26 @@ def test_a_prompt_read_without_positions_goes_on_without_them(batch: int) -> Non
     pair = target, perturbed(target, 0.08)
     told = assert_lossless(pair, inputs, lambda: {"max_new_tokens": NEW_TOKENS}, gammas=(3,))
     assert not torch.equal(told, target.generate(**make_prompts(batch), max_new_tokens=NEW_TOKENS))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_hybrid_model_hands_its_cache_back_with_the_image(batch: int) -> None:
+    """States of rows that ended are made once more from the start: from the whole prompt, not from its text."""
+    entry = next(entry for entry in entries() if entry.name == "Qwen3_5ForConditionalGeneration")
+    target = build(entry)
+    inputs = make_prompts(batch)
+    inputs["input_ids"][:, 4:8] = target.config.image_token_id
+    inputs["attention_mask"][:, 4:] = 1
+    width = target.config.get_text_config(decoder=True).hidden_size
+    features = torch.randn(batch, 4, width, generator=torch.Generator().manual_seed(0))
+    results = []
+    for way in ({}, {"assistant_model": perturbed(target, 0.08), "strategy": "spec", "num_assistant_tokens": 3}):
+        kwargs = {"do_sample": False, "max_new_tokens": 8, "return_dict_in_generate": True, **way}
+        images = {"image": BaseModelOutputWithPooling(pooler_output=tuple(features))}
+        first = target.generate(**inputs, mm_encoder_outputs=images, **kwargs)
+        ids = torch.cat([first.sequences, first.sequences[:, -3:].flip(1)], dim=1)
+        mask = torch.cat([inputs["attention_mask"], inputs["attention_mask"].new_ones(batch, 11)], dim=1)
+        second = target.generate(ids, attention_mask=mask, past_key_values=first.past_key_values, **kwargs)
+        results.append((first.sequences, second.sequences))
+    for ours, theirs in zip(results[1], results[0], strict=True):
+        assert torch.equal(ours, theirs)
