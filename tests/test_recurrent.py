@@ -148,7 +148,7 @@ def test_recurrent_models_say_what_they_said(name: str, batch: int) -> None:
     """200 tokens with drafts that are mostly rejected, then other draft lengths."""
     expected, out, stats = both(*pair(name), make_prompts(batch, seed=batch), 3, max_new_tokens=200)
     assert torch.equal(out, expected)
-    assert 0.1 < stats.acceptance_rate < 0.6, stats.acceptance_rate
+    assert 0.1 < stats.acceptance_rate < 0.7, stats.acceptance_rate
     for gamma in (1, 7):
         expected, out, _ = both(*pair(name), make_prompts(batch, seed=10 + batch), gamma)
         assert torch.equal(out, expected), f"γ = {gamma}"
