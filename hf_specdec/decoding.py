@@ -29,8 +29,8 @@ from .stopping import Stopping
 from .streaming import StepStreamer
 from .trace import Trace
 
-# Tokens of the prompts, over all rows, above which one forward more is little beside what reading them takes.
-_LONG = 1024
+# Tokens of a prompt above which one forward more is little beside what reading it takes.
+_LONG = 512
 
 
 @dataclass
@@ -145,7 +145,7 @@ class SpeculativeDecoding:
     def _is_first_of_long(self) -> bool:
         """Whether the first tokens would have to wait until the draft model has read long prompts too."""
         begins = self.context.active_ends[0] == self.context.prompt_width
-        return begins and self.drafter.reads_prompts and sum(self.context.lengths) > _LONG
+        return begins and self.drafter.reads_prompts and max(self.context.lengths) > _LONG
 
     def _beside_pending(self, gamma: int) -> list[int]:
         """How many drafts fit behind the pending tokens of each active row, where all rows are fed equally many.

@@ -561,7 +561,7 @@ def test_first_tokens_do_not_wait_for_the_draft_to_read_long_prompts(
     prompts = make_prompts(batch)
     limits: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False}
     expected = target.generate(**prompts, **limits)
-    tokens = int(prompts["attention_mask"].sum())
+    tokens = prompts["input_ids"].shape[1]
     for limit, drafts in ((tokens, True), (tokens - 1, False)):
         monkeypatch.setattr(decoding, "_LONG", limit)
         stats = SpeculationStats()
