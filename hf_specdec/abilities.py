@@ -106,6 +106,8 @@ def _takes_blocks(model: PreTrainedModel, before: int) -> bool:
         expected = _logits(model, ids, positions=positions)[:, -3:]
     except Exception:
         return True  # it must be fed more than text: it cannot be asked
+    if not expected.isfinite().all():
+        return True  # whose weights they are is told where its tokens are chosen
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     try:
         _logits(model, ids[:, :before], cache, None if positions is None else positions[:, :before])
