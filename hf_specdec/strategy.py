@@ -28,7 +28,8 @@ from .drafters import Drafter
 from .first_forward import KNOWN_INPUTS
 from .options import OPTION_NAMES, check_cache_implementation, check_generation_config, resolve_options
 from .pairs import make_drafter
-from .session import check_not_empty, finish, prepare
+from .prompt import check_not_empty
+from .session import finish, prepare
 from .stats import SpeculationStats
 from .trace import Trace
 
