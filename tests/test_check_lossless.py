@@ -142,8 +142,8 @@ def shift_positions(monkeypatch):
     """Positions are off by one while verifying, not over the prompt (rotary positions are relative)."""
     positions = CachedModel._positions
 
-    def shifted(self: CachedModel, rows: list[int], slots: Tensor) -> Tensor:
-        return positions(self, rows, slots) + (self.cache.get_seq_length() > 0)
+    def shifted(self: CachedModel, rows: list[int], *args: Any) -> Tensor:
+        return positions(self, rows, *args) + (self.cache.get_seq_length() > 0)
 
     monkeypatch.setattr(CachedModel, "_positions", shifted)
 
@@ -152,8 +152,8 @@ def spoil_logits(monkeypatch):
     """A thousandth off: too little to change these tokens."""
     forward = CachedModel.forward
 
-    def spoiled(self: CachedModel, context: Context, width: int, **kwargs: Any) -> Any:
-        output = forward(self, context, width, **kwargs)
+    def spoiled(self: CachedModel, *args: Any, **kwargs: Any) -> Any:
+        output = forward(self, *args, **kwargs)
         output.logits[..., ::2] += 1e-3
         return output
 
