@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 from transformers.utils import logging
 
 from .host import model_device
-from .masks import looks_ahead, probe_inputs, takes_position_ids
+from .masks import probe_inputs, takes_position_ids
 from .probes import is_close
 from .states import has_states
 
@@ -70,8 +70,8 @@ def check_blocks(model: PreTrainedModel, cache: Cache, max_length: int) -> None:
         cache: what transformers makes of the model's config.
         max_length: tokens that the text may have in the end.
     """
-    if model.training or model.config.is_encoder_decoder or has_states(cache) or looks_ahead(model):
-        return  # random, asked elsewhere, or a prefix, which is read whole
+    if model.training or model.config.is_encoder_decoder or has_states(cache):
+        return  # random, or asked elsewhere
     known = _blocks.setdefault(model, {})
     for window in (0, *_unexplained_windows(model, cache, max_length)):
         question = (model.config.get_text_config(decoder=True)._attn_implementation, window)
@@ -84,7 +84,7 @@ def check_blocks(model: PreTrainedModel, cache: Cache, max_length: int) -> None:
             )
         if not known[question]:
             raise ValueError(
-                f"{type(model).__name__} gives several tokens on a filled cache other logits than all tokens at once, "
+                f"{type(model).__name__} gives several tokens on a filled cache other logits than one after the other, "
                 "so that drafts cannot be verified in one forward: drop strategy='spec'"
             )
 
@@ -99,24 +99,33 @@ def _unexplained_windows(model: PreTrainedModel, cache: Cache, max_length: int) 
 
 
 def _takes_blocks(model: PreTrainedModel, before: int) -> bool:
-    """Whether three tokens behind `before` cached ones get the logits that they get when all are fed at once."""
+    """Whether three tokens behind `before` cached ones get at once the logits that they get one after the other."""
     ids = torch.tensor([[1, 2, 3, 4, 4, 1, 3]], device=model_device(model)).repeat(1, before // 7 + 1)[:, : before + 3]
     positions = torch.arange(before + 3, device=ids.device)[None] if takes_position_ids(model) else None
+
+    def last_logits(*ends: int) -> torch.Tensor:
+        cache, start, logits = DynamicCache(config=model.config.get_text_config(decoder=True)), 0, []
+        for end in ends:
+            places = None if positions is None else positions[:, start:end]
+            logits.append(_logits(model, ids[:, start:end], cache, places))
+            start = end
+        if cache.get_seq_length() != start:
+            raise ValueError("one entry per token is what can be rolled back")
+        return torch.cat(logits[1:], dim=1)
+
     try:
-        expected = _logits(model, ids, positions=positions)[:, -3:]
+        expected = last_logits(before, before + 1, before + 2, before + 3)
     except Exception:
         return True  # it must be fed more than text: it cannot be asked
     if not expected.isfinite().all():
         return True  # whose weights they are is told where its tokens are chosen
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     try:
-        _logits(model, ids[:, :before], cache, None if positions is None else positions[:, :before])
-        continued = _logits(model, ids[:, before:], cache, None if positions is None else positions[:, before:])
+        at_once = last_logits(before, before + 3)
     except Exception:  # whatever a model does that was not made for this: it cannot do it
         return False
     # Generously: reduced precision (TF32, say) must not refuse a model that can.
     share = 0.02 if expected.dtype == torch.float32 else 0.2
-    return bool((continued - expected).abs().max() < share * expected.std())
+    return bool((at_once - expected).abs().max() < share * expected.std())
 
 
 def _check_prepared_inputs(model: PreTrainedModel) -> None:

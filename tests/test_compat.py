@@ -50,10 +50,10 @@ FAMILIES: dict[str, list[str]] = {
 }  # fmt: skip
 # Whose own code gives several tokens other logits than one after the other: refused, and why.
 REFUSED_CLASSES = {
-    "CpmAntForCausalLM": "gives several tokens on a filled cache other logits than all tokens at once",
+    "CpmAntForCausalLM": "gives several tokens on a filled cache other logits than one after the other",
     "DogeForCausalLM": "cannot be used beyond 12 tokens",
     "MoshiForCausalLM": "masks know of no window",
-    "ProphetNetForCausalLM": "gives several tokens on a filled cache other logits than all tokens at once",
+    "ProphetNetForCausalLM": "gives several tokens on a filled cache other logits than one after the other",
     "ReformerModelWithLMHead": "needs a model that keeps a transformers `Cache`",
 }
 SAMPLE = [name for names in FAMILIES.values() for name in names]
