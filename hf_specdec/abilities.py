@@ -103,26 +103,27 @@ def _takes_blocks(model: PreTrainedModel, before: int) -> bool:
     ids = torch.tensor([[1, 2, 3, 4, 4, 1, 3]], device=model_device(model)).repeat(1, before // 7 + 1)[:, : before + 3]
     positions = torch.arange(before + 3, device=ids.device)[None] if takes_position_ids(model) else None
 
-    def last_logits(*ends: int) -> torch.Tensor:
+    def last_logits(*ends: int) -> tuple[torch.Tensor, int]:
         cache, start, logits = DynamicCache(config=model.config.get_text_config(decoder=True)), 0, []
         for end in ends:
             places = None if positions is None else positions[:, start:end]
             logits.append(_logits(model, ids[:, start:end], cache, places))
             start = end
-        if cache.get_seq_length() != start:
-            raise ValueError("one entry per token is what can be rolled back")
-        return torch.cat(logits[1:], dim=1)
+        return torch.cat(logits[1:], dim=1), cache.get_seq_length()
 
     try:
-        expected = last_logits(before, before + 1, before + 2, before + 3)
+        _logits(model, ids)
     except Exception:
         return True  # it must be fed more than text: it cannot be asked
-    if not expected.isfinite().all():
-        return True  # whose weights they are is told where its tokens are chosen
     try:
-        at_once = last_logits(before, before + 3)
+        expected, _ = last_logits(before, before + 1, before + 2, before + 3)
+        at_once, entries = last_logits(before, before + 3)
     except Exception:  # whatever a model does that was not made for this: it cannot do it
         return False
+    if not expected.isfinite().all():
+        return True  # whose weights they are is told where its tokens are chosen
+    if entries != before + 3:
+        return False  # only one entry per token can be rolled back
     # Generously: reduced precision (TF32, say) must not refuse a model that can.
     share = 0.02 if expected.dtype == torch.float32 else 0.2
     return bool((at_once - expected).abs().max() < share * expected.std())

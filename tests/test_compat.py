@@ -33,9 +33,8 @@ FAMILIES: dict[str, list[str]] = {
     ],
     "chosen keys": ["DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"],
     "recurrent and hybrid": [
-        "MambaForCausalLM", "Mamba2ForCausalLM", "FalconMambaForCausalLM", "JambaForCausalLM", "BambaForCausalLM",
-        "Zamba2ForCausalLM", "FalconH1ForCausalLM", "Qwen3NextForCausalLM", "NemotronHForCausalLM",
-        "Lfm2MoeForCausalLM",
+        "Mamba2ForCausalLM", "BambaForCausalLM", "GraniteMoeHybridForCausalLM",
+        "FalconH1ForCausalLM", "Qwen3NextForCausalLM", "NemotronHForCausalLM", "Lfm2MoeForCausalLM",
     ],
     "encoder-decoder": [
         "T5ForConditionalGeneration", "BartForConditionalGeneration", "MarianMTModel",
@@ -52,6 +51,8 @@ FAMILIES: dict[str, list[str]] = {
 REFUSED_CLASSES = {
     "CpmAntForCausalLM": "gives several tokens on a filled cache other logits than one after the other",
     "DogeForCausalLM": "cannot be used beyond 12 tokens",
+    "JambaForCausalLM": "does not continue a recurrent state over several tokens",
+    "MambaForCausalLM": "does not continue a recurrent state over several tokens",
     "MoshiForCausalLM": "masks know of no window",
     "ProphetNetForCausalLM": "gives several tokens on a filled cache other logits than one after the other",
     "ReformerModelWithLMHead": "needs a model that keeps a transformers `Cache`",
