@@ -21,7 +21,6 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from hf_specdec import acceptance, decoding, demo_pair
 from hf_specdec.acceptance import Verdict
-from hf_specdec.context import Context
 from hf_specdec.forward import CachedModel
 from hf_specdec.tools import two_sample
 from hf_specdec.tools.lossless import BUG, IDENTICAL, TIE, Comparison, Row, compare, spacing
