@@ -173,10 +173,13 @@ def _probe(model: PreTrainedModel) -> bool:
     slots = torch.tensor([[0, 0, 1]], device=device)
     mask = ragged_mask(model, slots[:, 1:], 2)
 
+    prefix_model = looks_ahead(model)
+
     def move(m: Tensor | None) -> Tensor | None:
         if m is None:
             return None
         seen, unseen = m[:, :, :1, :1], m[:, :, :1, 1:]
+        m = seen.expand_as(m) if prefix_model else m  # alone, it reads both as a prompt
         first = torch.cat([seen, unseen, unseen], dim=3)
         return torch.cat([first, torch.cat([unseen.expand(-1, -1, 2, -1), m], dim=3)], dim=2)
 
@@ -185,7 +188,7 @@ def _probe(model: PreTrainedModel) -> bool:
     try:
         kwargs = probe_inputs(model)
         told = {prefix + "input_ids": row, prefix + "attention_mask": masks, prefix + "position_ids": slots}
-        if not model.config.is_encoder_decoder:
+        if not model.config.is_encoder_decoder and not prefix_model:  # which knows a prompt by the length
             told["past_key_values"] = _CacheOfOtherRows(config=model.config.get_text_config(decoder=True))
         masked = model(**told, **kwargs).logits[:, -1]
         expected = model(**{prefix + "input_ids": alone}, **kwargs).logits[:, -1]
