@@ -173,7 +173,7 @@ def _probe(model: PreTrainedModel) -> bool:
     slots = torch.tensor([[0, 0, 1]], device=device)
     mask = ragged_mask(model, slots[:, 1:], 2)
 
-    prefix_model = looks_ahead(model)
+    prefix_model = looks_ahead(model) and not model.config.is_encoder_decoder
 
     def move(m: Tensor | None) -> Tensor | None:
         if m is None:
@@ -188,7 +188,7 @@ def _probe(model: PreTrainedModel) -> bool:
     try:
         kwargs = probe_inputs(model)
         told = {prefix + "input_ids": row, prefix + "attention_mask": masks, prefix + "position_ids": slots}
-        if not model.config.is_encoder_decoder and not prefix_model:  # which knows a prompt by the length
+        if not (model.config.is_encoder_decoder or prefix_model):  # which knows a prompt by the length
             told["past_key_values"] = _CacheOfOtherRows(config=model.config.get_text_config(decoder=True))
         masked = model(**told, **kwargs).logits[:, -1]
         expected = model(**{prefix + "input_ids": alone}, **kwargs).logits[:, -1]
