@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, DynamicCache, PreTrainedModel, PreTraine
 
 from .host import model_device
 from .layers import check_layers
-from .probes import continues_states
+from .probes import check_states, continues_states
 from .states import has_states
 
 if TYPE_CHECKING:
@@ -220,6 +220,7 @@ def _architecture(target: PreTrainedModel, draft: PreTrainedModel) -> Finding:
     names = type(target).__name__, type(draft).__name__
     cache = DynamicCache(config=target.config.get_text_config(decoder=True))
     complaint = _complaint(check_layers, cache, f"the target ({names[0]})")
+    complaint = complaint or _complaint(check_states, target, cache, "the target")
     complaint = complaint or _complaint(check_architecture, draft, target)
     return _finding("architecture", names, complaint, "error")
 

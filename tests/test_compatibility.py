@@ -10,7 +10,7 @@ import torch
 from conftest import ARCHITECTURES, SIZES, VOCAB, make_model, perturbed
 from rich.console import Console
 from test_pairs import make_tokenizer
-from transformers import LlamaConfig, MambaConfig, MambaForCausalLM, MixtralConfig, PreTrainedModel
+from transformers import LlamaConfig, MambaConfig, MambaForCausalLM, MiniMaxConfig, MixtralConfig, PreTrainedModel
 
 from hf_specdec.compatibility import Compatibility, Finding, compare, vocabulary_check
 
@@ -93,12 +93,20 @@ def test_each_property_has_its_verdict(case):
     assert errors == ([name] if verdict == "error" else [])
 
 
-def test_a_draft_whose_cache_cannot_be_rolled_back_is_an_error():
-    mamba = MambaForCausalLM(MambaConfig(vocab_size=VOCAB, hidden_size=8, num_hidden_layers=1, state_size=4))
-    for models, owner in (((mamba, None), "`assistant_model`"), ((small(), mamba), "the target")):
-        finding = report(*models)["architecture"]
-        assert finding.verdict == "error"
-        assert f"The cache of {owner} (MambaForCausalLM) has layers of type" in finding.advice
+def test_models_whose_states_cannot_follow_drafts_are_an_error():
+    mamba = MambaForCausalLM(
+        MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=8, initializer_range=0.2)
+    ).eval()
+    own_state = make_model(
+        MiniMaxConfig(**SIZES, num_local_experts=2, head_dim=8, layer_types=["linear_attention", "full_attention"])
+    )
+    finding = report(small(), mamba)["architecture"]
+    assert finding.verdict == "error"
+    assert "the target: the code of MambaForCausalLM does not continue a recurrent state" in finding.advice
+    finding = report(own_state)["architecture"]
+    assert finding.verdict == "error"
+    assert "`assistant_model` (MiniMaxForCausalLM) keeps state" in finding.advice
+    assert report(mamba)["architecture"].verdict == "ok"  # drafts are made one token at a time
 
 
 def test_what_generates_no_text_is_no_draft():
