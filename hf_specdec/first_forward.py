@@ -8,6 +8,7 @@ what they must be given besides tokens, by asking the model what vanilla would g
 
 import copy
 import weakref
+from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
@@ -36,6 +37,26 @@ KNOWN_INPUTS = {
     "output_attentions",
     "output_hidden_states",
 }
+
+
+@dataclass(frozen=True)
+class OfRow:
+    """An input `[batch, 1, ...]` that stands for a row, however many of its tokens are fed."""
+
+    value: Tensor
+
+    def fed(self, rows: list[int], width: int) -> Tensor:
+        return self.value[rows]
+
+
+@dataclass(frozen=True)
+class OfToken:
+    """An input `[batch, 1, ...]` that each token is given."""
+
+    value: Tensor
+
+    def fed(self, rows: list[int], width: int) -> Tensor:
+        return self.value[rows].expand(-1, width, *self.value.shape[2:]).contiguous()
 
 
 class FirstForward:
@@ -108,10 +129,10 @@ class FirstForward:
         return output
 
     def later_inputs(self, output: ModelOutput) -> dict[str, Any]:
-        """What every forward behind the prompt must be given besides the usual: tensors `[batch, 1, ...]`, per token.
+        """What every forward behind the prompt must be given besides the usual: tensors by row, or by row and token.
 
         Raises:
-            ValueError: for an input that is read, but that is not the same for each token.
+            ValueError: for an input that is read, but that is not the same at each token.
         """
         steps = self._later_steps(output)
         extra = _extra(steps[0])
@@ -125,8 +146,13 @@ class FirstForward:
                         f"{type(self._model).__name__} reads `{name}` {list(value.shape)} at every token, which "
                         "strategy='spec' does not support yet: leave it out, or drop the strategy"
                     )
-            fixed.update(tensors)
+                fixed[name] = OfToken(value) if self._is_of_token(name, value) else OfRow(value)
         return fixed
+
+    def _is_of_token(self, name: str, value: Tensor) -> bool:
+        """Whether the second axis of an input is that of the tokens: in the prompt it then had one for each."""
+        given = self.inputs.get(name)
+        return value.ndim == 2 or (isinstance(given, Tensor) and given.shape[1:2] == (self._columns,))
 
     def _later_steps(self, output: ModelOutput) -> list[dict[str, Any]]:
         """What vanilla would feed at the next two steps."""

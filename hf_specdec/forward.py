@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 from .cache import RaggedCache
 from .context import Context
 from .encoded import Encoded
-from .first_forward import FirstForward
+from .first_forward import FirstForward, OfRow, OfToken
 from .host import forward_parameters, no_bookkeeping, to_device
 from .masks import Mask, ragged_mask, takes_position_ids
 from .static import WIDTHS, StaticForwards, give_back
@@ -71,7 +71,7 @@ class CachedModel:
         self.axes = None if axes is None else axes.to(self.device)
         self.first_forward = first_forward
         self.prompt_is_tokens = first_forward is None
-        self.later_inputs: dict[str, Any] = {}  # what each forward is given besides, tensors `[batch, 1, ...]`
+        self.later_inputs: dict[str, Any] = {}  # what each forward is given besides
         self.max_slot = max_slot
         self.static = static
         self.encoded = encoded
@@ -215,8 +215,7 @@ class CachedModel:
         if self._takes_logits_to_keep:
             inputs["logits_to_keep"] = keep
         for name, value in self.later_inputs.items():
-            wide = isinstance(value, Tensor)
-            inputs[name] = value[rows].expand(-1, width, *value.shape[2:]).contiguous() if wide else value
+            inputs[name] = value.fed(rows, width) if isinstance(value, (OfRow, OfToken)) else value
         if self.encoded is not None:
             inputs = self.encoded.join(inputs, rows)
         output = self.model(**inputs, **kwargs, return_dict=True)

@@ -44,7 +44,7 @@ FAMILIES: dict[str, list[str]] = {
     "images and sound": [
         "LlavaForConditionalGeneration", "Qwen2VLForConditionalGeneration", "Qwen3VLForConditionalGeneration",
         "Gemma3ForConditionalGeneration", "InternVLForConditionalGeneration", "Idefics3ForConditionalGeneration",
-        "Mistral3ForConditionalGeneration", "VoxtralForConditionalGeneration",
+        "IdeficsForVisionText2Text", "Mistral3ForConditionalGeneration", "VoxtralForConditionalGeneration",
     ],
 }  # fmt: skip
 # Whose own code gives several tokens other logits than one after the other: refused, and why.

@@ -70,6 +70,7 @@ def _groups(results: list[dict[str, Any]], method: str, batch: int) -> list[tupl
 def _pattern(message: str, name: str) -> str:
     """The message without what is particular to one class, so that equal reasons group together."""
     message = re.sub(r"row \d+ differs.*", "tokens differ", message.replace(name, "CLASS"))
+    message = re.sub(r" \[\d+(, \d+)*\]", "", message)  # shapes
     return " ".join(message.split())
 
 
@@ -85,11 +86,17 @@ def markdown(results: list[dict[str, Any]], batches: Sequence[int], command: str
         "tried with a tiny random model and a draft that agrees in part: greedy tokens beside those of `generate()`.",
         "",
         "- **identical**: vanilla's tokens, every one, for text and, where such a prompt could be made, images, sound.",
-        "- **refused**: a ValueError that names what is missing.",
+        "- **refused**: an exception raised on purpose, which names what is missing.",
         "- **error**: another exception. **wrong**: other tokens, without a word.",
         "",
-        f"{where}. Made by `{command}`; the classes where vanilla itself cannot, or that cannot be built here, are at",
-        "the end.",
+        "Configs are the defaults of each class, shrunk, with all their kinds of layers; windows are shorter than the",
+        "prompts, the rows of a batch are uneven. The weights are random and large. Where rounding decides (two logits",
+        "closer than 1e-4, or the target alone, fed in blocks of four, disagrees with itself), other weights are",
+        "drawn, up to four times. The draft is a copy with noise, or look-up where the class cannot be fed text alone.",
+        "",
+        f"{where}. Made by",
+        f"`{command}`. Classes with which vanilla itself cannot generate, or that cannot be",
+        "built here, are at the end.",
         "",
         f"## {len(ran)} classes that can be built and that vanilla can generate with",
         "",
