@@ -77,7 +77,6 @@ def prepare(
     cache = prepared_cache(model_kwargs)
     check_states(model, cache, "the model")
     check_windows(model, generation_config.max_length)
-    check_blocks(model, cache, generation_config.max_length)
     vocab_size: int = model.config.get_text_config(decoder=True).vocab_size
     prompt = read_prompt(model, input_ids, generation_config, cache, model_kwargs, vocab_size)
     max_length = min(
@@ -86,6 +85,7 @@ def prepare(
     columns = max_length + prompt.column_offset
     fed_at_once = 0 if generation_config.prefill_chunk_size else prompt.mask.shape[1] - max(prompt.first) - 1
     check_lengths(model, fed_at_once, columns - min(prompt.first))
+    check_blocks(model, cache, columns)
     stopping = Stopping(stopping_criteria, max_length)
 
     batch = len(prompt.first)
