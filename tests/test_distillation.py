@@ -1,5 +1,6 @@
 """Distillation: what the draft starts from, what it reads, the loss, resuming, and acceptance that rises."""
 
+import functools
 import math
 import signal
 from pathlib import Path
@@ -298,7 +299,10 @@ def test_measuring_leaves_the_random_state_alone(target: PreTrainedModel, pieces
         assert figures[0][way].committed_tokens == 4 * 8
 
 
-def test_the_first_ctrl_c_is_collected_and_the_second_raises() -> None:
+def test_the_first_ctrl_c_is_collected_and_the_second_raises(request: pytest.FixtureRequest) -> None:
+    # Where the tests run in the background, the shell has them ignore it.
+    request.addfinalizer(functools.partial(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT)))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt), distillation.interruptible() as received:
         assert not received
         signal.raise_signal(signal.SIGINT)
