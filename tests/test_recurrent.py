@@ -264,7 +264,7 @@ def test_what_vanilla_returns_besides_tokens(name: str) -> None:
         )
 
 
-@pytest.mark.parametrize("name", ["bamba", "qwen3_next", "lfm2"])
+@pytest.mark.parametrize("name", ["bamba", "qwen3_next", "lfm2", "falcon_h1"])
 def test_a_cache_of_the_user_is_continued(name: str) -> None:
     target, draft = pair(name)
     ids = make_prompts(1, seed=3)["input_ids"]
