@@ -64,6 +64,7 @@ class CachedModel:
         self.cache = cache
         self.device = cache.device
         self.padding_mask = None if padding_mask is None else padding_mask.to(self.device)
+        self._first_real = None if self.padding_mask is None else self.padding_mask.long().argmax(dim=1)  # slots
         self.column_offset = column_offset
         self.slot_offset = [column_offset - (0 if padding_mask is not None else f) for f in first]
         self.position_offset = position_offset or [0] * len(first)
@@ -251,7 +252,7 @@ class CachedModel:
             prompt = None if self.padding_mask is None else self.padding_mask[rows, used - slots.shape[1] : used]
             return None if prompt is None or prompt.shape[1] < slots.shape[1] else prompt.long()
         if not self.cache.sees_one_span:
-            first = None if self.padding_mask is None else self.padding_mask.long().argmax(dim=1)[rows]
+            first = None if self._first_real is None else self._first_real[rows]
             held = {window.layer_type: window.slots(self.device) for window in self.cache.windows}
             return ragged_mask(self.model, slots, used, held, first)
         if self.padding_mask is not None:
