@@ -8,12 +8,13 @@
     ./scripts/benchmark_speed --synthetic big --dtype bfloat16 --batch 8 --context 256 --ragged --rounds 5
 
 All methods take turns in one process, batch by batch. Ratios are to vanilla, within a round; the table gives their
-median over the rounds and, in parentheses, the quartiles. "decode" leaves out what the first target forward gives;
-"first" is the time until then, most of which is the prompt's. The ideal is the speed-up that the bare forwards of
-target and draft would allow at the measured τ, with nothing around them; "reached" is the share of it that decoding
-reaches. The first of --batch and the first of --context are the base, the others are tried one at a time. Everything is
-greedy: in float32 all tokens must be vanilla's, or else the exit code is 1; in bfloat16 and float16, where near-ties
-may fall differently, rows that differ are counted. The last line of the output is JSON.
+median over the rounds and, in parentheses, the quartiles. "first" is the time until the first token, most of which is
+the prompt's; "decode" is from the next target forward on, when both models have read the prompt. The ideal is the
+speed-up that the bare forwards of target and draft would allow at the measured τ, with nothing around them; "reached"
+is the share of it that decoding reaches. The first of --batch and the first of --context are the base, the others are
+tried one at a time. Everything is greedy: in float32 all tokens must be vanilla's, or else the exit code is 1; in
+bfloat16 and float16, where near-ties may fall differently, rows that differ are counted. The last line of the output is
+JSON.
 """
 
 import argparse

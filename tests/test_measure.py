@@ -147,7 +147,7 @@ def test_ways_are_numbers_schedules_and_default() -> None:
 
 
 def runs(seconds: float, first: float = 0.0, tokens: int = 10, first_tokens: int = 1) -> Run:
-    return Run(seconds, first, tokens, first_tokens, 1)
+    return Run(seconds, first, tokens, first_tokens, seconds - first, 1)
 
 
 def test_costs_per_token_with_and_without_the_first_block() -> None:

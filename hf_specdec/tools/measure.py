@@ -52,6 +52,8 @@ class Run:
         first_seconds: wall time until the first new token of every row was there.
         tokens: new tokens, each row counted to its end.
         first_tokens: those of them that came out of the same target forward as the first.
+        decode_seconds: wall time from the next target forward on. By then both models have read the prompt, whichever
+            did so before the first token; of the drafts, those of one forward are left out, by every method.
         forwards: forwards of the target, over the prompt included.
     """
 
@@ -59,6 +61,7 @@ class Run:
     first_seconds: float
     tokens: int
     first_tokens: int
+    decode_seconds: float
     forwards: int
 
 
@@ -85,11 +88,12 @@ class Record:
 
 
 class Arrivals(BaseStreamer):
-    """A streamer that notes when the first new token arrives, and how many came out of the same target forward."""
+    """A streamer that notes when the first token arrives, how many come with it, and when the next forward begins."""
 
     def __init__(self, rows: int):
         self.rows, self.forwards, self.columns, self.first_seconds = rows, 0, -1, 0.0
         self._forwards_at_first = 0
+        self.next_forward_seconds: float | None = None
 
     def put(self, value: Tensor) -> None:
         if self.columns < 0:  # the prompt
@@ -105,6 +109,8 @@ class Arrivals(BaseStreamer):
 
     def count_forward(self, *_: Any) -> None:
         self.forwards += 1
+        if self.columns > 0 and self.next_forward_seconds is None:
+            self.next_forward_seconds = time.perf_counter()
 
 
 def timed(target: PreTrainedModel, batch: Batch, new_tokens: int, options: dict[str, Any]) -> tuple[Run, Tensor]:
@@ -117,12 +123,20 @@ def timed(target: PreTrainedModel, batch: Batch, new_tokens: int, options: dict[
     try:
         sequences = target.generate(**batch, max_new_tokens=new_tokens, do_sample=False, streamer=arrivals, **options)
         synchronize(target.device)
-        seconds = time.perf_counter() - began
+        ended = time.perf_counter()
     finally:
         hook.remove()
     lengths = [len(row) for row in new_rows(target, sequences, width)]
     first = sum(min(length, arrivals.columns) for length in lengths)
-    return Run(seconds, arrivals.first_seconds - began, sum(lengths), first, arrivals.forwards), sequences
+    run = Run(
+        seconds=ended - began,
+        first_seconds=arrivals.first_seconds - began,
+        tokens=sum(lengths),
+        first_tokens=first,
+        decode_seconds=ended - (arrivals.next_forward_seconds or ended),
+        forwards=arrivals.forwards,
+    )
+    return run, sequences
 
 
 def new_rows(target: PreTrainedModel, sequences: Tensor, width: int) -> list[list[int]]:

@@ -35,7 +35,7 @@ def decode_cost(runs: Iterable[Run]) -> float:
     """Seconds per new token behind the first target forward's; NaN if there are no such tokens."""
     runs = list(runs)
     tokens = sum(run.tokens - run.first_tokens for run in runs)
-    return sum(run.seconds - run.first_seconds for run in runs) / tokens if tokens else math.nan
+    return sum(run.decode_seconds for run in runs) / tokens if tokens else math.nan
 
 
 def first_cost(runs: Iterable[Run]) -> float:
