@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from transformers import AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from .host import model_device
-from .layers import check_layers
+from .layers import carries_its_own, check_layers
 from .probes import check_states, continues_states
 from .states import has_states
 
@@ -43,6 +43,8 @@ def check_architecture(draft: PreTrainedModel, target: PreTrainedModel) -> None:
             f"`assistant_model` must be a decoder-only model, {name} is an encoder-decoder model: the target "
             f"({type(target).__name__}) has no encoder inputs to give to it"
         )
+    if carries_its_own(draft):
+        return  # what it can do shows with its first prompt
     cache = DynamicCache(config=draft.config.get_text_config(decoder=True))
     check_layers(cache, f"`assistant_model` ({name})")
     if has_states(cache) and not (continues_states(draft) or continues_states(draft, at_once=1)):
@@ -218,9 +220,11 @@ def _finding(
 
 def _architecture(target: PreTrainedModel, draft: PreTrainedModel) -> Finding:
     names = type(target).__name__, type(draft).__name__
-    cache = DynamicCache(config=target.config.get_text_config(decoder=True))
-    complaint = _complaint(check_layers, cache, f"the target ({names[0]})")
-    complaint = complaint or _complaint(check_states, target, cache, "the target")
+    complaint = ""
+    if not carries_its_own(target):
+        cache = DynamicCache(config=target.config.get_text_config(decoder=True))
+        complaint = _complaint(check_layers, cache, f"the target ({names[0]})")
+        complaint = complaint or _complaint(check_states, target, cache, "the target")
     complaint = complaint or _complaint(check_architecture, draft, target)
     return _finding("architecture", names, complaint, "error")
 

@@ -12,22 +12,26 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from . import invariants
 from .acceptance import Verdict, accept_greedy, accept_sampled
 from .context import Context
 from .drafters import Draft, Drafter, DraftRequest
 from .drafters.base import check_draft
+from .first_forward import DoesNotFit
 from .forward import CachedModel
 from .host import to_device
 from .outputs import Recorder
+from .prepared import PreparedModel
 from .processors import BlockProcessors
 from .schedule import Schedule
 from .stats import Iteration, RowStep, SpeculationStats
 from .stopping import Stopping
 from .streaming import StepStreamer
 from .trace import Trace
+
+logger = logging.get_logger(__name__)
 
 # Tokens of a prompt above which one forward more is little beside what reading it takes.
 _LONG = 512
@@ -110,7 +114,7 @@ class SpeculativeDecoding:
         chunks: list[tuple[list[int], ModelOutput]] = []
         equal = len(set(self.target.missing(self.context))) == 1
         is_special = self.prefill_chunk_size or self.pending_embeds is not None or self.recorder.forward_kwargs
-        if self.target.first_forward is not None:
+        if self.target.prompt_is_unread:
             pass  # that is the first verification
         elif not equal or is_special or self.target.cache.states:
             chunks = self.target.prefill(
@@ -124,9 +128,7 @@ class SpeculativeDecoding:
         """Up to γ tokens for each active row, but never so many that the target's own would not fit behind them."""
         context = self.context
         room = [max(context.max_length - end - 1, 0) for end in context.active_ends]
-        reads_prompt = (
-            self.pending_embeds is not None or self.target.first_forward is not None or self._is_first_of_long()
-        )
+        reads_prompt = self.pending_embeds is not None or self.target.prompt_is_unread or self._is_first_of_long()
         gamma = 0 if reads_prompt else self.schedule.plan(len(context.rows))
         if self.target.cache.states and not reads_prompt:
             room = [min(space, most) for space, most in zip(room, self._beside_pending(gamma))]
@@ -160,8 +162,8 @@ class SpeculativeDecoding:
     def verify(self, draft: Draft) -> ModelOutput:
         """One target forward over each row's uncached tokens and its drafts: `[rows, γ + 1, vocab]` logits."""
         context, target = self.context, self.target
-        if target.first_forward is not None:
-            output = target.read_prompt(**self.recorder.forward_kwargs)
+        if target.prompt_is_unread:
+            output = self._read_prompt()
             self.recorder.prompt(output)
             return CausalLMOutputWithPast(logits=output.logits)
         context.clear_drafts()
@@ -182,6 +184,19 @@ class SpeculativeDecoding:
             output.logits = output.logits.gather(1, at[..., None].expand(-1, -1, output.logits.shape[2]))
         self._fed_before = begin
         return output
+
+    def _read_prompt(self) -> ModelOutput:
+        """The prompt in vanilla's first forward. From what our cache cannot hold, the model's own code goes on."""
+        try:
+            return self.target.read_prompt(**self.recorder.forward_kwargs)
+        except DoesNotFit as found:
+            if self.recorder.forward_kwargs:
+                names = " and ".join(f"`{name}`" for name in self.recorder.forward_kwargs)
+                raise ValueError(f"{found}, and strategy='spec' does not record {names} then: leave it out") from found
+            logger.warning_once(f"{found}: forwards are made by its own code, on copies of what it caches.")
+            self.target, self.lockstep = PreparedModel.going_on(found.first_forward, found.output), True
+            found.output.logits = found.output.logits[:, -1:]
+            return found.output
 
     def accept(self, draft: Draft, logits: Tensor) -> Committed:
         """The committed set of each row, cut where vanilla would have stopped."""

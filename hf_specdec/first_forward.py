@@ -59,6 +59,20 @@ class OfToken:
         return self.value[rows].expand(-1, width, *self.value.shape[2:]).contiguous()
 
 
+class DoesNotFit(ValueError):
+    """What a first forward has led to is more than entries, one per token, in our cache.
+
+    Attributes:
+        first_forward: which has run.
+        output: of the model.
+    """
+
+    def __init__(self, message: str, first_forward: "FirstForward", output: ModelOutput):
+        super().__init__(message)
+        self.first_forward = first_forward
+        self.output = output
+
+
 class FirstForward:
     """The forward over a whole prompt, prepared by the model.
 
@@ -79,28 +93,28 @@ class FirstForward:
         generation_config: GenerationConfig,
         model_kwargs: dict[str, Any],
     ):
-        self._model = model
-        self._ids = input_ids
-        self._config = generation_config
+        self.model = model
+        self.ids = input_ids
+        self.config = generation_config
         self._past = cached_length(cache)
         self._columns = columns + self._past
-        self._given = cache
-        self._kwargs = dict(model_kwargs)
+        self.given = cache
+        self.kwargs = dict(model_kwargs)
         self.cache = cache
         self.forget()
         self.inputs: dict[str, Any] = model.prepare_inputs_for_generation(
-            input_ids, next_sequence_length=columns, is_first_iteration=True, **self._kwargs
+            input_ids, next_sequence_length=columns, is_first_iteration=True, **self.kwargs
         )
 
     def forget(self) -> None:
         """Let go of what `run` has cached."""
         # A given cache without entries may be of another kind; it gets its own in the end.
-        config = self._model.config.get_text_config(decoder=True)
-        self._use(self._given if self._past else DynamicCache(config=config))
+        config = self.model.config.get_text_config(decoder=True)
+        self._use(self.given if self._past else DynamicCache(config=config))
 
     def _use(self, cache: Cache) -> None:
         self.cache = cache
-        self._kwargs["cache_params" if "cache_params" in self._kwargs else "past_key_values"] = cache
+        self.kwargs["cache_params" if "cache_params" in self.kwargs else "past_key_values"] = cache
 
     @property
     def places_tokens_itself(self) -> bool:
@@ -112,28 +126,24 @@ class FirstForward:
         """Whether feeding tokens with a position each would not do."""
         positions = self.inputs.get("position_ids")
         axes_differ = positions is not None and positions.ndim > 2 and not bool((positions == positions[:1]).all())
-        withheld = self._kwargs.get("position_ids") is not None and self.places_tokens_itself
-        return bool(_extra(self.inputs)) or axes_differ or withheld or looks_ahead(self._model)
+        withheld = self.kwargs.get("position_ids") is not None and self.places_tokens_itself
+        return bool(_extra(self.inputs)) or axes_differ or withheld or looks_ahead(self.model)
 
     def run(self, **kwargs: Any) -> ModelOutput:
         """Vanilla's first forward; the entries of its tokens are in `cache` afterwards."""
         if self._past:
-            self._use(copy.deepcopy(self._given))
-        output = self._model._prefill(self._ids, self._config, {**self._kwargs, **kwargs})
-        layers = [layer for layer in self.cache.layers if hasattr(layer, "keys") and layer.is_initialized]
-        for length in {int(layer.get_seq_length()) for layer in layers} - {self._columns}:
-            raise ValueError(
-                f"{type(self._model).__name__} has cached {length} entries for {self._columns} tokens: strategy='spec' "
-                "does not support images or audio that are not part of the text yet. Leave them out, or drop it"
-            )
-        return output
+            self._use(copy.deepcopy(self.given))
+        return self.model._prefill(self.ids, self.config, {**self.kwargs, **kwargs})
 
     def later_inputs(self, output: ModelOutput) -> dict[str, Any]:
         """What every forward behind the prompt must be given besides the usual: tensors by row, or by row and token.
 
         Raises:
-            ValueError: for an input that is read, but that is not the same at each token.
+            DoesNotFit: if there are other entries than one per token, or an input that is not the same at each token.
         """
+        layers = [layer for layer in self.cache.layers if hasattr(layer, "keys") and layer.is_initialized]
+        for length in {int(layer.get_seq_length()) for layer in layers} - {self._columns}:
+            raise self._misfit(f"caches {length} entries for {self._columns} tokens", output)
         steps = self._later_steps(output)
         extra = _extra(steps[0])
         fixed = {name: value for name, value in extra.items() if not isinstance(value, Tensor)}
@@ -141,13 +151,13 @@ class FirstForward:
         if tensors and self._reads(tensors, {**fixed, "position_ids": steps[0].get("position_ids")}):
             for name, value in tensors.items():
                 same = torch.equal(value, steps[1][name])
-                if not same or value.shape[:2] != (len(self._ids), 1):
-                    raise ValueError(
-                        f"{type(self._model).__name__} reads `{name}` {list(value.shape)} at every token, which "
-                        "strategy='spec' does not support yet: leave it out, or drop the strategy"
-                    )
+                if not same or value.shape[:2] != (len(self.ids), 1):
+                    raise self._misfit(f"reads `{name}` {list(value.shape)} at every token", output)
                 fixed[name] = OfToken(value) if self._is_of_token(name, value) else OfRow(value)
         return fixed
+
+    def _misfit(self, reason: str, output: ModelOutput) -> DoesNotFit:
+        return DoesNotFit(f"{type(self.model).__name__} {reason}", self, output)
 
     def _is_of_token(self, name: str, value: Tensor) -> bool:
         """Whether the second axis of an input is that of the tokens: in the prompt it then had one for each."""
@@ -156,22 +166,19 @@ class FirstForward:
 
     def _later_steps(self, output: ModelOutput) -> list[dict[str, Any]]:
         """What vanilla would feed at the next two steps."""
-        kwargs, ids, steps = dict(self._kwargs), self._ids, []
+        kwargs, ids, steps = dict(self.kwargs), self.ids, []
         for _ in range(2):
-            kwargs = self._model._update_model_kwargs_for_generation(output, kwargs)
+            kwargs = self.model._update_model_kwargs_for_generation(output, kwargs)
             ids = torch.cat([ids, ids.new_zeros(len(ids), 1)], dim=1)
-            steps.append(self._model.prepare_inputs_for_generation(ids, next_sequence_length=1, **kwargs))
+            steps.append(self.model.prepare_inputs_for_generation(ids, next_sequence_length=1, **kwargs))
             fed = steps[-1].get("input_ids")
             if fed is None or fed.shape != (len(ids), 1):
-                raise ValueError(
-                    f"{type(self._model).__name__} makes its own inputs out of each token, which strategy='spec' does "
-                    "not support yet"
-                )
+                raise self._misfit("makes its own inputs out of each token", output)
         return steps
 
     def _reads(self, tensors: dict[str, Tensor], given: dict[str, Any]) -> bool:
         """Whether a forward behind the prompt depends on `tensors`: does anything change when they do? Asked once."""
-        known = _reading.setdefault(self._model, {})
+        known = _reading.setdefault(self.model, {})
         names = frozenset(tensors)
         if names not in known:
             try:
@@ -182,9 +189,9 @@ class FirstForward:
         return known[names]
 
     def _next_logits(self, inputs: dict[str, Any]) -> Tensor:
-        ids = self._ids.new_zeros(len(self._ids), 1).to(model_device(self._model))
+        ids = self.ids.new_zeros(len(self.ids), 1).to(model_device(self.model))
         cache = copy.deepcopy(self.cache)
-        return self._model(input_ids=ids, past_key_values=cache, use_cache=True, **inputs, return_dict=True).logits
+        return self.model(input_ids=ids, past_key_values=cache, use_cache=True, **inputs, return_dict=True).logits
 
 
 _reading: "weakref.WeakKeyDictionary[PreTrainedModel, dict[frozenset[str], bool]]" = weakref.WeakKeyDictionary()
@@ -224,25 +231,35 @@ def show(draft: PreTrainedModel, inputs: dict[str, Any], batch_size: int) -> tup
     takes = {*signature(draft.forward).parameters, *signature(draft.prepare_inputs_for_generation).parameters}
     if not inputs.keys() <= takes:
         return None
-    read: list[tuple[FirstForward, ModelOutput]] = []
-
-    def decode(model: Any, input_ids: Tensor, generation_config: GenerationConfig, **kwargs: Any) -> Tensor:
-        model_kwargs = {k: v for k, v in kwargs.items() if k not in ("logits_processor", "stopping_criteria")}
-        first = FirstForward(model, input_ids, input_ids.shape[1], DynamicCache(), generation_config, model_kwargs)
-        read.append((first, first.run()))
-        return input_ids
-
-    copies = batch_size // len(inputs["input_ids"])
-    sampling = {"num_return_sequences": copies, "do_sample": copies > 1, "num_beams": 1, "max_new_tokens": 1}
     try:
-        draft.generate(**inputs, **sampling, custom_generate=decode)
+        ids, config, kwargs = prepared_call(draft, inputs, batch_size)
+        first = FirstForward(draft, ids, ids.shape[1], DynamicCache(), config, kwargs)
+        output = first.run()
+        first.later_inputs(output)
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         logger.warning_once(
             f"{type(draft).__name__} cannot read this prompt's images or audio ({reason}): drafts see text"
         )
         return None
-    return None if read[0][0].places_tokens_itself else read[0]
+    return None if first.places_tokens_itself else (first, output)
+
+
+def prepared_call(
+    model: PreTrainedModel, inputs: dict[str, Any], batch_size: int | None = None
+) -> tuple[Tensor, GenerationConfig, dict[str, Any]]:
+    """What `generate()` makes of a model's `inputs`: ids `[batch_size, columns]`, config, and model kwargs."""
+    prepared: list[tuple[Tensor, GenerationConfig, dict[str, Any]]] = []
+
+    def decode(model: Any, input_ids: Tensor, generation_config: GenerationConfig, **kwargs: Any) -> Tensor:
+        kwargs = {k: v for k, v in kwargs.items() if k not in ("logits_processor", "stopping_criteria")}
+        prepared.append((input_ids, generation_config, kwargs))
+        return input_ids
+
+    copies = (batch_size or len(inputs["input_ids"])) // len(inputs["input_ids"])
+    sampling = {"num_return_sequences": copies, "do_sample": copies > 1, "num_beams": 1, "max_new_tokens": 1}
+    model.generate(**inputs, **sampling, custom_generate=decode)
+    return prepared[0]
 
 
 def split_axes(position_ids: Tensor | None, batch_size: int) -> tuple[Tensor | None, Tensor | None]:

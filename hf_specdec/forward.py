@@ -88,6 +88,11 @@ class CachedModel:
             self._takes_position_ids = False
         self._takes_logits_to_keep = "logits_to_keep" in parameters
 
+    @property
+    def prompt_is_unread(self) -> bool:
+        """Whether `read_prompt` comes first."""
+        return self.first_forward is not None
+
     def missing(self, context: Context) -> list[int]:
         """How many committed tokens of each active row the cache does not hold yet."""
         return [context.ends[row] + self.slot_offset[row] - self.cache.lengths[row] for row in context.rows]
@@ -121,6 +126,9 @@ class CachedModel:
         """Vanilla's first forward, over all rows and the whole prompt. Later forwards are as usual.
 
         Returns: the model's output, `logits` `[batch, 1, vocab]` of the last column.
+
+        Raises:
+            DoesNotFit: if the cache cannot hold what comes of it.
         """
         assert self.first_forward is not None
         first_forward, self.first_forward = self.first_forward, None
@@ -132,8 +140,8 @@ class CachedModel:
 
     def take_over(self, first_forward: FirstForward, output: ModelOutput) -> None:
         """Hold what a forward over the whole prompt has left in a cache of transformers."""
-        self.cache.load(first_forward.cache, [self.column_offset - offset for offset in self.slot_offset])
         self.later_inputs = first_forward.later_inputs(output)
+        self.cache.load(first_forward.cache, [self.column_offset - offset for offset in self.slot_offset])
         first_forward.forget()
         self.prompt_is_tokens = False
 

@@ -16,7 +16,7 @@ from .cache import RaggedCache
 from .context import Context
 from .forward import CachedModel
 from .host import forward_parameters, model_device
-from .layers import cache_layers
+from .layers import cache_layers, carries_its_own
 from .masks import takes_masks, takes_ragged_rows
 from .states import has_states, rows_are_independent
 from .window import Window
@@ -28,6 +28,8 @@ _known = weakref.WeakKeyDictionary()
 
 def decodes_ragged_rows(model: PreTrainedModel, drafts: bool = False) -> bool:
     """Whether the model can decode rows of different lengths together; as a draft its tokens need not be vanilla's."""
+    if carries_its_own(model):
+        return False
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     if not has_states(cache):
         return takes_ragged_rows(model, drafts)

@@ -57,15 +57,19 @@ def read_prompt(
     model: PreTrainedModel,
     input_ids: Tensor,
     generation_config: GenerationConfig,
-    cache: Cache,
+    cache: Cache | None,
     model_kwargs: dict[str, Any],
     vocab_size: int,
 ) -> Prompt:
-    """Sort out ids, embeddings, mask, positions and what is cached already."""
+    """Sort out ids, embeddings, mask, positions and what is cached already.
+
+    Args:
+        cache: `None` where the model's own code reads the prompt, whatever it is.
+    """
     embeds: Tensor | None = model_kwargs.get("inputs_embeds")
     mask: Tensor | None = model_kwargs.get("attention_mask")
     position_ids: Tensor | None = model_kwargs.get("position_ids")
-    past = cached_length(cache)
+    past = 0 if cache is None else cached_length(cache)
     batch, width = input_ids.shape
 
     if embeds is not None:
@@ -81,7 +85,7 @@ def read_prompt(
             f"`attention_mask` has the shape {tuple(mask.shape)}, but prompt and `past_key_values` together have "
             f"{batch} rows and {columns} columns"
         )
-    initialised = (layer.keys for layer in cache.layers if getattr(layer, "keys", None) is not None)
+    initialised = (layer.keys for layer in getattr(cache, "layers", ()) if getattr(layer, "keys", None) is not None)
     if past and (rows := len(next(initialised))) != batch:
         raise ValueError(f"`past_key_values` has {rows} rows, but the prompt has {batch}: they must be the same")
     if columns - past < 1:
@@ -89,7 +93,9 @@ def read_prompt(
             f"`past_key_values` holds {past} tokens already and the prompt has {columns}: there is nothing to decode "
             "from. Pass at least one token that is not cached"
         )
-    first_forward = prepare_first_forward(model, input_ids, columns - past, cache, generation_config, model_kwargs)
+    first_forward = None
+    if cache is not None:
+        first_forward = prepare_first_forward(model, input_ids, columns - past, cache, generation_config, model_kwargs)
     if first_forward is not None:
         position_ids = first_forward.inputs.get("position_ids")
         first_forward = first_forward if first_forward.is_needed else None

@@ -3,10 +3,12 @@ becomes transformers' output classes and caches again.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 from transformers import (
+    DynamicCache,
     GenerationConfig,
     LogitsProcessorList,
     MaxLengthCriteria,
@@ -26,10 +28,11 @@ from .drafters import Drafter, DraftRequest, ModelDrafter
 from .encoded import EncoderSide, decoder_kwargs, read_encoder
 from .forward import CachedModel
 from .host import model_device
-from .layers import cache_layers, check_layers
+from .layers import cache_layers, carries_its_own, check_layers
 from .masks import takes_position_ids
 from .options import STATIC_KINDS, Options
 from .outputs import Recorder
+from .prepared import PreparedModel
 from .probes import check_states, check_windows, decodes_ragged_rows
 from .processors import known, unknown_names
 from .prompt import Prompt, read_prompt
@@ -72,20 +75,27 @@ def prepare(
     if model.config.is_encoder_decoder:
         encoder = read_encoder(model, model_kwargs, encoder_inputs, len(input_ids))
         user_cache, model_kwargs = model_kwargs["past_key_values"], decoder_kwargs(model, input_ids, model_kwargs)
-    check_model_kwargs(model_kwargs)
     check_target(model, input_ids.shape[0])
+    by_itself = carries_its_own(model)
     cache = prepared_cache(model_kwargs)
-    check_states(model, cache, "the model")
-    check_windows(model, generation_config.max_length)
+    if by_itself:
+        check_given(model, cache, generation_config)
+        cache = DynamicCache()  # what there is of the prompt so far: nothing
+    else:
+        check_cache(cache)
+        check_states(model, cache, "the model")
+        check_windows(model, generation_config.max_length)
     vocab_size: int = model.config.get_text_config(decoder=True).vocab_size
-    prompt = read_prompt(model, input_ids, generation_config, cache, model_kwargs, vocab_size)
+    held = None if by_itself else cache
+    prompt = read_prompt(model, input_ids, generation_config, held, model_kwargs, vocab_size)
     max_length = min(
         [c.max_length for c in stopping_criteria if type(c) is MaxLengthCriteria], default=generation_config.max_length
     )
     columns = max_length + prompt.column_offset
     fed_at_once = 0 if generation_config.prefill_chunk_size else prompt.mask.shape[1] - max(prompt.first) - 1
     check_lengths(model, fed_at_once, columns - min(prompt.first))
-    check_blocks(model, cache, columns)
+    if not by_itself:
+        check_blocks(model, cache, columns)
     stopping = Stopping(stopping_criteria, max_length)
 
     batch = len(prompt.first)
@@ -93,16 +103,19 @@ def prepare(
     lockstep = batch > 1 and _needs_lockstep(model, drafter, prompt, unknown)
     # Vanilla pads recurrent layers on the left, which tell what is padding only there; and who is not told positions
     # counts columns, padding included.
-    aligned = prompt.holes or lockstep or has_states(cache) or (any(prompt.first) and not takes_position_ids(model))
+    whole = by_itself or has_states(cache)
+    aligned = prompt.holes or lockstep or whole or (any(prompt.first) and not takes_position_ids(model))
     first = [0] * batch if aligned else prompt.first
 
     pad = generation_config._pad_token_tensor
     context_first = [max(f - prompt.column_offset, 0) for f in prompt.first]
     context = Context(prompt.input_ids, context_first, max_length, 0 if pad is None else int(pad))
     keeps_all = _may_go_far_back(generation_config, cache, batch, lockstep, stopping)
-    make_target = functools.partial(
+    make_target: Callable[[], CachedModel] = functools.partial(
         _cached_target, model, cache, prompt, context, first, aligned, keeps_all, generation_config, encoder
     )
+    if by_itself:
+        make_target = functools.partial(PreparedModel, model, input_ids, generation_config, model_kwargs)
     target = make_target()
     if target.encoded is not None:
         target.encoded.load(user_cache.cross_attention_cache)
@@ -153,11 +166,13 @@ def finish(
     decoding: SpeculativeDecoding, width: int, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
 ) -> GenerateDecoderOnlyOutput | GenerateEncoderDecoderOutput | Tensor:
     """The result of `generate()` for a decoding that has run, and the cache that it leaves behind."""
-    cache = prepared_cache(model_kwargs)
+    cache, target = prepared_cache(model_kwargs), decoding.target
     wants_dict = bool(generation_config.return_dict_in_generate)
-    if wants_dict or getattr(cache, "_is_user_defined", False):
+    if isinstance(target, PreparedModel):
+        cache = target.hand_back(decoding.context, width) if wants_dict else None
+    elif wants_dict or getattr(cache, "_is_user_defined", False):
         hand_back_cache(decoding, width, cache)
-    decoding.target.release()
+    target.release()
     sequences = decoding.context.view(width).clone()
     if not wants_dict:
         return sequences
@@ -197,7 +212,7 @@ def hand_back_cache(decoding: SpeculativeDecoding, width: int, cache: Cache) -> 
     context.ends = [width] * context.batch_size
     if target.cache.states and context.batch_size > 1:  # those of rows that ended are gone: once more from the start
         target = decoding.make_target()
-        if target.first_forward is not None:
+        if target.prompt_is_unread:
             target.read_prompt()
     shortest = min(target.cache.lengths)
     for row, offset in enumerate(target.slot_offset):
@@ -219,9 +234,21 @@ def prepared_cache(model_kwargs: dict[str, Any]) -> Any:
     return model_kwargs.get("past_key_values", model_kwargs.get("cache_params"))
 
 
-def check_model_kwargs(model_kwargs: dict[str, Any]) -> None:
-    """Refuse models whose state this loop does not know how to carry from step to step."""
-    cache = prepared_cache(model_kwargs)
+def check_given(model: PreTrainedModel, cache: Any, config: GenerationConfig) -> None:
+    """Refuse, for a model whose own code feeds it, what that leaves no place for."""
+    name = type(model).__name__
+    if getattr(cache, "_is_user_defined", False):
+        raise ValueError(
+            f"`past_key_values` ({type(cache).__name__}) was given, but what {name} carries from step to step is not "
+            "known to strategy='spec', which cannot go on from it: pass the whole text without it"
+        )
+    for option in ("output_attentions", "output_hidden_states"):
+        if config.return_dict_in_generate and getattr(config, option):
+            raise ValueError(f"strategy='spec' does not record what `{option}` asks for of {name}: leave it out")
+
+
+def check_cache(cache: Any) -> None:
+    """Refuse a cache whose contents this loop does not know how to carry from step to step."""
     if not isinstance(cache, Cache):
         raise ValueError(
             "strategy='spec' needs a model that keeps a transformers `Cache` as `past_key_values`, "
@@ -238,6 +265,8 @@ def _needs_lockstep(model: PreTrainedModel, drafter: Drafter, prompt: Prompt, un
         reason = "the attention mask has zeros behind a row's first token"
     elif prompt.first_forward is not None and prompt.first_forward.places_tokens_itself:
         reason = f"{type(model).__name__} makes its own position ids"
+    elif carries_its_own(model):
+        reason = f"{type(model).__name__} carries a state of its own from step to step"
     elif not decodes_ragged_rows(model):
         reason = f"{type(model).__name__} cannot decode rows of different lengths together"
     elif isinstance(drafter, ModelDrafter) and not drafter.takes_ragged_rows:

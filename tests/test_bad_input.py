@@ -26,8 +26,8 @@ from transformers import (
     LlamaModel,
     LogitsProcessor,
     MambaConfig,
-    MiniMaxConfig,
     PreTrainedTokenizerFast,
+    RecurrentGemmaConfig,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -264,9 +264,9 @@ NO_DRAFTS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     ),
     "an encoder-decoder": (lambda target: t5(), ValueError, "must be a decoder-only model, T5.* an encoder-decoder"),
     "state of its own": (
-        lambda target: minimax(),
+        lambda target: recurrent_gemma(),
         ValueError,
-        r"\(MiniMax.*keeps state where no cache of transformers",
+        r"\(RecurrentGemma.*keeps state where no cache of transformers",
     ),
     "of another vocabulary": (
         lambda target: make_model(LlamaConfig(**{**target.config.to_dict(), "vocab_size": 80})),
@@ -287,9 +287,9 @@ def mamba() -> Any:
     return make_model(MambaConfig(**sizes, bos_token_id=1, eos_token_id=None, pad_token_id=0))
 
 
-def minimax() -> Any:
-    sizes = {**SIZES, "num_local_experts": 2, "head_dim": 8, "block_size": 4}
-    return make_model(MiniMaxConfig(**sizes, layer_types=["linear_attention", "full_attention"]))
+def recurrent_gemma() -> Any:
+    sizes = {**SIZES, "num_hidden_layers": 3, "lru_width": 32, "attention_window_size": 12}
+    return make_model(RecurrentGemmaConfig(**sizes))
 
 
 @pytest.mark.parametrize("kind", NO_DRAFTS)

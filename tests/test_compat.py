@@ -36,6 +36,7 @@ FAMILIES: dict[str, list[str]] = {
         "Mamba2ForCausalLM", "BambaForCausalLM", "GraniteMoeHybridForCausalLM",
         "FalconH1ForCausalLM", "Qwen3NextForCausalLM", "NemotronHForCausalLM", "Lfm2MoeForCausalLM",
     ],
+    "state of their own": ["MiniMaxForCausalLM", "xLSTMForCausalLM", "OpenAIGPTLMHeadModel"],
     "encoder-decoder": [
         "T5ForConditionalGeneration", "BartForConditionalGeneration", "MarianMTModel",
         "PegasusForConditionalGeneration", "M2M100ForConditionalGeneration", "WhisperForConditionalGeneration",
@@ -55,7 +56,8 @@ REFUSED_CLASSES = {
     "MambaForCausalLM": "does not continue a recurrent state over several tokens",
     "MoshiForCausalLM": "masks know of no window",
     "ProphetNetForCausalLM": "gives several tokens on a filled cache other logits than one after the other",
-    "ReformerModelWithLMHead": "needs a model that keeps a transformers `Cache`",
+    "RecurrentGemmaForCausalLM": "keeps state where no cache of transformers holds it",
+    "ReformerModelWithLMHead": "gives several tokens other logits than one after the other",
 }
 SAMPLE = [name for names in FAMILIES.values() for name in names]
 

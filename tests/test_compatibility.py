@@ -10,7 +10,14 @@ import torch
 from conftest import ARCHITECTURES, SIZES, VOCAB, make_model, perturbed
 from rich.console import Console
 from test_pairs import make_tokenizer
-from transformers import LlamaConfig, MambaConfig, MambaForCausalLM, MiniMaxConfig, MixtralConfig, PreTrainedModel
+from transformers import (
+    LlamaConfig,
+    MambaConfig,
+    MambaForCausalLM,
+    MixtralConfig,
+    PreTrainedModel,
+    RecurrentGemmaConfig,
+)
 
 from hf_specdec.compatibility import Compatibility, Finding, compare, vocabulary_check
 
@@ -98,14 +105,14 @@ def test_models_whose_states_cannot_follow_drafts_are_an_error():
         MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=8, initializer_range=0.2)
     ).eval()
     own_state = make_model(
-        MiniMaxConfig(**SIZES, num_local_experts=2, head_dim=8, layer_types=["linear_attention", "full_attention"])
+        RecurrentGemmaConfig(**{**SIZES, "num_hidden_layers": 3, "lru_width": 32, "attention_window_size": 12})
     )
     finding = report(small(), mamba)["architecture"]
     assert finding.verdict == "error"
     assert "the target: the code of MambaForCausalLM does not continue a recurrent state" in finding.advice
     finding = report(own_state)["architecture"]
     assert finding.verdict == "error"
-    assert "`assistant_model` (MiniMaxForCausalLM) keeps state" in finding.advice
+    assert "`assistant_model` (RecurrentGemmaForCausalLM) keeps state" in finding.advice
     assert report(mamba)["architecture"].verdict == "ok"  # drafts are made one token at a time
 
 

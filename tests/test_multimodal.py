@@ -213,11 +213,17 @@ def git() -> PreTrainedModel:
     return GitForCausalLM(config).eval()
 
 
-def test_images_that_are_no_part_of_the_text_are_refused() -> None:
+@pytest.mark.parametrize("rows", [1, 3])
+def test_images_that_are_no_part_of_the_text(rows: int) -> None:
+    """They have entries, but no tokens. A draft of the same kind is left with the text."""
     target = git()
-    inputs = {**make_prompts(1), "pixel_values": torch.randn(1, 3, 8, 8)}
-    with pytest.raises(ValueError, match=r"GitForCausalLM has cached 19 entries for 14 tokens.*Leave them out"):
-        target.generate(**inputs, strategy="spec", max_new_tokens=4, prompt_lookup_num_tokens=3)
+    target.generation_config.pad_token_id = 0
+    inputs = {**make_prompts(rows), "pixel_values": torch.randn(rows, 3, 8, 8)}
+    seen = assert_lossless((target, perturbed(target, 0.08)), inputs, lambda: {"max_new_tokens": NEW_TOKENS})
+    assert not torch.equal(seen, target.generate(**make_prompts(rows), max_new_tokens=NEW_TOKENS))
+    cache = DynamicCache()
+    with pytest.raises(ValueError, match="pass the whole prompt without it"):
+        speculate(target, inputs, None, past_key_values=cache, prompt_lookup_num_tokens=3)
 
 
 class WithoutPositions(LlamaForCausalLM):

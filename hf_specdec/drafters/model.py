@@ -8,11 +8,12 @@ from transformers.utils import ModelOutput, logging
 from ..acceptance import draw
 from ..cache import RaggedCache
 from ..context import Context
-from ..first_forward import FirstForward, show, split_axes
+from ..first_forward import FirstForward, prepared_call, show, split_axes
 from ..forward import CachedModel
 from ..host import model_device, to_device
-from ..layers import cache_layers
+from ..layers import cache_layers, carries_its_own
 from ..masks import hands_positions_on
+from ..prepared import PreparedModel
 from ..probes import continues_states, decodes_ragged_rows
 from ..processors import BlockProcessors
 from ..static import WIDTHS, borrow
@@ -35,6 +36,7 @@ class ModelDrafter(Drafter):
 
     in_vocabulary = True
     reads_prompts = True
+    cached: CachedModel
 
     def __init__(self, model: PreTrainedModel, confidence_threshold: float = 0.0):
         self.model = model
@@ -59,6 +61,9 @@ class ModelDrafter(Drafter):
         config = self.model.config.get_text_config(decoder=True)
         limits = (getattr(config, name, None) for name in ("max_position_embeddings", "max_target_positions"))
         self._max_positions: int = next(filter(None, limits), context.max_length)
+        if carries_its_own(self.model):
+            self.cached = self._prepared(context, request.first)
+            return
         rows, device, static = context.batch_size, model_device(self.model), None
         columns = torch.arange(context.prompt_width, device=device)
         padding_mask = columns >= to_device(request.first, device)[:, None]
@@ -85,6 +90,13 @@ class ModelDrafter(Drafter):
             self._take_over(*seen)
         if cache.states and not continues_states(self.model):
             self.cached.at_once = 1
+
+    def _prepared(self, context: Context, first: list[int]) -> PreparedModel:
+        """A draft that only its own code can feed; it reads the prompt with its first forward."""
+        device, width = model_device(self.model), context.prompt_width
+        ids = context.view(width).to(device).clamp(0, self.model.config.get_text_config(decoder=True).vocab_size - 1)
+        mask = torch.arange(width, device=device) >= to_device(first, device)[:, None]
+        return PreparedModel(self.model, *prepared_call(self.model, {"input_ids": ids, "attention_mask": mask.long()}))
 
     def _take_over(self, first_forward: FirstForward, output: ModelOutput) -> None:
         """Go on from a forward over the whole prompt, image and all."""
