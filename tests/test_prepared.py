@@ -13,6 +13,7 @@ from transformers import (
     LlamaConfig,
     MiniMaxConfig,
     OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
     PreTrainedConfig,
     PreTrainedModel,
     RecurrentGemmaConfig,
@@ -232,16 +233,38 @@ def test_what_cannot_is_refused_by_name(kind: str) -> None:
 def test_rows_alone_do_not_speak_for_rows_together() -> None:
     """What was found of a model with one row says nothing about several."""
     target, draft = pair("a list of states")
-    speculate(target, make_prompts(1), draft)
+    alone = make_prompts(1)
+    speculate(target, alone, draft)
+    together = {name: value.expand(3, -1).contiguous() for name, value in alone.items()}
     with pytest.raises(ValueError, match="RwkvForCausalLM gives several tokens other logits"):
-        speculate(target, make_prompts(3), draft)
+        speculate(target, together, draft)
+
+
+class Remembering(OpenAIGPTLMHeadModel):
+    """What it says depends on what it was asked before."""
+
+    asked = 0
+
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, **kwargs: Any) -> Any:
+        output = super().forward(input_ids, attention_mask, **kwargs)
+        self.asked += 1
+        output.logits = output.logits + 0.1 * self.asked * torch.arange(output.logits.shape[-1])
+        return output
 
 
 def test_state_on_modules_is_refused() -> None:
     sizes = {**SIZES, "num_hidden_layers": 3, "lru_width": 32, "attention_window_size": 12}
-    target = make_model(RecurrentGemmaConfig(**sizes))
+    lookup = {"max_new_tokens": 8, "strategy": "spec", "prompt_lookup_num_tokens": 3}
     with pytest.raises(ValueError, match="RecurrentGemmaForCausalLM"):
-        target.generate(**make_prompts(1), max_new_tokens=8, strategy="spec", prompt_lookup_num_tokens=3)
+        make_model(RecurrentGemmaConfig(**sizes)).generate(**make_prompts(1), **lookup)
+    with pytest.raises(ValueError, match="Remembering keeps state where it is not seen"):
+        Remembering(KINDS["nothing"]()).eval().generate(**make_prompts(1), **lookup)
+
+
+def test_input_that_comes_bit_by_bit_is_refused() -> None:
+    target, _ = pair("nothing")
+    with pytest.raises(ValueError, match=r"given its input bit by bit.*pass all of it at once"):
+        PreparedModel(target, make_prompts(1)["input_ids"], target.generation_config, {"chunks": iter([1, 2])})
 
 
 def test_options_that_leave_no_place_are_refused() -> None:
