@@ -122,7 +122,7 @@ class SpeculativeDecoding:
             )
         for counts, output in chunks:
             self.recorder.layers(output, counts)
-        self.stats.add_prefill(perf_counter() - start, len(chunks))
+        self.stats.add_prefill(perf_counter() - start, len(chunks), self.drafter.compile_seconds)
 
     def draft(self) -> Draft:
         """Up to γ tokens for each active row, but never so many that the target's own would not fit behind them."""

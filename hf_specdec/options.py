@@ -18,6 +18,7 @@ DEFAULTS: dict[str, Any] = {
     "prompt_lookup_num_tokens": None,
     "max_matching_ngram_size": 2,
     "assistant_early_exit": None,
+    "speculation_compile": False,
 }
 OPTION_NAMES = tuple(DEFAULTS)
 # `cache_implementation` for a cache of fixed size; all but the first are transformers' deprecated names for it.
@@ -34,6 +35,7 @@ class Options:
     prompt_lookup_num_tokens: int | None
     max_matching_ngram_size: int
     assistant_early_exit: int | None
+    speculation_compile: bool
 
     def __post_init__(self) -> None:
         for name in ("num_assistant_tokens", "prompt_lookup_num_tokens", "max_matching_ngram_size"):
@@ -50,6 +52,9 @@ class Options:
             raise TypeError(f"`assistant_confidence_threshold` must be a number, got {threshold!r} of type {kind}")
         if not 0.0 <= threshold <= 1.0:
             raise ValueError(f"`assistant_confidence_threshold` is a probability between 0 and 1, got {threshold!r}")
+        compiles: object = self.speculation_compile
+        if not isinstance(compiles, bool):
+            raise TypeError(f"`speculation_compile` must be a bool, got {compiles!r} of type {type(compiles).__name__}")
         if self.assistant_early_exit is not None:
             raise ValueError(
                 "`assistant_early_exit` is not supported by strategy='spec' yet: pass a draft model as "

@@ -220,6 +220,11 @@ def make_drafter(
     Raises:
         ValueError, TypeError: if that does not name a drafter, or one that does not fit the target.
     """
+    if options.speculation_compile and (assistant_model is None or isinstance(assistant_model, Drafter)):
+        raise ValueError(
+            "`speculation_compile` compiles a draft model, and this call has none: pass one as `assistant_model`, or "
+            "leave the option out"
+        )
     if isinstance(assistant_model, Drafter):
         return assistant_model
     if assistant_model is None:
@@ -236,7 +241,7 @@ def make_drafter(
         )
     draft = unwrapped(assistant_model)
     check_draft_model(draft, target, tokenizer, assistant_tokenizer)
-    return ModelDrafter(draft, options.assistant_confidence_threshold)
+    return ModelDrafter(draft, options.assistant_confidence_threshold, options.speculation_compile)
 
 
 @functools.lru_cache(maxsize=4)

@@ -1,4 +1,5 @@
 """Forwards of fixed shapes (`cache_implementation="static"`): on CUDA captured once as graphs, then replayed.
+Those that draft can be compiled besides (`speculation_compile`).
 
 A decode step of a small model costs more to launch than to compute. Here the only inputs are token ids and where each
 row's tokens go; slots, positions and masks are made on the device, attention is over the whole capacity, and widths are
@@ -7,7 +8,10 @@ with the model for the next call. On other devices the same code runs without gr
 """
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +25,8 @@ logger = logging.get_logger(__name__)
 
 # Tokens per row; what does not fit is fed in the ordinary way.
 WIDTHS = (1, 2, 3, 5, 9, 17)
+# Of these, the steps of a draft model: one token, or two behind a block that was accepted whole.
+_COMPILED = (1, 2)
 
 
 @dataclass
@@ -38,10 +44,13 @@ class StaticForwards:
 
     Args:
         cache: its storage must stay where it is.
+        compiles: steps of one and two tokens, over all rows of the cache, by `torch.compile`. Rounding may differ then.
     """
 
-    def __init__(self, cache: RaggedCache):
+    def __init__(self, cache: RaggedCache, compiles: bool = False):
+        self.compiles = compiles
         self._cache = cache
+        self._compiled: Callable[[PreTrainedModel, _Step], Tensor] | None = None
         self._steps: dict[tuple[int, int], _Step] = {}
         self._captures = cache.device.type == "cuda"
 
@@ -54,20 +63,51 @@ class StaticForwards:
         """
         rows, width = ids.shape
         padded = next(w for w in WIDTHS if w >= width)
-        step = self._steps.get((rows, padded))
-        if step is None:
-            with torch.inference_mode(False):  # a later call may not be in it
-                step = self._steps[rows, padded] = _Step(ids.new_zeros(rows, padded), torch.zeros_like(places))
+        step = self._step(rows, padded)
         step.ids[:, :width].copy_(ids)
         step.places.copy_(places)
         if self._captures and step.graph is None:
             self._capture(model, step)
         if step.graph is None:
-            step.logits = self._run(model, step)
+            step.logits = self._forward(step)(model, step)
         else:
             step.graph.replay()
         assert step.logits is not None
         return step.logits[:, :width]
+
+    def _step(self, rows: int, width: int) -> _Step:
+        if (rows, width) not in self._steps:
+            with torch.inference_mode(False):  # a later call may not be in it
+                ids, places = (
+                    torch.zeros(shape, dtype=torch.int64, device=self._cache.device)
+                    for shape in ((rows, width), (3, rows))
+                )
+            self._steps[rows, width] = _Step(ids, places)
+        return self._steps[rows, width]
+
+    def compile(self, model: PreTrainedModel) -> float:
+        """Compile what is to be compiled, if that was not done before; the cache must be empty.
+
+        Returns: what it took, in seconds.
+        """
+        if not self.compiles or self._compiled is not None:
+            return 0.0
+        began, rows = perf_counter(), len(self._cache.lengths)
+        # Everything that changes between calls is a tensor. Guards on Python objects would see ours as new in each.
+        options: dict[str, Any] = {"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe}
+        alone: dict[str, Any] = {"isolate_recompiles": True}  # of other models, which count against one limit
+        try:
+            compiled = torch.compile(self._run, dynamic=False, options=options, **alone)
+            with torch.inference_mode():
+                self._run(model, self._step(rows, 1))  # storage is made
+                for width in _COMPILED:
+                    compiled(model, self._step(rows, width))
+            self._compiled = compiled
+        except Exception as error:  # of compilers, which may not even be there
+            self.compiles = False
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            logger.warning_once(f"{type(model).__name__} could not be compiled ({reason}): it drafts uncompiled.")
+        return perf_counter() - began
 
     def _run(self, model: PreTrainedModel, step: _Step) -> Tensor:
         first, position, last = step.places[:, :, None].unbind()
@@ -78,17 +118,22 @@ class StaticForwards:
         inputs = {"past_key_values": self._cache, "use_cache": True, "attention_mask": mask, "return_dict": True}
         return model(input_ids=step.ids, position_ids=positions, **inputs).logits
 
+    def _forward(self, step: _Step) -> Callable[[PreTrainedModel, _Step], Tensor]:
+        rows, width = step.ids.shape
+        is_compiled = width in _COMPILED and rows == len(self._cache.lengths)
+        return self._compiled if is_compiled and self._compiled is not None else self._run
+
     def _capture(self, model: PreTrainedModel, step: _Step) -> None:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         try:
             with torch.cuda.stream(stream):
                 for _ in range(2):  # libraries allocate their workspaces the first time
-                    self._run(model, step)
+                    self._forward(step)(model, step)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                step.logits = self._run(model, step)
+                step.logits = self._forward(step)(model, step)
             step.graph = graph
         except RuntimeError as error:
             self._captures = False
@@ -102,15 +147,17 @@ _kept: "weakref.WeakKeyDictionary[PreTrainedModel, tuple[RaggedCache, StaticForw
 
 
 def borrow(
-    model: PreTrainedModel, rows: int, device: torch.device, capacity: int
+    model: PreTrainedModel, rows: int, device: torch.device, capacity: int, compiles: bool = False
 ) -> tuple[RaggedCache, StaticForwards]:
     """An empty cache of at least `capacity` slots, and the forwards on it: those of an earlier call where they fit."""
     kept = _kept.pop(model, None)  # nobody else may use them meanwhile
-    if kept is not None and kept[0].is_reusable(rows, device, capacity):
+    if kept is not None and kept[0].is_reusable(rows, device, capacity) and kept[1].compiles == compiles:
         kept[0].clear()
         return kept
+    if compiles:
+        capacity = 1 << (capacity - 1).bit_length()  # a somewhat longer call shall find it compiled
     cache = RaggedCache(rows, device, capacity, capacity)
-    return cache, StaticForwards(cache)
+    return cache, StaticForwards(cache, compiles)
 
 
 def give_back(model: PreTrainedModel, cache: RaggedCache, forwards: StaticForwards) -> None:

@@ -159,7 +159,8 @@ class SpeculationStats(RowStats):
         target_prefill_forwards: forwards of the target over the prompt that verified nothing; 0 where the first
             verification takes the whole prompt along.
         draft_prefill_forwards: forwards of the draft model over prompts, or what it had missed, that drafted nothing.
-        prefill_seconds: wall time before the first iteration.
+        prefill_seconds: wall time before the first iteration, but for compiling.
+        compile_seconds: wall time of compiling the draft (`speculation_compile`), in none of the others.
         draft_seconds: wall time of drafting.
         verify_seconds: wall time of the target's verification.
         other_seconds: wall time of everything else in the iterations.
@@ -173,6 +174,7 @@ class SpeculationStats(RowStats):
     target_prefill_forwards: int = 0
     draft_prefill_forwards: int = 0
     prefill_seconds: float = 0.0
+    compile_seconds: float = 0.0
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
     other_seconds: float = 0.0
@@ -198,9 +200,10 @@ class SpeculationStats(RowStats):
             }
         )
 
-    def add_prefill(self, seconds: float, target_forwards: int) -> None:
-        """Count the work on the prompt that came before the first iteration."""
-        self.prefill_seconds += seconds
+    def add_prefill(self, seconds: float, target_forwards: int, compile_seconds: float = 0.0) -> None:
+        """Count the work on the prompt that came before the first iteration, and what of it was compiling."""
+        self.prefill_seconds += seconds - compile_seconds
+        self.compile_seconds += compile_seconds
         self.target_prefill_forwards += target_forwards
 
     @property
@@ -223,6 +226,8 @@ class SpeculationStats(RowStats):
             shares = {name: getattr(self, f"{name}_seconds") for name in ("prefill", "draft", "verify", "other")}
             shown = ", ".join(f"{name} {s / self.seconds:.0%}" for name, s in shares.items() if s)
             parts.append(f"{self.seconds:.2f} s ({shown})")
+        if self.compile_seconds:
+            parts.append(f"compiled in {self.compile_seconds:.1f} s")
         return ", ".join(parts)
 
     __str__ = summary

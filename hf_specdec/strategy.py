@@ -61,7 +61,8 @@ def speculative(
         speculation_stats: filled in place.
         speculation_trace: filled in place.
         options: `num_assistant_tokens`, `num_assistant_tokens_schedule`, `assistant_confidence_threshold`,
-            `prompt_lookup_num_tokens`, `max_matching_ngram_size`, as in the generation config.
+            `prompt_lookup_num_tokens`, `max_matching_ngram_size`, as in the generation config; `speculation_compile`,
+            to have `torch.compile` compile the draft's steps.
 
     Raises:
         TypeError: for an option of another name, or a record of another type.

@@ -48,6 +48,7 @@ def parse() -> argparse.Namespace:
         help="ours: γ, a schedule's name, or `default`: what it does by itself (default: 3 5 8 default)")  # fmt: skip
     add("--hf", nargs="*", type=way, default=["5", "default"], metavar="WAY",
         help="HF assisted generation, likewise (default: 5 default)")  # fmt: skip
+    add("--compile", action="store_true", help="ours with a compiled draft too (`speculation_compile`)")
     add("--lookup", nargs="*", type=arguments.positive, default=[8], metavar="γ",
         help="prompt look-up, ours and HF's (default: 8)")  # fmt: skip
     add = parser.add_argument_group("settings").add_argument
@@ -76,7 +77,11 @@ def context(value: str) -> int | None:
 def make_methods(args: argparse.Namespace, pair: SpecPair) -> list[measure.Method]:
     chosen = [methods.vanilla()]
     chosen += [methods.assisted(pair.draft, name) for name in args.hf]
-    chosen += [methods.ours(pair.draft, methods.way_options(name), methods.way_label(name)) for name in args.spec]
+    for compiles in (False, True)[: 1 + args.compile]:
+        more = {"speculation_compile": True} if compiles else {}
+        for name in args.spec:
+            label = methods.way_label(name) + " compiled" * compiles
+            chosen.append(methods.ours(pair.draft, {**methods.way_options(name), **more}, label))
     for gamma in args.lookup:
         chosen += [methods.assisted_lookup(gamma), methods.ours_lookup(gamma)]
     return chosen

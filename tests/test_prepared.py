@@ -107,6 +107,15 @@ def test_as_a_draft_it_is_as_good_as_alone(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_in_chunks_is_for_others(kind: str) -> None:
+    """A draft of this kind reads its prompt at once, as vanilla does; the target's chunks are no affair of its."""
+    llama, _ = make_pair("llama")
+    rows = 1 if kind in ALONE_ONLY else 3
+    options = {"max_new_tokens": NEW_TOKENS, "prefill_chunk_size": 4}
+    assert_lossless((llama, pair(kind)[0]), make_prompts(rows), lambda: dict(options), gammas=(4,))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_draft_of_another_kind(kind: str) -> None:
     target, _ = pair(kind)
     rows = 1 if kind in ALONE_ONLY else 3
@@ -136,15 +145,21 @@ def test_forwards_are_bounded(kind: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert stats.target_forwards <= NEW_TOKENS
 
 
+@pytest.mark.parametrize("ends_early", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_scores_and_state_are_handed_back(kind: str) -> None:
+def test_scores_and_state_are_handed_back(kind: str, ends_early: bool) -> None:
+    """Also where a row ends on an accepted draft, with more of them behind it."""
     target, draft = pair(kind)
-    more = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    more: dict[str, Any] = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
     rows = 1 if kind in ALONE_ONLY else 3
+    if ends_early:
+        free = target.generate(**make_prompts(rows), max_new_tokens=NEW_TOKENS, do_sample=False)
+        more |= {"eos_token_id": free[:, 30].tolist(), "pad_token_id": 0}
+        draft = perturbed(target, 0.0)
     expected = target.generate(**make_prompts(rows), max_new_tokens=NEW_TOKENS, do_sample=False, **more)
     given = speculate(target, make_prompts(rows), draft, **more)
     assert given.sequences.tolist() == expected.sequences.tolist()
-    for name in ("scores", "logits"):
+    for name in () if ends_early else ("scores", "logits"):  # rows that have ended have none
         torch.testing.assert_close(torch.stack(given[name]), torch.stack(expected[name]), atol=1e-3, rtol=1e-3)
     mine, theirs = (states_of(output.past_key_values) for output in (given, expected))
     assert [state.shape for state in mine] == [state.shape for state in theirs]

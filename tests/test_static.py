@@ -4,15 +4,17 @@ On a CPU no graph is captured; buffers, masks over the whole capacity and rounde
 """
 
 import gc
+import shutil
 import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, make_pair, make_prompts
+from conftest import ARCHITECTURES, make_pair, make_prompts, perturbed
 from transformers import PreTrainedModel
 
+import hf_specdec
 from hf_specdec import static
 
 RAGGED = sorted(ARCHITECTURES.keys() - {"bloom", "falcon-alibi"})
@@ -103,3 +105,72 @@ def test_what_is_kept_does_not_keep_a_model_alive():
     del pair
     gc.collect()
     assert gone() is None
+
+
+# ------------------------------------------------------------------------------------------------- compiled drafts
+
+
+def compiled(pair: tuple[PreTrainedModel, PreTrainedModel], prompts: dict[str, Any], **options: Any) -> Any:
+    """What a call with a compiled draft says, and its statistics."""
+    stats = hf_specdec.SpeculationStats()
+    options = {"cache_implementation": None, "speculation_compile": True, "num_assistant_tokens": 4} | options
+    return generate(pair, prompts, speculation_stats=stats, **options), stats
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize(("name", "rows"), [("llama", 1), ("gpt2", 3)])
+def test_a_compiled_draft_says_the_same_and_is_compiled_once(name, rows, monkeypatch):
+    target, _ = pair = make_pair(name)
+    copy = perturbed(target, 0.0)
+    widths: list[tuple[int, int]] = []  # of steps that ran compiled
+    forward = static.StaticForwards._forward
+
+    def spy(self: Any, step: Any) -> Any:
+        chosen = forward(self, step)
+        if chosen is self._compiled:
+            widths.append(tuple(step.ids.shape))
+        return chosen
+
+    monkeypatch.setattr(static.StaticForwards, "_forward", spy)
+    for draft, calls in ((pair[1], 2), (copy, 1)):
+        for seed in range(calls):
+            prompts = make_prompts(rows, seed=seed)
+            given, stats = compiled((target, draft), prompts, max_new_tokens=24 - seed)
+            assert given.equal(target.generate(**prompts, do_sample=False, max_new_tokens=24 - seed))
+            assert (stats.compile_seconds > 0) == (seed == 0)
+            assert "compiled in" in stats.summary() or seed > 0
+            assert stats.compile_seconds == 0 or stats.prefill_seconds < stats.compile_seconds
+    assert stats.acceptance_rate == 1  # a copy is right each time: what rejected drafts leave behind is not seen
+    assert set(widths) == {(rows, 1), (rows, 2)}
+
+
+def test_without_a_compiler_the_draft_drafts_uncompiled(monkeypatch, caplog):
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    static.logger.warning_once.cache_clear()
+    pair, prompts = make_pair("llama"), make_prompts(2)
+    given, _ = compiled(pair, prompts)
+    assert given.equal(pair[0].generate(**prompts, do_sample=False, max_new_tokens=24))
+    assert "LlamaForCausalLM could not be compiled (no compiler here): it drafts uncompiled" in caplog.text
+
+
+def test_a_draft_whose_forwards_change_their_shapes_is_not_compiled(monkeypatch, caplog):
+    monkeypatch.delattr(torch, "compile")
+    static.logger.warning_once.cache_clear()
+    pair, prompts = make_pair("bloom"), make_prompts(2)
+    given, stats = compiled(pair, prompts)
+    assert given.equal(pair[0].generate(**prompts, do_sample=False, max_new_tokens=24))
+    assert stats.compile_seconds == 0
+    assert "BloomForCausalLM drafts uncompiled: its forwards change their shapes here" in caplog.text
+
+
+def test_without_a_draft_model_there_is_nothing_to_compile(llama_pair):
+    target, _ = llama_pair
+    with pytest.raises(
+        ValueError, match=r"`speculation_compile` compiles a draft model.*pass one as `assistant_model`"
+    ):
+        target.generate(**make_prompts(1), strategy="spec", prompt_lookup_num_tokens=3, speculation_compile=True)
+    with pytest.raises(TypeError, match="`speculation_compile` must be a bool, got 'yes' of type str"):
+        compiled(llama_pair, make_prompts(1), speculation_compile="yes")

@@ -77,11 +77,13 @@ class Drafter(ABC):
         in_vocabulary: proposals are the target's tokens by construction, so that the loop need not look.
         shows_confidence: it asks `DraftRequest.go_on`, and reading its probabilities does not wait for a device.
         reads_prompts: its first proposal takes the longer, the longer the prompts are.
+        compile_seconds: wall time that the last `start` took to compile.
     """
 
     in_vocabulary = False
     shows_confidence = False
     reads_prompts = False
+    compile_seconds = 0.0
 
     def start(self, request: DraftRequest, context: Context) -> None:
         """A new `generate()` call begins. `context` holds the prompts; state of an earlier call must go."""

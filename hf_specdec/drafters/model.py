@@ -32,14 +32,16 @@ class ModelDrafter(Drafter):
         model: the draft model (`assistant_model` in `generate()`).
         confidence_threshold: a row stops proposing once the draft gave its last token a probability below this
             (`assistant_confidence_threshold`); 0 never stops. The unsure token itself is still proposed.
+        compiles: have `torch.compile` compile its steps (`speculation_compile`). What drafts say need not be exact.
     """
 
     in_vocabulary = True
     reads_prompts = True
     cached: CachedModel
 
-    def __init__(self, model: PreTrainedModel, confidence_threshold: float = 0.0):
+    def __init__(self, model: PreTrainedModel, confidence_threshold: float = 0.0, compiles: bool = False):
         self.model = model
+        self.compiles = compiles
         self.confidence_threshold = confidence_threshold
         self.shows_confidence = model_device(model).type == "cpu"
 
@@ -73,8 +75,15 @@ class ModelDrafter(Drafter):
         encoded = None if request.encoder is None else request.encoder.for_draft(self.model)
         seen = show(self.model, request.inputs, rows) if request.inputs else None
         changing = padded or bool(cache.states) or encoded is not None or seen is not None
-        if request.static and not changing and self.takes_ragged_rows:
-            cache, static = borrow(self.model, rows, device, context.max_length + WIDTHS[-1])
+        changing |= not self.takes_ragged_rows
+        compiles = self.compiles and not changing and not hasattr(self.model, "peft_config")
+        if self.compiles and not compiles:
+            logger.warning_once(
+                f"{type(self.model).__name__} drafts uncompiled: its forwards change their shapes here."
+            )
+        if (request.static or compiles) and not changing:
+            cache, static = borrow(self.model, rows, device, context.max_length + WIDTHS[-1], compiles)
+            self.compile_seconds = static.compile(self.model)
         self.cached = CachedModel(
             self.model,
             cache,
