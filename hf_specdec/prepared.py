@@ -140,6 +140,14 @@ class PreparedModel(CachedModel):
         """As of any model; an unread prompt waits for the first `forward`, which reads it as vanilla does."""
         return [] if self.prompt_is_unread else super().prefill(context, chunk_size, **kwargs)
 
+    def commit(self, context: Context) -> None:
+        super().commit(context)
+        if self.prompt_is_unread:
+            return
+        at, held = self.cache.history[-1], self.cache.get_seq_length()
+        if at.is_stateless and held > at.columns:  # else each forward would go over all columns again
+            self.cache.history = [_Carried(held, at.output, self._next(at, held - at.columns))]
+
     def hand_back(self, context: Context, width: int) -> Any:
         """What vanilla would leave behind: something that stands for all columns but the last."""
         context.rows = list(range(context.batch_size))

@@ -34,6 +34,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.rwkv.modeling_rwkv import RwkvCausalLMOutput
 
 from hf_specdec import Draft, Drafter, SpeculationStats
 
@@ -353,10 +354,34 @@ def p_value_of_transitions(tokens: np.ndarray, width: int, law: np.ndarray, susp
     return min(1.0, 3 * min(by_row, by_past, ratio))
 
 
+class CarryingModel(MarkovModel):
+    """The same with a state of its own, the sum of all tokens, so that its own code feeds it."""
+
+    def forward(  # type: ignore[override]
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, state: Any = None, **kwargs: Any
+    ) -> RwkvCausalLMOutput:
+        sums = input_ids.sum(dim=1) + (0 if state is None else state[0])
+        return RwkvCausalLMOutput(logits=self.table[input_ids], state=[sums])
+
+
+@pytest.fixture(scope="module")
+def carrying_chains(chains) -> dict[str, PreTrainedModel]:
+    noise = {"target": 0.0, "model": 0.5}
+    return {name: CarryingModel(chains[name].config, seed=0, noise=noise[name]).eval() for name in chains}
+
+
 @pytest.mark.parametrize(("name", "rows"), ALONE_OR_TOGETHER)
 def test_each_token_of_a_long_call_follows_the_targets_law(name, rows, chains):
     """20000 tokens, in one row or in four uneven ones (in lockstep, as this model ignores masks)."""
-    case = CHAINS[name]
+    check_long_call(CHAINS[name], rows, chains)
+
+
+@pytest.mark.parametrize(("name", "rows"), [("γ=3", 1), ("step by step", 4)])
+def test_so_does_a_model_with_a_state_of_its_own(name, rows, carrying_chains):
+    check_long_call(CHAINS[name], rows, carrying_chains)
+
+
+def check_long_call(case: Case, rows: int, chains: dict[str, PreTrainedModel]) -> None:
     prompt = torch.tensor([[1, 2, 3], [0, 4, 1], [0, 0, 5], [2, 2, 2]])[:rows]
     options = {"top_k": 0} | case.options
     torch.manual_seed(1)
