@@ -1,6 +1,7 @@
 """Builders shared by the tests: tiny models with real argmax gaps, and drafts that agree only in part."""
 
 import copy
+import random
 import string
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -30,7 +31,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from hf_specdec import options
+from hf_specdec import options, strategy
+from hf_specdec.optimal import Optimal
 
 # Such small matrices only lose by a second thread, and a lot when the machine is shared.
 torch.set_num_threads(1)
@@ -124,6 +126,37 @@ def make_prompts(batch: int, width: int = 14, seed: int = 0) -> dict[str, torch.
         padding = int(torch.randint(0, width, (1,), generator=generator))
         mask[row, :padding] = 0
     return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
+
+
+# What `pytest --under NAME` adds to each call with strategy="spec": other paths to the same tokens.
+PATHS: dict[str, dict[str, Any]] = {
+    "optimal": {"num_assistant_tokens_schedule": "optimal"},
+    "static": {"cache_implementation": "static"},
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--under", choices=sorted(PATHS), help="speculate under this schedule or kind of cache")
+
+
+@pytest.fixture(autouse=True)
+def path_under_test(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = PATHS.get(request.config.getoption("--under"), {})
+    speculate = strategy.STRATEGIES["spec"]
+
+    def under_path(original: Any, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        return speculate(original, model, *args, **path | kwargs)
+
+    if path:
+        monkeypatch.setitem(strategy.STRATEGIES, "spec", under_path)
+    if "num_assistant_tokens_schedule" in path:
+        # By the clock it would hardly ever draft here: tiny targets cost no more than their drafts.
+        plan, rng = Optimal.plan, random.Random(0)
+
+        def wander(self: Optimal, rows: int) -> int:
+            return rng.randint(0, self._max_gamma) if plan(self, rows) >= 0 else 0
+
+        monkeypatch.setattr(Optimal, "plan", wander)
 
 
 @pytest.fixture(autouse=True)

@@ -352,7 +352,9 @@ def vanilla(target: PreTrainedModel, batch: int) -> Tensor:
 @pytest.mark.core
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_folded_decoding_says_what_vanilla_says(name: str, batch: int, foldings: list[int]) -> None:
+def test_folded_decoding_says_what_vanilla_says(
+    name: str, batch: int, foldings: list[int], request: pytest.FixtureRequest
+) -> None:
     target, draft = make_pair(name)
     before = target.config._attn_implementation
     expected = vanilla(target, batch)
@@ -360,7 +362,8 @@ def test_folded_decoding_says_what_vanilla_says(name: str, batch: int, foldings:
     for gamma in (1, 4):
         assert torch.equal(spec(target, draft, batch, num_assistant_tokens=gamma), expected), f"γ = {gamma}"
         capped = getattr(target.config, "attn_logit_softcapping", None) is not None  # left to the original
-        if before == "sdpa" and name in GROUPED and not capped:
+        wanders = request.config.getoption("--under") == "optimal"
+        if before == "sdpa" and name in GROUPED and not capped and not wanders:
             # Each layer of target and draft. The last drafts are cut by the end.
             assert foldings.count(gamma + 1) >= 2 * target.config.num_hidden_layers, f"γ = {gamma}"
     assert target.config._attn_implementation == before
