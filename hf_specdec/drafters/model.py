@@ -75,13 +75,13 @@ class ModelDrafter(Drafter):
         encoded = None if request.encoder is None else request.encoder.for_draft(self.model)
         seen = show(self.model, request.inputs, rows) if request.inputs else None
         changing = padded or bool(cache.states) or encoded is not None or seen is not None
-        changing |= not self.takes_ragged_rows
-        compiles = self.compiles and not changing and not hasattr(self.model, "peft_config")
+        fixed = (request.static or self.compiles) and not changing and self.takes_ragged_rows
+        compiles = self.compiles and fixed and not hasattr(self.model, "peft_config")
         if self.compiles and not compiles:
             logger.warning_once(
                 f"{type(self.model).__name__} drafts uncompiled: its forwards change their shapes here."
             )
-        if (request.static or compiles) and not changing:
+        if fixed and (request.static or compiles):
             cache, static = borrow(self.model, rows, device, context.max_length + WIDTHS[-1], compiles)
             self.compile_seconds = static.compile(self.model)
         self.cached = CachedModel(
