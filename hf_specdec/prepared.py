@@ -157,14 +157,7 @@ class PreparedModel(CachedModel):
         return next((kwargs[name] for name in ALL_CACHE_NAMES if name in kwargs), None)
 
     def _feed(
-        self,
-        context: Context,
-        width: int,
-        keep: int,
-        ids: Tensor | None = None,
-        prefill: bool = False,
-        embeds: Tensor | None = None,
-        **kwargs: Any,
+        self, context: Context, width: int, keep: int, ids: Tensor | None = None, *_: Any, **__: Any
     ) -> ModelOutput:
         rows, begin = context.rows, self.cache.get_seq_length()
         if self.prompt_is_unread:
