@@ -20,6 +20,8 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .swap import Swap
+
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
 _NAME = "sdpa"
@@ -37,34 +39,19 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
-_lock = threading.Lock()
-_calls = 0  # over all threads
-_original: AttentionFunction | None = None
-_registered: AttentionFunction | None = None  # ours, over that original
 
 
 @contextmanager
 def folded_attention() -> Iterator[None]:
     """Inside, attention of this thread's models on "sdpa" is folded where it can be."""
-    global _calls, _original, _registered
-    with _lock:
-        _calls += 1
-        if _calls == 1:
-            _original = ALL_ATTENTION_FUNCTIONS[_NAME]
-            # A function of its own each time: who wrapped an earlier one must not find us behind themselves.
-            _registered = functools.partial(_attend, _original)
-            AttentionInterface.register(_NAME, _registered)
     _thread.calls += 1
     try:
-        yield
+        with _exchanged():
+            yield
     finally:
         _thread.calls -= 1
         if _thread.calls == 0:
             _thread.masks.clear()
-        with _lock:
-            _calls -= 1
-            if _calls == 0 and ALL_ATTENTION_FUNCTIONS[_NAME] is _registered:
-                AttentionInterface.register(_NAME, _original)
 
 
 def _attend(
@@ -87,6 +74,13 @@ def _attend(
     ):
         return folded(query, key, value, attention_mask, scaling), None
     return original(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+
+
+_exchanged = Swap(
+    lambda: ALL_ATTENTION_FUNCTIONS[_NAME],
+    functools.partial(AttentionInterface.register, _NAME),
+    lambda original: functools.partial(_attend, original),
+)
 
 
 def _folds(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:

@@ -19,6 +19,7 @@ DEFAULTS: dict[str, Any] = {
     "max_matching_ngram_size": 2,
     "assistant_early_exit": None,
     "speculation_compile": False,
+    "speculation_pack_weights": None,  # where it pays
 }
 OPTION_NAMES = tuple(DEFAULTS)
 # `cache_implementation` for a cache of fixed size; all but the first are transformers' deprecated names for it.
@@ -36,6 +37,7 @@ class Options:
     max_matching_ngram_size: int
     assistant_early_exit: int | None
     speculation_compile: bool
+    speculation_pack_weights: bool | None
 
     def __post_init__(self) -> None:
         for name in ("num_assistant_tokens", "prompt_lookup_num_tokens", "max_matching_ngram_size"):
@@ -52,9 +54,10 @@ class Options:
             raise TypeError(f"`assistant_confidence_threshold` must be a number, got {threshold!r} of type {kind}")
         if not 0.0 <= threshold <= 1.0:
             raise ValueError(f"`assistant_confidence_threshold` is a probability between 0 and 1, got {threshold!r}")
-        compiles: object = self.speculation_compile
-        if not isinstance(compiles, bool):
-            raise TypeError(f"`speculation_compile` must be a bool, got {compiles!r} of type {type(compiles).__name__}")
+        for name in ("speculation_compile", "speculation_pack_weights"):
+            flag = getattr(self, name)
+            if flag is not DEFAULTS[name] and not isinstance(flag, bool):
+                raise TypeError(f"`{name}` must be a bool, got {flag!r} of type {type(flag).__name__}")
         if self.assistant_early_exit is not None:
             raise ValueError(
                 "`assistant_early_exit` is not supported by strategy='spec' yet: pass a draft model as "

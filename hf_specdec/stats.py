@@ -161,6 +161,8 @@ class SpeculationStats(RowStats):
         draft_prefill_forwards: forwards of the draft model over prompts, or what it had missed, that drafted nothing.
         prefill_seconds: wall time before the first iteration, but for compiling.
         compile_seconds: wall time of compiling the draft (`speculation_compile`), in none of the others.
+        packing_seconds: wall time of packing weights (`speculation_pack_weights`), or of finding that they are packed
+            already, in none of the others.
         draft_seconds: wall time of drafting.
         verify_seconds: wall time of the target's verification.
         other_seconds: wall time of everything else in the iterations.
@@ -175,6 +177,7 @@ class SpeculationStats(RowStats):
     draft_prefill_forwards: int = 0
     prefill_seconds: float = 0.0
     compile_seconds: float = 0.0
+    packing_seconds: float = 0.0
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
     other_seconds: float = 0.0

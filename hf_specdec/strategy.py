@@ -24,9 +24,10 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from .attention import folded_attention
-from .drafters import Drafter
+from .drafters import Drafter, ModelDrafter
 from .first_forward import KNOWN_INPUTS
 from .options import OPTION_NAMES, check_cache_implementation, check_generation_config, resolve_options
+from .packing import packed_linears
 from .pairs import make_drafter
 from .prompt import check_not_empty
 from .session import finish, prepare
@@ -103,7 +104,11 @@ def speculative(
             inputs_tensor,
             _given_inputs(model, sys._getframe(1)),
         )
-        with folded_attention():
+        models = [model, drafter.model] if isinstance(drafter, ModelDrafter) else [model]
+        new_tokens = decoding.context.max_length - decoding.context.prompt_width
+        packed = packed_linears(models, resolved.speculation_pack_weights, new_tokens)
+        with folded_attention(), packed as packing_seconds:
+            decoding.stats.packing_seconds += packing_seconds
             width = decoding.run()
             decoding.streamer.end()
             return finish(decoding, width, generation_config, model_kwargs)

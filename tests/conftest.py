@@ -31,7 +31,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from hf_specdec import options, strategy
+from hf_specdec import options, packing, strategy
 from hf_specdec.optimal import Optimal
 
 # Such small matrices only lose by a second thread, and a lot when the machine is shared.
@@ -163,6 +163,13 @@ def path_under_test(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 def drafts_that_do_not_go_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """The default schedule measures time, and the same call may draft more or less: tests ask for it by name."""
     monkeypatch.setitem(options.DEFAULTS, "num_assistant_tokens_schedule", "constant")
+
+
+@pytest.fixture(autouse=True)
+def weights_packed_from_the_first_token_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls here are too short, and models too small, to gain by it; all of them shall be right with it."""
+    monkeypatch.setattr(packing, "MIN_NEW_TOKENS", 0)
+    monkeypatch.setattr(packing, "_MIN_GAIN", 0.0)
 
 
 @pytest.fixture(autouse=True)

@@ -38,7 +38,7 @@ def as_it_was() -> Iterator[None]:
     left = registered()
     AttentionInterface.register("sdpa", before)
     assert left is before
-    assert attention._calls == attention._thread.calls == 0
+    assert attention._exchanged._calls == attention._thread.calls == 0
     attention._thread.masks.clear()  # of bare calls of `folded`
 
 

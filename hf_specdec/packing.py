@@ -1,0 +1,189 @@
+"""Weights of linear layers as oneDNN's matrix products want them, kept beside the model's own.
+
+On CPUs PyTorch brings bfloat16 weights into that layout again in each product, which for the few tokens of a
+verification takes as long as the product itself; for float32 it takes a library that may be slow at a few rows. With
+weights that are packed once, products are the same (bfloat16: bit for bit) and a good deal faster.
+
+While calls of `generate(strategy="spec")` run, `nn.Linear.forward` is the function here, which takes packed weights
+only in threads that are inside such a call, for the layers of its models. No model is touched.
+"""
+
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from time import perf_counter
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from .swap import Function, Swap
+
+logger = logging.get_logger(__name__)
+
+# Unless it is told, a call packs a model of up to so many bytes of weights, once calls may have taken so many tokens.
+MAX_BYTES = 1 << 30
+MIN_NEW_TOKENS = 64
+# How much faster products must be for a weight to be packed, and how much of a weight is enough to try it.
+_MIN_GAIN = 1.1
+_TRIED_BYTES = 1 << 24
+# Tokens that products are packed for.
+_TOKENS = 16
+
+
+class _Packed(NamedTuple):
+    weight: Tensor  # oneDNN's
+    sums: Tensor  # of the model's own weight, by row: they tell it from a changed one
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.layers: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # the model's own weight, and it packed
+
+
+_thread = _Thread()
+_lock = threading.Lock()
+_kept: "WeakKeyDictionary[nn.Module, _Packed]" = WeakKeyDictionary()
+_changing: "WeakSet[nn.Module]" = WeakSet()  # models whose weights have changed after they were packed
+_new_tokens: "WeakKeyDictionary[nn.Module, int]" = WeakKeyDictionary()  # by model, of all calls
+_gains: dict[tuple[torch.Size, torch.dtype], float] = {}
+
+
+@contextmanager
+def packed_linears(models: Iterable[nn.Module], wanted: bool | None, new_tokens: int) -> Iterator[float]:
+    """Inside, linear layers of `models` compute with packed weights in this thread.
+
+    Args:
+        wanted: pack those of any model (True), of none (False), or where it pays (None): of models with up to 1 GiB of
+            such weights, which do not change, once calls are long or many enough.
+        new_tokens: the most tokens that this call may take.
+
+    Yields: seconds that packing took; nearly 0 where an earlier call has done it.
+    """
+    began = perf_counter()
+    layers: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+    if wanted is not False:
+        with _lock, torch.inference_mode(False), torch.no_grad():
+            for model in models:
+                layers |= _packed_layers(model, bool(wanted), new_tokens)
+    seconds = perf_counter() - began
+    before, _thread.layers = _thread.layers, layers
+    try:
+        with _exchanged() if layers else nullcontext():
+            yield seconds
+    finally:
+        _thread.layers = before
+
+
+def _packed_layers(model: nn.Module, wanted: bool, new_tokens: int) -> dict[nn.Module, tuple[Tensor, Tensor]]:
+    """By linear layer of the model, its weight, and it packed; packs what is to be packed."""
+    modules: Iterable[Any] = model.modules()
+    layers = [module for module in modules if _can_be_packed(module) and _gains_by_it(module.weight)]
+    if any(layer in _kept and not _is_still(layer.weight, _kept[layer]) for layer in layers):
+        for layer in layers:  # all of them: what was permuted may have the same sums
+            _kept.pop(layer, None)
+        if not wanted:
+            _changing.add(model)
+            logger.warning_once(
+                f"Weights of {type(model).__name__} have changed since they were packed for the CPU, so they are not "
+                "packed any more; with `speculation_pack_weights=True` they are, after each change."
+            )
+    _new_tokens[model] = _new_tokens.get(model, 0) + new_tokens
+    size = sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
+    pays = _new_tokens[model] >= MIN_NEW_TOKENS and size <= MAX_BYTES and model not in _changing
+    if wanted or pays:
+        for layer in layers:
+            if layer not in _kept:
+                _kept[layer] = _Packed(_pack(layer.weight), _sums(layer.weight))
+    if wanted and not layers:
+        logger.warning_once(
+            f"`speculation_pack_weights` finds nothing to pack in {type(model).__name__}: no linear layers on the CPU, "
+            "in float32 or bfloat16, whose products would be faster."
+        )
+    return {layer: (layer.weight, _kept[layer].weight) for layer in layers if layer in _kept}
+
+
+def _can_be_packed(module: Any) -> bool:
+    if type(module) is not nn.Linear or type(module.weight) not in (Tensor, nn.Parameter):
+        return False
+    weight, bias = module.weight, module.bias
+    is_plain = weight.device.type == "cpu" and weight.layout is torch.strided and weight.is_contiguous()
+    is_plain = is_plain and (bias is None or bias.dtype == weight.dtype)
+    has_sums = weight.numel() > 0 and (weight.shape[1] * weight.element_size()) % 8 == weight.data_ptr() % 8 == 0
+    return is_plain and has_sums and _packs(weight.dtype)
+
+
+def _packs(dtype: torch.dtype) -> bool:
+    mkldnn = torch.backends.mkldnn
+    if not (mkldnn.is_available() and mkldnn.enabled and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")):
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _gains_by_it(weight: Tensor) -> bool:
+    """Whether products with weights like this one are faster when they are packed, tried once per process."""
+    kind = (weight.shape, weight.dtype)
+    if kind not in _gains:
+        _gains[kind] = _measure_gain(weight)
+    return _gains[kind] >= _MIN_GAIN
+
+
+def _measure_gain(weight: Tensor) -> float:
+    """How many times faster a product with one token and one with five are, of the packed weight (or some MB of it)."""
+    weight = weight.detach()[: max(_TRIED_BYTES // (weight.shape[1] * weight.element_size()), 1)]
+    packed, plain_seconds, packed_seconds = _pack(weight), 0.0, 0.0
+    for tokens in (1, 5):
+        few = weight.new_ones(1, tokens, weight.shape[1])
+        plain, ours = [], []
+        for _ in range(8):  # in turns, on a machine that may be busy
+            clock = [perf_counter()]
+            nn.functional.linear(few, weight)
+            clock.append(perf_counter())
+            _multiply(few, packed, None)
+            clock.append(perf_counter())
+            plain.append(clock[1] - clock[0])
+            ours.append(clock[2] - clock[1])
+        plain_seconds, packed_seconds = plain_seconds + min(plain), packed_seconds + min(ours)
+    return plain_seconds / packed_seconds
+
+
+def _pack(weight: Tensor) -> Tensor:
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _TOKENS)
+    return packed
+
+
+def _sums(weight: Tensor) -> Tensor:
+    """`[rows]` int64: of what stands in memory, so that no change is lost in rounding; as fast as reading it."""
+    return weight.detach().view(torch.int64).sum(dim=1)
+
+
+def _is_still(weight: Tensor, packed: _Packed) -> bool:
+    same_kind = (weight.dtype, weight.shape) == (packed.weight.dtype, packed.weight.shape)
+    return same_kind and torch.equal(_sums(weight), packed.sums)
+
+
+def _multiply(tokens: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise.default(tokens, packed, bias, "none", [], "")
+    return product
+
+
+def _over(original: Function) -> Function:
+    def forward(self: nn.Linear, input: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():  # what is compiled outlives the call
+            known = _thread.layers.get(self)
+            if known is not None and known[0] is self.weight and _takes(input, known[1]):
+                return _multiply(input, known[1], self.bias)
+        result: Tensor = original(self, input)
+        return result
+
+    return forward
+
+
+def _takes(tokens: Tensor, packed: Tensor) -> bool:
+    is_usual = type(tokens) is Tensor and tokens.dtype == packed.dtype and tokens.ndim > 1 and tokens.numel() > 0
+    return is_usual and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+
+
+_exchanged = Swap(lambda: nn.Linear.forward, lambda function: setattr(nn.Linear, "forward", function), _over)

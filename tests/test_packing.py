@@ -1,0 +1,413 @@
+"""Packed weights: the same products, of the weights as they are, in our calls and threads only."""
+
+import copy
+import gc
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import SIZES, make_model, make_prompts, perturbed
+from torch import Tensor, nn
+from transformers import LlamaConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+from hf_specdec import SpeculationStats, packing
+from hf_specdec.packing import packed_linears
+
+Pair = tuple[PreTrainedModel, PreTrainedModel]
+DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if packing._packs(dtype)]
+
+pytestmark = pytest.mark.skipif(not DTYPES, reason="this machine's PyTorch packs no weights")
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens of each product of a forward with a packed weight, in any thread."""
+    seen: list[int] = []
+    multiply = packing._multiply
+
+    def count(tokens: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+        if packing._thread.layers:
+            seen.append(tokens.numel() // tokens.shape[-1])
+        return multiply(tokens, packed, bias)
+
+    monkeypatch.setattr(packing, "_multiply", count)
+    return seen
+
+
+@pytest.fixture
+def pair() -> Pair:
+    """A pair of this test's own, whose weights it may change."""
+    target = make_model(LlamaConfig(**SIZES), seed=3)
+    return target, perturbed(target, 0.12, seed=4)
+
+
+def vanilla(target: PreTrainedModel, batch: int = 2, new_tokens: int = 12, **kwargs: Any) -> list[list[int]]:
+    out = target.generate(**make_prompts(batch), do_sample=False, max_new_tokens=new_tokens, **kwargs)
+    assert isinstance(out, Tensor)
+    return out.tolist()
+
+
+def spec(pair: Pair, batch: int = 2, new_tokens: int = 12, **kwargs: Any) -> list[list[int]]:
+    options = {"assistant_model": pair[1], "strategy": "spec", "num_assistant_tokens": 3} | kwargs
+    return vanilla(pair[0], batch, new_tokens, **options)
+
+
+# ---------------------------------------------------------------------------------------------------------- the numbers
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(1, 8), (5, 4), (1, 1, 64), (2, 5, 192), (8, 4, 264), (1, 600, 128)])
+def test_products_are_those_of_pytorch(shape: tuple[int, ...], bias: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    for out in (1, 7, 96, 350):
+        layer = nn.Linear(shape[-1], out, bias=bias, dtype=dtype)
+        for tokens in (torch.randn(shape), torch.randn(*shape[:-1], 2 * shape[-1])[..., ::2], torch.randn(shape).mT.mT):
+            tokens = tokens.to(dtype)
+            with torch.no_grad():
+                expected = layer(tokens)
+                with packed_linears([layer], True, 0):
+                    assert packing._thread.layers
+                    given = layer(tokens)
+            assert given.dtype == dtype and given.shape == expected.shape
+            scale = tokens.float().abs().matmul(layer.weight.float().abs().T).max().item()
+            assert (given.double() - expected.double()).abs().max().item() <= 4 * torch.finfo(dtype).eps * scale
+            if dtype == torch.bfloat16 and not bias:
+                assert torch.equal(given, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_calls_with_packed_weights_say_the_same(dtype: torch.dtype, pair: Pair, products: list[int]) -> None:
+    pair = pair[0].to(dtype), pair[1].to(dtype)
+    without = spec(pair, new_tokens=40, speculation_pack_weights=False)
+    assert not products
+    stats = SpeculationStats()
+    assert spec(pair, new_tokens=40, speculation_stats=stats) == without
+    assert products
+    assert stats.packing_seconds > 0
+    assert 0.1 < stats.acceptance_rate < 0.95
+    if dtype == torch.float32:
+        assert without == vanilla(pair[0], new_tokens=40)
+
+
+def test_the_draft_is_packed_too(pair: Pair, products: list[int]) -> None:
+    spec(pair)
+    both = len(products)
+    products.clear()
+    spec((pair[0], None), prompt_lookup_num_tokens=3, assistant_model=None, num_assistant_tokens=None)  # type: ignore[arg-type]
+    assert 0 < len(products) < both
+
+
+# ------------------------------------------------------------------------------------------ weights that are not packed
+
+
+def test_what_is_too_big_or_asked_too_seldom_is_left(
+    pair: Pair, products: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = [m.weight.numel() * 4 for m in pair[0].modules() if type(m) is nn.Linear]
+    monkeypatch.setattr(packing, "MAX_BYTES", sum(sizes) - 1)
+    spec(pair)
+    assert not products
+    spec(pair, speculation_pack_weights=True)
+    assert products
+
+
+def test_short_calls_pack_once_there_were_enough(
+    pair: Pair, products: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "MIN_NEW_TOKENS", 24)
+    spec(pair, new_tokens=11)
+    spec(pair, new_tokens=12)
+    assert not products
+    spec(pair, new_tokens=1)
+    assert products
+
+
+def test_products_that_would_not_be_faster_are_left(
+    pair: Pair, products: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gains = {(m.weight.shape, m.weight.dtype): 1.0 for m in pair[0].modules() if type(m) is nn.Linear}
+    head = pair[0].get_output_embeddings().weight
+    gains[head.shape, head.dtype] = 1.2
+    monkeypatch.setattr(packing, "_MIN_GAIN", 1.1)
+    monkeypatch.setattr(packing, "_gains", gains)
+    stats = SpeculationStats()
+    spec(pair, speculation_stats=stats)
+    prefills = stats.target_prefill_forwards + stats.draft_prefill_forwards
+    assert len(products) == stats.target_forwards + stats.draft_forwards + prefills  # the head's, once in each
+
+
+def test_gains_are_measured_once_per_shape(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[torch.Size] = []
+    measure = packing._measure_gain
+
+    def record(weight: Tensor) -> float:
+        measured.append(weight.shape)
+        return measure(weight)
+
+    monkeypatch.setattr(packing, "_gains", {})
+    monkeypatch.setattr(packing, "_measure_gain", record)
+    for _ in range(2):
+        spec(pair)
+    assert sorted(measured) == sorted({m.weight.shape for m in pair[0].modules() if type(m) is nn.Linear})
+    assert all(gain > 0 for gain in packing._gains.values())
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        lambda layer: layer.to(torch.float64),
+        lambda layer: layer.to("meta"),
+        lambda layer: nn.Linear(7, 8),  # rows that are no multiple of 8 bytes
+        lambda layer: torch.nn.utils.parametrizations.weight_norm(layer),
+        lambda layer: type("Other", (nn.Linear,), {})(16, 8),
+        lambda layer: _with_weight(layer, layer.weight.T.contiguous().T),
+    ],
+)
+def test_other_layers_are_left_and_who_asked_is_told(
+    odd: Callable[[nn.Linear], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(packing.logger, "warning_once", said.append)
+    layer = odd(nn.Linear(16, 8))
+    with packed_linears([layer], None, 0):
+        assert not packing._thread.layers
+    assert not said
+    with packed_linears([layer], True, 0):
+        assert not packing._thread.layers
+    assert "finds nothing to pack in" in said[0]
+
+
+def _with_weight(layer: nn.Linear, weight: Tensor) -> nn.Linear:
+    layer.weight = nn.Parameter(weight.detach())
+    return layer
+
+
+def test_packing_can_be_switched_off_in_pytorch(pair: Pair, products: list[int]) -> None:
+    with torch.backends.mkldnn.flags(enabled=False):
+        spec(pair)
+    assert not products
+
+
+def test_the_option_is_a_bool(pair: Pair) -> None:
+    with pytest.raises(TypeError, match="`speculation_pack_weights` must be a bool, got 'yes' of type str"):
+        spec(pair, speculation_pack_weights="yes")
+
+
+# ------------------------------------------------------------------------------------------------- weights that change
+
+
+def _halve(model: PreTrainedModel) -> None:
+    model.model.layers[0].mlp.down_proj.weight.data.mul_(-0.5)  # which autograd's version counter does not see
+
+
+def _swap_rows(model: PreTrainedModel) -> None:
+    weight = model.model.layers[1].self_attn.v_proj.weight.data
+    weight.copy_(weight.roll(3, dims=0))
+
+
+def _swap_hidden_units(model: PreTrainedModel) -> None:
+    """Of gate and up the rows, of down the columns, in eights, so that row sums of the latter stay."""
+    mlp = model.model.layers[0].mlp
+    for layer, dim in ((mlp.up_proj, 0), (mlp.down_proj, 1)):
+        layer.weight.data.copy_(layer.weight.data.roll(8, dims=dim))
+
+
+def _train(model: PreTrainedModel) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    ids = make_prompts(2)["input_ids"]
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+
+
+def _load(model: PreTrainedModel) -> None:
+    model.load_state_dict(make_model(LlamaConfig(**SIZES), seed=9).state_dict())
+
+
+def _replace(model: PreTrainedModel) -> None:
+    layer = model.model.layers[1].mlp.up_proj
+    layer.weight = nn.Parameter(layer.weight.detach().flip(0))
+
+
+def _exchange_layer(model: PreTrainedModel) -> None:
+    model.lm_head = copy.deepcopy(model.lm_head)
+    model.lm_head.weight.data.copy_(model.lm_head.weight.data.roll(1, dims=0))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [_halve, _swap_rows, _swap_hidden_units, _train, _load, _replace, _exchange_layer],
+    ids=lambda f: f.__name__,
+)
+def test_changed_weights_are_noticed(
+    change: Callable[[PreTrainedModel], None], pair: Pair, products: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = vanilla(pair[0], new_tokens=30)
+    assert spec(pair, new_tokens=30) == first
+    change(pair[0])
+    changed = vanilla(pair[0], new_tokens=30)
+    assert changed != first
+    assert spec(pair, new_tokens=30) == changed
+    assert spec(pair, new_tokens=30, speculation_pack_weights=True) == changed
+    assert spec(pair, new_tokens=30) == changed
+
+
+def test_who_changes_weights_packs_no_more_unless_asked(
+    pair: Pair, products: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(packing.logger, "warning_once", said.append)
+    lookup = {"assistant_model": None, "num_assistant_tokens": None, "prompt_lookup_num_tokens": 3}
+    spec(pair, **lookup)
+    _halve(pair[0])
+    products.clear()
+    spec(pair, **lookup)
+    assert not products
+    assert "LlamaForCausalLM have changed" in said[0] and "`speculation_pack_weights=True`" in said[0]
+    spec(pair, **lookup, speculation_pack_weights=True)
+    assert products
+
+
+def test_another_dtype_is_another_weight(pair: Pair) -> None:
+    """Zeros have the same sums in any dtype."""
+    target = pair[0]
+    target.model.layers[0].mlp.down_proj.weight.data.zero_()
+    assert spec(pair) == vanilla(target)
+    pair = target.to(torch.float64), pair[1].to(torch.float64)
+    assert spec(pair) == vanilla(target)
+    pair = target.to(torch.float32), pair[1].to(torch.float32)
+    assert spec(pair) == vanilla(target)
+
+
+def test_nothing_is_kept_of_models_that_are_gone(pair: Pair) -> None:
+    gc.collect()
+    before = len(packing._kept)
+    own = copy.deepcopy(pair)
+    spec(own)
+    assert len(packing._kept) > before
+    del own
+    gc.collect()
+    assert len(packing._kept) == before
+
+
+# --------------------------------------------------------------------------------------------------- where it is inside
+
+
+class Inside(LogitsProcessor):
+    """Calls something in the middle of `generate()`, once."""
+
+    def __init__(self, call: Callable[[], None]):
+        self.call: Callable[[], None] | None = call
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        call, self.call = self.call, None
+        if call is not None:
+            call()
+        return scores
+
+
+def inside(call: Callable[[], None]) -> dict[str, Any]:
+    return {"logits_processor": LogitsProcessorList([Inside(call)])}
+
+
+def test_linear_layers_are_pytorchs_again_afterwards(pair: Pair) -> None:
+    before = nn.Linear.forward
+
+    def fail() -> None:
+        assert nn.Linear.forward is not before
+        raise ArithmeticError("in the middle")
+
+    with pytest.raises(ArithmeticError, match="middle"):
+        spec(pair, **inside(fail))
+    assert nn.Linear.forward is before
+    assert not packing._thread.layers
+    assert spec(pair) == vanilla(pair[0])
+    assert nn.Linear.forward is before
+
+
+def test_other_threads_compute_as_ever(pair: Pair, products: list[int]) -> None:
+    counted: list[int] = []
+
+    def elsewhere() -> None:
+        before = len(products)
+        thread = threading.Thread(target=lambda: vanilla(pair[0]))
+        thread.start()
+        thread.join()
+        counted.append(len(products) - before)
+
+    spec(pair, **inside(elsewhere))
+    assert counted == [0]
+    assert products
+
+
+def test_calls_within_calls_have_their_own_layers(pair: Pair, products: list[int]) -> None:
+    other = make_model(LlamaConfig(**SIZES), seed=8)
+    counted: list[int] = []
+
+    def within() -> None:
+        expected = vanilla(other, 1)
+        for packs in (False, True):
+            before = len(products)
+            options = {"prompt_lookup_num_tokens": 2, "strategy": "spec", "speculation_pack_weights": packs}
+            assert vanilla(other, 1, **options) == expected
+            counted.append(len(products) - before)
+
+    expected = vanilla(pair[0])
+    assert spec(pair, **inside(within)) == expected
+    assert counted[0] == 0 < counted[1]
+
+
+def test_gradients_may_be_taken_inside(pair: Pair) -> None:
+    """As guidance by gradients does, in a processor or criterion."""
+    layer = pair[0].model.layers[0].mlp.up_proj
+
+    def differentiate() -> None:
+        with torch.enable_grad():
+            pair[0](input_ids=make_prompts(1)["input_ids"]).logits.logsumexp(-1).sum().backward()
+
+    spec(pair, **inside(differentiate))
+    assert layer.weight.grad is not None and layer.weight.grad.abs().sum() > 0
+
+
+def test_a_weight_that_is_replaced_in_the_middle_is_taken(pair: Pair) -> None:
+    def replace() -> None:
+        layer = pair[0].lm_head
+        layer.weight = nn.Parameter(layer.weight.detach().roll(1, dims=0))
+
+    with torch.no_grad(), packed_linears([pair[0]], True, 0):
+        ids = make_prompts(1)["input_ids"]
+        before = pair[0](input_ids=ids).logits
+        replace()
+        torch.testing.assert_close(pair[0](input_ids=ids).logits, before.roll(1, dims=-1))
+
+
+def test_autocast_is_honoured(pair: Pair, products: list[int]) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        given = spec(pair, new_tokens=20)
+        without = spec(pair, new_tokens=20, speculation_pack_weights=False)
+    assert given == without
+    assert not products
+
+
+def test_experts_without_tokens(products: list[int]) -> None:
+    layer = nn.Linear(16, 8)
+    with torch.no_grad(), packed_linears([layer], True, 0):
+        assert layer(torch.empty(0, 16)).shape == (0, 8)
+        assert layer(torch.ones(16)).shape == (8,)
+        assert not products
+        assert layer(torch.ones(1, 16)).shape == (1, 8)
+    assert products
+
+
+def test_compiled_models_are_compiled_without_it(pair: Pair) -> None:
+    """What `torch.compile` made inside a call runs outside of it too."""
+    target = pair[0]
+    expected = vanilla(target)
+    target.forward = torch.compile(target.forward, backend="eager", dynamic=True)
+    assert spec(pair) == expected
+    assert vanilla(target) == expected
+    assert spec(pair) == expected
