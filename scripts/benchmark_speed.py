@@ -49,6 +49,7 @@ def parse() -> argparse.Namespace:
     add("--hf", nargs="*", type=way, default=["5", "default"], metavar="WAY",
         help="HF assisted generation, likewise (default: 5 default)")  # fmt: skip
     add("--compile", action="store_true", help="ours with a compiled draft too (`speculation_compile`)")
+    add("--unpacked", action="store_true", help="ours without packed weights too (`speculation_pack_weights=False`)")
     add("--lookup", nargs="*", type=arguments.positive, default=[8], metavar="γ",
         help="prompt look-up, ours and HF's (default: 8)")  # fmt: skip
     add = parser.add_argument_group("settings").add_argument
@@ -77,11 +78,16 @@ def context(value: str) -> int | None:
 def make_methods(args: argparse.Namespace, pair: SpecPair) -> list[measure.Method]:
     chosen = [methods.vanilla()]
     chosen += [methods.assisted(pair.draft, name) for name in args.hf]
-    for compiles in (False, True)[: 1 + args.compile]:
-        more = {"speculation_compile": True} if compiles else {}
-        for name in args.spec:
-            label = methods.way_label(name) + " compiled" * compiles
-            chosen.append(methods.ours(pair.draft, {**methods.way_options(name), **more}, label))
+    variants: dict[str, dict[str, bool]] = {"": {}}
+    if args.compile:
+        variants[" compiled"] = {"speculation_compile": True}
+    if args.unpacked:
+        variants[" unpacked"] = {"speculation_pack_weights": False}
+    for label, more in variants.items():
+        chosen += [
+            methods.ours(pair.draft, {**methods.way_options(way), **more}, methods.way_label(way) + label)
+            for way in args.spec
+        ]
     for gamma in args.lookup:
         chosen += [methods.assisted_lookup(gamma), methods.ours_lookup(gamma)]
     return chosen
