@@ -65,7 +65,7 @@ def packed_linears(models: Iterable[nn.Module], wanted: bool | None, new_tokens:
     began = perf_counter()
     layers: dict[nn.Module, tuple[Tensor, Tensor]] = {}
     if wanted is not False:
-        with _lock, torch.inference_mode(False), torch.no_grad():
+        with _lock, torch.no_grad():
             for model in models:
                 layers |= _packed_layers(model, bool(wanted), new_tokens)
     seconds = perf_counter() - began

@@ -63,7 +63,8 @@ def speculative(
         speculation_trace: filled in place.
         options: `num_assistant_tokens`, `num_assistant_tokens_schedule`, `assistant_confidence_threshold`,
             `prompt_lookup_num_tokens`, `max_matching_ngram_size`, as in the generation config; `speculation_compile`,
-            to have `torch.compile` compile the draft's steps.
+            to have `torch.compile` compile the draft's steps; `speculation_pack_weights`, whether linear layers on the
+            CPU may keep their weights a second time, as its products want them (`None`: where it pays).
 
     Raises:
         TypeError: for an option of another name, or a record of another type.

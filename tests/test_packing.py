@@ -272,15 +272,26 @@ def test_who_changes_weights_packs_no_more_unless_asked(
     assert products
 
 
-def test_another_dtype_is_another_weight(pair: Pair) -> None:
+def test_another_dtype_is_another_weight(products: list[int]) -> None:
     """Zeros have the same sums in any dtype."""
-    target = pair[0]
-    target.model.layers[0].mlp.down_proj.weight.data.zero_()
-    assert spec(pair) == vanilla(target)
-    pair = target.to(torch.float64), pair[1].to(torch.float64)
-    assert spec(pair) == vanilla(target)
-    pair = target.to(torch.float32), pair[1].to(torch.float32)
-    assert spec(pair) == vanilla(target)
+    layer, before = nn.Linear(16, 8), 0
+    layer.weight.data.zero_()
+    for dtype in (*DTYPES, torch.float64, *DTYPES[::-1]):
+        layer.to(dtype)
+        with torch.no_grad(), packed_linears([layer], True, 0):
+            assert torch.equal(layer(torch.ones(1, 16, dtype=dtype)), layer.bias[None])
+        before += dtype in DTYPES
+        assert len(products) == before
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_other_dtypes_are_refused_as_by_pytorch(dtype: torch.dtype, products: list[int]) -> None:
+    layer = nn.Linear(16, 8, dtype=dtype)
+    with torch.no_grad(), packed_linears([layer], True, 0):
+        for other in {torch.float32, torch.bfloat16, torch.float64} - {dtype}:
+            with pytest.raises(RuntimeError, match="same dtype"):
+                layer(torch.ones(1, 16, dtype=other))
+    assert not products
 
 
 def test_nothing_is_kept_of_models_that_are_gone(pair: Pair) -> None:
@@ -356,9 +367,19 @@ def test_calls_within_calls_have_their_own_layers(pair: Pair, products: list[int
             assert vanilla(other, 1, **options) == expected
             counted.append(len(products) - before)
 
+        products.clear()
+
     expected = vanilla(pair[0])
     assert spec(pair, **inside(within)) == expected
     assert counted[0] == 0 < counted[1]
+    assert products  # of the outer call, which goes on
+
+
+def test_calls_in_inference_mode_leave_nothing_that_others_could_not_take(pair: Pair, products: list[int]) -> None:
+    with torch.inference_mode():
+        first = spec(pair)
+    assert products
+    assert spec(pair) == first == vanilla(pair[0])
 
 
 def test_gradients_may_be_taken_inside(pair: Pair) -> None:
@@ -403,11 +424,13 @@ def test_experts_without_tokens(products: list[int]) -> None:
     assert products
 
 
-def test_compiled_models_are_compiled_without_it(pair: Pair) -> None:
-    """What `torch.compile` made inside a call runs outside of it too."""
-    target = pair[0]
-    expected = vanilla(target)
-    target.forward = torch.compile(target.forward, backend="eager", dynamic=True)
-    assert spec(pair) == expected
-    assert vanilla(target) == expected
-    assert spec(pair) == expected
+def test_what_is_compiled_inside_is_compiled_without_it(products: list[int]) -> None:
+    """It runs outside too."""
+    layer, tokens = nn.Linear(16, 8), torch.randn(2, 16)
+    compiled = torch.compile(lambda x: layer(x), backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        expected = layer(tokens)
+        with packed_linears([layer], True, 0):
+            torch.testing.assert_close(compiled(tokens), expected)
+            assert not products
+        torch.testing.assert_close(compiled(tokens), expected)
