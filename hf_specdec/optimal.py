@@ -26,7 +26,7 @@ MAX_GAMMA = 16
 _FORGET = 0.97  # weight of an observation after one more of its kind
 _RECENT = 0.9  # weight of an iteration after one more
 _BINS = 10  # of the draft's confidence
-_LEAN = 64.0  # how strongly V' leans towards 0: as one measurement 8 tokens off the others would
+_LEAN = 64.0  # how strongly V' leans towards what is believed: as one measurement 8 tokens off the others would
 _LIKELY = 0.3  # while costs are unknown, drafts are made that are accepted with this probability
 _ENOUGH = 2  # iterations to time before costs are believed
 _INSTANT = 1e-9  # seconds; clocks may stand still
@@ -96,16 +96,20 @@ class Estimates:
         measured = self._verify[rows.bit_length()]
         if sum(map(len, measured.values())) < _ENOUGH:
             return None
-        # One token alone may be much cheaper (matrix-vector products), which says nothing of further ones.
+        plain = _typical(measured[1]) if 1 in measured else None
+        # A single token may be much cheaper (matrix-vector products), which says nothing of further ones.
         points = [(w, _typical(s), len(s)) for w, s in measured.items() if w > 1 or len(measured) == 1]
         total = sum(n for _, _, n in points)
         center, seconds = (sum(point[k] * point[2] for point in points) / total for k in (0, 1))
-        # The fit leans towards V' = 0: few and noisy measurements would keep drafts short, and so themselves few.
+        # The fit leans: few and noisy measurements would keep drafts short, and so themselves few. With one row towards
+        # V' = 0; several rows are no single tokens even without drafts, so there towards the difference from that.
+        believed = 0.0 if rows == 1 or plain is None or center == 1 else (seconds - plain) / (center - 1)
         spread = sum(n * (w - center) ** 2 for w, _, n in points) + _LEAN
-        rise = max(sum(n * (w - center) * (s - seconds) for w, s, n in points) / spread, 0.0)
+        rise = sum(n * (w - center) * (s - seconds) for w, s, n in points) + _LEAN * believed
+        rise = max(rise / spread, 0.0)
         draft = self._draft[rows.bit_length()]
         return Costs(
-            plain=_typical(measured[1]) if 1 in measured else None,
+            plain=plain,
             block=seconds - rise * (center - 1),
             token=rise,
             draft=_typical(draft) if draft else 0.0,
