@@ -400,8 +400,8 @@ def test_drafts_behind_a_cut_are_not_rejected() -> None:
     assert changes(RowStep(0, 10, [7] * 2, 2, [7, 7, 8], finished="max_length")) == [1, 1, 0, 0, 0, 0]
 
 
-def costs(estimates: Estimates) -> Costs:
-    known = estimates.costs(1)
+def costs(estimates: Estimates, rows: int = 1) -> Costs:
+    known = estimates.costs(rows)
     assert known is not None
     return known
 
@@ -469,6 +469,16 @@ def test_few_measurements_do_not_make_long_drafts_look_dear() -> None:
     for width, seconds in ((2, 1.0), (3, 1.0), (2, 1.0), (3, 1.0), (4, 1.5)):
         estimates.add_costs(iteration_of([width - 1], [0], seconds))
     assert 0 < costs(estimates).token < 0.02
+
+
+def test_in_a_batch_forwards_without_drafts_say_what_drafts_add() -> None:
+    """Else drafts of equal lengths would look free, and stay as long as they are."""
+    for rows, low, high in ((1, 0.0, 0.01), (2, 0.09, 0.11), (8, 0.09, 0.11)):
+        estimates = Estimates()
+        for _ in range(9):
+            for drafted in (0, 10):
+                estimates.add_costs(iteration_of([drafted] * rows, [0] * rows, 1.0 + 0.1 * drafted))
+        assert low <= costs(estimates, rows).token <= high
 
 
 def test_a_draft_that_had_to_catch_up_is_not_timed() -> None:
