@@ -5,22 +5,28 @@ every step; with a long context that costs more than the rest of the model. Here
 as `[rows, kv_heads, groups·q, d]`, which needs no copy. Prefill, and whatever else this cannot express, is left to the
 function that was registered before.
 
+On CPUs, calls that ask for it have this done by a library that is built here (compiled_attention.py).
+
 While calls of `generate(strategy="spec")` run, `sdpa` of transformers' `AttentionInterface` is the function here, which
 folds only in threads that are inside such a call. No model and no config is touched.
 """
 
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
 
+from . import compiled_attention
 from .swap import Swap
+
+logger = logging.get_logger(__name__)
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -33,6 +39,7 @@ _UNFOLDABLE = frozenset({"position_bias", "softcap", "cache", "s_aux", "sinks"})
 
 class _Thread(threading.local):
     calls = 0  # nested calls of ours in this thread
+    compiled = False  # the innermost of them wants compiled attention
 
     def __init__(self) -> None:
         self.masks: dict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor]] = {}  # mask, as it was folded, folded
@@ -42,16 +49,30 @@ _thread = _Thread()
 
 
 @contextmanager
-def folded_attention() -> Iterator[None]:
-    """Inside, attention of this thread's models on "sdpa" is folded where it can be."""
+def folded_attention(compiled: bool = False) -> Iterator[None]:
+    """Inside, attention of this thread's models on "sdpa" is `compiled`, or else folded, where it can be."""
+    outer, _thread.compiled = _thread.compiled, compiled
     _thread.calls += 1
     try:
         with _exchanged():
             yield
     finally:
+        _thread.compiled = outer
         _thread.calls -= 1
         if _thread.calls == 0:
             _thread.masks.clear()
+
+
+def compile_attention(models: Iterable[PreTrainedModel]) -> float:
+    """Build what `folded_attention(compiled=True)` takes, and say once which models do without. Returns: seconds."""
+    for model in models:
+        kind = model.config._attn_implementation
+        if kind != _NAME:
+            logger.warning_once(
+                f"Attention of {type(model).__name__} is {kind!r}, and only {_NAME!r} is compiled: "
+                f"load the model with `attn_implementation={_NAME!r}`, if it can do that."
+            )
+    return compiled_attention.build()
 
 
 def _attend(
@@ -68,11 +89,13 @@ def _attend(
     if (
         _thread.calls
         and not torch.compiler.is_compiling()  # what is compiled outlives the call, and would fold afterwards too
-        and _folds(query, key, attention_mask)
         and dropout == 0.0
         and (_UNFOLDABLE.isdisjoint(kwargs) or all(kwargs.get(name) is None for name in _UNFOLDABLE))
     ):
-        return folded(query, key, value, attention_mask, scaling), None
+        if _compiles(query, key, value, attention_mask):
+            return compiled_attention.attend(query, key, value, attention_mask, scaling), None
+        if _folds(query, key, attention_mask):
+            return folded(query, key, value, attention_mask, scaling), None
     return original(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
 
@@ -83,16 +106,25 @@ _exchanged = Swap(
 )
 
 
-def _folds(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
-    # Without a mask, several queries are a causal prefill, and a single one is what SDPA is good at, unless on CPUs in
-    # half precision.
-    if mask is None and (query.dtype == torch.float32 or query.shape[2] > 1 or query.device.type != "cpu"):
-        return False
+def _is_decoding(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
+    """Whether queries are few, with a mask unless it is one; several without a mask are a causal prefill."""
     heads, queries = query.shape[1:3]
-    groups, rest = divmod(heads, key.shape[1])
-    if groups < 2 or rest or groups * queries > _MAX_QUERIES:
+    if heads // key.shape[1] * queries > _MAX_QUERIES:
         return False
-    return mask is None or (mask.ndim == 4 and mask.shape[1] == 1 and mask.shape[2] == queries)
+    return queries == 1 if mask is None else mask.ndim == 4 and mask.shape[1] == 1 and mask.shape[2] == queries
+
+
+def _compiles(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    decodes = _thread.compiled and _is_decoding(query, key, mask)
+    return decodes and compiled_attention.takes(query, key, value, mask)
+
+
+def _folds(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
+    # A single query without a mask is what SDPA is good at, unless on CPUs in half precision.
+    if mask is None and (query.dtype == torch.float32 or query.device.type != "cpu"):
+        return False
+    groups, rest = divmod(query.shape[1], key.shape[1])
+    return groups > 1 and rest == 0 and _is_decoding(query, key, mask)
 
 
 def folded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None = None) -> Tensor:

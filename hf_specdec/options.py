@@ -22,6 +22,7 @@ DEFAULTS: dict[str, Any] = {
     "speculation_pack_weights": None,  # where it pays
 }
 OPTION_NAMES = tuple(DEFAULTS)
+COMPILABLE = ("draft", "attention")  # what `speculation_compile` can name
 # `cache_implementation` for a cache of fixed size; all but the first are transformers' deprecated names for it.
 STATIC_KINDS = ("static", "sliding_window", "hybrid", "hybrid_chunked")
 
@@ -36,7 +37,7 @@ class Options:
     prompt_lookup_num_tokens: int | None
     max_matching_ngram_size: int
     assistant_early_exit: int | None
-    speculation_compile: bool
+    speculation_compile: bool | str
     speculation_pack_weights: bool | None
 
     def __post_init__(self) -> None:
@@ -54,15 +55,25 @@ class Options:
             raise TypeError(f"`assistant_confidence_threshold` must be a number, got {threshold!r} of type {kind}")
         if not 0.0 <= threshold <= 1.0:
             raise ValueError(f"`assistant_confidence_threshold` is a probability between 0 and 1, got {threshold!r}")
-        for name in ("speculation_compile", "speculation_pack_weights"):
-            flag = getattr(self, name)
-            if flag is not DEFAULTS[name] and not isinstance(flag, bool):
-                raise TypeError(f"`{name}` must be a bool, got {flag!r} of type {type(flag).__name__}")
+        packs: Any = self.speculation_pack_weights
+        compiles: Any = self.speculation_compile
+        if packs is not None and not isinstance(packs, bool):
+            raise TypeError(f"`speculation_pack_weights` must be a bool, got {packs!r} of type {type(packs).__name__}")
+        if not isinstance(compiles, (bool, str)):
+            kind = type(compiles).__name__
+            raise TypeError(f"`speculation_compile` must be a bool or a string, got {compiles!r} of type {kind}")
+        if isinstance(compiles, str) and compiles not in COMPILABLE:
+            names = " or ".join(map(repr, COMPILABLE))
+            raise ValueError(f"`speculation_compile` must be {names}, or True for both, got {compiles!r}")
         if self.assistant_early_exit is not None:
             raise ValueError(
                 "`assistant_early_exit` is not supported by strategy='spec' yet: pass a draft model as "
                 "`assistant_model`, or `prompt_lookup_num_tokens`"
             )
+
+    def compiles(self, part: str) -> bool:
+        """Whether `part`, one of COMPILABLE, is to be compiled."""
+        return self.speculation_compile is True or self.speculation_compile == part
 
 
 def resolve_options(

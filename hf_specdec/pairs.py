@@ -220,10 +220,16 @@ def make_drafter(
     Raises:
         ValueError, TypeError: if that does not name a drafter, or one that does not fit the target.
     """
-    if options.speculation_compile and (assistant_model is None or isinstance(assistant_model, Drafter)):
+    on_cpu = model_device(target).type == "cpu"
+    if options.speculation_compile == "attention" and not on_cpu:
         raise ValueError(
-            "`speculation_compile` compiles a draft model, and this call has none: pass one as `assistant_model`, or "
-            "leave the option out"
+            f"`speculation_compile='attention'` is for CPUs, and the target is on {model_device(target)}: leave it out"
+        )
+    has_none = assistant_model is None or isinstance(assistant_model, Drafter)
+    if has_none and options.compiles("draft") and not (on_cpu and options.compiles("attention")):
+        raise ValueError(
+            f"`speculation_compile={options.speculation_compile!r}` compiles a draft model, and this call has none: "
+            "pass one as `assistant_model`, or leave the option out"
         )
     if isinstance(assistant_model, Drafter):
         return assistant_model
@@ -241,7 +247,7 @@ def make_drafter(
         )
     draft = unwrapped(assistant_model)
     check_draft_model(draft, target, tokenizer, assistant_tokenizer)
-    return ModelDrafter(draft, options.assistant_confidence_threshold, options.speculation_compile)
+    return ModelDrafter(draft, options.assistant_confidence_threshold, options.compiles("draft"))
 
 
 @functools.lru_cache(maxsize=4)

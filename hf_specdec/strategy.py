@@ -23,9 +23,10 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
-from .attention import folded_attention
+from .attention import compile_attention, folded_attention
 from .drafters import Drafter, ModelDrafter
 from .first_forward import KNOWN_INPUTS
+from .host import model_device
 from .options import OPTION_NAMES, check_cache_implementation, check_generation_config, resolve_options
 from .packing import packed_linears
 from .pairs import make_drafter
@@ -63,8 +64,9 @@ def speculative(
         speculation_trace: filled in place.
         options: `num_assistant_tokens`, `num_assistant_tokens_schedule`, `assistant_confidence_threshold`,
             `prompt_lookup_num_tokens`, `max_matching_ngram_size`, as in the generation config; `speculation_compile`,
-            to have `torch.compile` compile the draft's steps; `speculation_pack_weights`, whether linear layers on the
-            CPU may keep their weights a second time, as its products want them (`None`: where it pays).
+            to have the draft's steps compiled by `torch.compile` ("draft"), attention of few queries on CPUs by the
+            machine's C++ compiler ("attention"), or both (True); `speculation_pack_weights`, whether linear layers on
+            the CPU may keep their weights a second time, as its products want them (`None`: where it pays).
 
     Raises:
         TypeError: for an option of another name, or a record of another type.
@@ -108,7 +110,10 @@ def speculative(
         models = [model, drafter.model] if isinstance(drafter, ModelDrafter) else [model]
         new_tokens = decoding.context.max_length - decoding.context.prompt_width
         packed = packed_linears(models, resolved.speculation_pack_weights, new_tokens)
-        with folded_attention(), packed as packing_seconds:
+        compiles = resolved.compiles("attention") and model_device(model).type == "cpu"
+        if compiles:
+            decoding.stats.compile_seconds += compile_attention(models)
+        with folded_attention(compiles), packed as packing_seconds:
             decoding.stats.packing_seconds += packing_seconds
             width = decoding.run()
             decoding.streamer.end()

@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from hf_specdec.options import COMPILABLE
 from hf_specdec.pairs import SpecPair
 from hf_specdec.tools import arguments, measure, methods, report, summary, synthetic
 from hf_specdec.tools.bare import BareForwards
@@ -48,7 +49,8 @@ def parse() -> argparse.Namespace:
         help="ours: γ, a schedule's name, or `default`: what it does by itself (default: 3 5 8 default)")  # fmt: skip
     add("--hf", nargs="*", type=way, default=["5", "default"], metavar="WAY",
         help="HF assisted generation, likewise (default: 5 default)")  # fmt: skip
-    add("--compile", action="store_true", help="ours with a compiled draft too (`speculation_compile`)")
+    add("--compile", nargs="?", const=True, default=False, choices=COMPILABLE,
+        help="ours with draft and attention compiled too, or one of them (`speculation_compile`)")  # fmt: skip
     add("--unpacked", action="store_true", help="ours without packed weights too (`speculation_pack_weights=False`)")
     add("--lookup", nargs="*", type=arguments.positive, default=[8], metavar="γ",
         help="prompt look-up, ours and HF's (default: 8)")  # fmt: skip
@@ -78,9 +80,9 @@ def context(value: str) -> int | None:
 def make_methods(args: argparse.Namespace, pair: SpecPair) -> list[measure.Method]:
     chosen = [methods.vanilla()]
     chosen += [methods.assisted(pair.draft, name) for name in args.hf]
-    variants: dict[str, dict[str, bool]] = {"": {}}
+    variants: dict[str, dict[str, Any]] = {"": {}}
     if args.compile:
-        variants[" compiled"] = {"speculation_compile": True}
+        variants[" compiled"] = {"speculation_compile": args.compile}
     if args.unpacked:
         variants[" unpacked"] = {"speculation_pack_weights": False}
     for label, more in variants.items():

@@ -169,7 +169,9 @@ def test_a_draft_whose_forwards_change_their_shapes_is_not_compiled(monkeypatch,
 
 def test_without_a_draft_model_there_is_nothing_to_compile(llama_pair):
     target, _ = llama_pair
-    with pytest.raises(ValueError, match=r"`speculation_compile` compiles a draft.*pass one as `assistant_model`"):
-        target.generate(**make_prompts(1), strategy="spec", prompt_lookup_num_tokens=3, speculation_compile=True)
-    with pytest.raises(TypeError, match="`speculation_compile` must be a bool, got 'yes' of type str"):
+    with pytest.raises(
+        ValueError, match=r"`speculation_compile=.draft.` compiles a draft.*pass one as `assistant_model`"
+    ):
+        target.generate(**make_prompts(1), strategy="spec", prompt_lookup_num_tokens=3, speculation_compile="draft")
+    with pytest.raises(ValueError, match="must be 'draft' or 'attention', or True for both, got 'yes'"):
         compiled(llama_pair, make_prompts(1), speculation_compile="yes")
