@@ -54,8 +54,7 @@ SIZES: dict[str, Any] = {
 
 
 def _sized(config: type[PreTrainedConfig], **changes: Any) -> Callable[[], PreTrainedConfig]:
-    sizes = {k: v for k, v in {**SIZES, **changes}.items() if v != "drop"}
-    return lambda: config(**sizes)
+    return lambda: config(**{k: v for k, v in {**SIZES, **changes}.items() if v != "drop"})
 
 
 ARCHITECTURES: dict[str, Callable[[], PreTrainedConfig]] = {
@@ -67,7 +66,7 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedConfig]] = {
     "gemma": _sized(GemmaConfig, head_dim=8),
     "gemma2": _sized(Gemma2Config, head_dim=8, sliding_window=12),
     "phi": _sized(PhiConfig),
-    "stablelm": _sized(StableLmConfig),
+    "stablelm": _sized(StableLmConfig, head_dim="drop"),
     "mixtral": _sized(MixtralConfig, num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
     "gpt2": lambda: GPT2Config(
         vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=256, initializer_range=0.2,
@@ -132,11 +131,18 @@ def make_prompts(batch: int, width: int = 14, seed: int = 0) -> dict[str, torch.
 PATHS: dict[str, dict[str, Any]] = {
     "optimal": {"num_assistant_tokens_schedule": "optimal"},
     "static": {"cache_implementation": "static"},
+    "packed": {},
+    "compiled": {"speculation_compile": "attention"},
 }
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--under", choices=sorted(PATHS), help="speculate under this schedule or kind of cache")
+    parser.addoption("--under", choices=sorted(PATHS), help="speculate under this schedule, kind of cache, ...")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--under") == "compiled":
+        SIZES["head_dim"] = 32  # compiled attention takes no narrower heads
 
 
 @pytest.fixture(autouse=True)
@@ -166,8 +172,18 @@ def drafts_that_do_not_go_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
+def weights_as_they_are(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether they are packed must not go by the clock either."""
+    if request.config.getoption("--under") == "packed":
+        request.getfixturevalue("weights_packed_from_the_first_token_on")
+    else:
+        monkeypatch.setitem(options.DEFAULTS, "speculation_pack_weights", False)
+
+
+@pytest.fixture
 def weights_packed_from_the_first_token_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls here are too short, and models too small, to gain by it; all of them shall be right with it."""
+    """Calls here are too short, and models too small, to gain by it."""
+    monkeypatch.setitem(options.DEFAULTS, "speculation_pack_weights", None)
     monkeypatch.setattr(packing, "MIN_NEW_TOKENS", 0)
     monkeypatch.setattr(packing, "_MIN_GAIN", 0.0)
 

@@ -18,7 +18,10 @@ from hf_specdec.packing import packed_linears
 Pair = tuple[PreTrainedModel, PreTrainedModel]
 DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if packing._packs(dtype)]
 
-pytestmark = pytest.mark.skipif(not DTYPES, reason="this machine's PyTorch packs no weights")
+pytestmark = [
+    pytest.mark.skipif(not DTYPES, reason="this machine's PyTorch packs no weights"),
+    pytest.mark.usefixtures("weights_packed_from_the_first_token_on"),
+]
 
 
 @pytest.fixture
