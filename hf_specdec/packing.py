@@ -79,8 +79,13 @@ def packed_linears(models: Iterable[nn.Module], wanted: bool | None, new_tokens:
 
 def _packed_layers(model: nn.Module, wanted: bool, new_tokens: int) -> dict[nn.Module, tuple[Tensor, Tensor]]:
     """By linear layer of the model, its weight, and it packed; packs what is to be packed."""
+    _new_tokens[model] = _new_tokens.get(model, 0) + new_tokens
     modules: Iterable[Any] = model.modules()
-    layers = [module for module in modules if _can_be_packed(module) and _gains_by_it(module.weight)]
+    layers = [module for module in modules if _can_be_packed(module)]
+    often = _new_tokens[model] >= MIN_NEW_TOKENS
+    if not (wanted or often or any(layer in _kept for layer in layers)):
+        return {}  # before anything is measured
+    layers = [layer for layer in layers if _gains_by_it(layer.weight)]
     if any(layer in _kept and not _is_still(layer.weight, _kept[layer]) for layer in layers):
         for layer in layers:  # all of them: what was permuted may have the same sums
             _kept.pop(layer, None)
@@ -90,9 +95,8 @@ def _packed_layers(model: nn.Module, wanted: bool, new_tokens: int) -> dict[nn.M
                 f"Weights of {type(model).__name__} have changed since they were packed for the CPU, so they are not "
                 "packed any more; with `speculation_pack_weights=True` they are, after each change."
             )
-    _new_tokens[model] = _new_tokens.get(model, 0) + new_tokens
     size = sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
-    pays = _new_tokens[model] >= MIN_NEW_TOKENS and size <= MAX_BYTES and model not in _changing
+    pays = often and size <= MAX_BYTES and model not in _changing
     if wanted or pays:
         for layer in layers:
             if layer not in _kept:

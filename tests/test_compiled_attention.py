@@ -179,6 +179,7 @@ def uses(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def speculate(pair: Any, prompts: dict[str, Tensor], compile: Any = "attention", **options: Any) -> Any:
     stats = SpeculationStats()
     options = {"assistant_model": pair[1], "num_assistant_tokens": 4, "max_new_tokens": 40} | options
+    options["num_assistant_tokens_schedule"] = "constant"  # whatever is under test
     given = pair[0].generate(
         **prompts, strategy="spec", speculation_compile=compile, speculation_stats=stats, **options
     )

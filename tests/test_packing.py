@@ -121,9 +121,11 @@ def test_short_calls_pack_once_there_were_enough(
     pair: Pair, products: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packing, "MIN_NEW_TOKENS", 24)
+    monkeypatch.setattr(packing, "_gains", {})
     spec(pair, new_tokens=11)
     spec(pair, new_tokens=12)
     assert not products
+    assert not packing._gains, "measured though nothing could come of it"
     spec(pair, new_tokens=1)
     assert products
 
