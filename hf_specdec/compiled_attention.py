@@ -31,6 +31,12 @@ _DTYPES = (torch.float32, torch.bfloat16)
 _SLICE = 32
 
 
+def find_compiler() -> str | None:
+    """The C++ compiler that the library is built with: `$CXX`, or the machine's."""
+    names = filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++"))
+    return next(filter(None, map(shutil.which, names)), None)
+
+
 def build() -> float:
     """Build the library, if this process has not loaded it yet; where that fails, say why once. Returns: seconds."""
     began, loaded = perf_counter(), _function.cache_info().misses
@@ -108,8 +114,7 @@ def _function() -> Callable[..., None] | None:
 
 def _library() -> Path:
     """The built library, made if it is not there, for this source, compiler and processor."""
-    names = filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++"))
-    compiler = next(filter(None, map(shutil.which, names)), None)
+    compiler = find_compiler()
     if compiler is None:
         raise FileNotFoundError("no C++ compiler found: install one (g++, clang++), or name it in $CXX")
 

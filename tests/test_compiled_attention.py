@@ -1,6 +1,5 @@
 """Compiled attention: what PyTorch's says, whatever the shapes; the same tokens; and where it cannot be compiled."""
 
-import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator
@@ -16,8 +15,7 @@ from transformers.utils import logging
 
 from hf_specdec import SpeculationStats, compiled_attention, pairs
 
-COMPILER = next(filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))), None)
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+pytestmark = pytest.mark.skipif(compiled_attention.find_compiler() is None, reason="needs a C++ compiler")
 
 # rows, K/V heads, groups, queries, keys, width, width of values
 SHAPES = {
