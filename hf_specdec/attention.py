@@ -24,7 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
 from . import compiled_attention
-from .swap import Swap
+from .swap import Swap, compiles_ours, operators
 
 logger = logging.get_logger(__name__)
 
@@ -88,16 +88,33 @@ def _attend(
 ) -> tuple[Tensor, Tensor | None]:
     if (
         _thread.calls
-        and not torch.compiler.is_compiling()  # what is compiled outlives the call, and would fold afterwards too
         and dropout == 0.0
         and (_UNFOLDABLE.isdisjoint(kwargs) or all(kwargs.get(name) is None for name in _UNFOLDABLE))
     ):
-        if _compiles(query, key, value, attention_mask):
+        if torch.compiler.is_compiling():
+            if compiles_ours() and attention_mask is not None and _is_decoding(query, key, attention_mask):
+                return torch.ops.hf_specdec.attention(query, key, value, attention_mask, scaling), None
+        elif _compiles(query, key, value, attention_mask):
             return compiled_attention.attend(query, key, value, attention_mask, scaling), None
-        if _folds(query, key, attention_mask):
+        elif _folds(query, key, attention_mask):
             return folded(query, key, value, attention_mask, scaling), None
     return original(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
+
+def _compiled_step(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
+    if _compiles(query, key, value, mask):
+        return compiled_attention.attend(query, key, value, mask, scaling)
+    return folded(query, key, value, mask, scaling)
+
+
+def _fake_step(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
+    rows, heads, queries, _ = query.shape
+    return query.new_empty(rows, queries, heads, value.shape[3])
+
+
+operators.define("attention(Tensor query, Tensor key, Tensor value, Tensor mask, float? scaling) -> Tensor")
+operators.impl("attention", _compiled_step, "CompositeExplicitAutograd")
+torch.library.register_fake("hf_specdec::attention", _fake_step, lib=operators)
 
 _exchanged = Swap(
     lambda: ALL_ATTENTION_FUNCTIONS[_NAME],

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from .swap import Function, Swap
+from .swap import Function, Swap, compiles_ours, operators
 
 logger = logging.get_logger(__name__)
 
@@ -40,7 +40,7 @@ class _Packed(NamedTuple):
 
 class _Thread(threading.local):
     def __init__(self) -> None:
-        self.layers: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # the model's own weight, and it packed
+        self.weights: dict[int, tuple[Tensor, Tensor]] = {}  # by address, the model's own weight, and it packed
 
 
 _thread = _Thread()
@@ -63,22 +63,22 @@ def packed_linears(models: Iterable[nn.Module], wanted: bool | None, new_tokens:
     Yields: seconds that packing took; nearly 0 where an earlier call has done it.
     """
     began = perf_counter()
-    layers: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+    weights: dict[int, tuple[Tensor, Tensor]] = {}
     if wanted is not False:
         with _lock, torch.no_grad():
             for model in models:
-                layers |= _packed_layers(model, bool(wanted), new_tokens)
+                weights |= _packed_weights(model, bool(wanted), new_tokens)
     seconds = perf_counter() - began
-    before, _thread.layers = _thread.layers, layers
+    before, _thread.weights = _thread.weights, weights
     try:
-        with _exchanged() if layers else nullcontext():
+        with exchanged() if weights else nullcontext():
             yield seconds
     finally:
-        _thread.layers = before
+        _thread.weights = before
 
 
-def _packed_layers(model: nn.Module, wanted: bool, new_tokens: int) -> dict[nn.Module, tuple[Tensor, Tensor]]:
-    """By linear layer of the model, its weight, and it packed; packs what is to be packed."""
+def _packed_weights(model: nn.Module, wanted: bool, new_tokens: int) -> dict[int, tuple[Tensor, Tensor]]:
+    """By address, the weights of the model's linear layers, each also packed; packs what is to be packed."""
     _new_tokens[model] = _new_tokens.get(model, 0) + new_tokens
     modules: Iterable[Any] = model.modules()
     layers = [module for module in modules if _can_be_packed(module)]
@@ -106,7 +106,7 @@ def _packed_layers(model: nn.Module, wanted: bool, new_tokens: int) -> dict[nn.M
             f"`speculation_pack_weights` finds nothing to pack in {type(model).__name__}: no linear layers on the CPU, "
             "in float32 or bfloat16, whose products would be faster."
         )
-    return {layer: (layer.weight, _kept[layer].weight) for layer in layers if layer in _kept}
+    return {layer.weight.data_ptr(): (layer.weight, _kept[layer].weight) for layer in layers if layer in _kept}
 
 
 def _can_be_packed(module: Any) -> bool:
@@ -173,21 +173,43 @@ def _multiply(tokens: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     return product
 
 
+def _packed(weight: Tensor, tokens: Tensor) -> Tensor | None:
+    """The packed weight, where there is one and it takes these tokens."""
+    own, packed = _thread.weights.get(weight.data_ptr(), (None, None))
+    if own is None or packed is None or own.shape != weight.shape:
+        return None
+    is_usual = type(tokens) is Tensor and tokens.dtype == packed.dtype and tokens.ndim > 1 and tokens.numel() > 0
+    takes = is_usual and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+    return packed if takes else None
+
+
 def _over(original: Function) -> Function:
     def forward(self: nn.Linear, input: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():  # what is compiled outlives the call
-            known = _thread.layers.get(self)
-            if known is not None and known[0] is self.weight and _takes(input, known[1]):
-                return _multiply(input, known[1], self.bias)
+        if torch.compiler.is_compiling():
+            if compiles_ours() and input.device.type == "cpu":
+                return torch.ops.hf_specdec.linear(input, self.weight, self.bias)
+        else:
+            packed = _packed(self.weight, input)
+            if packed is not None:
+                return _multiply(input, packed, self.bias)
         result: Tensor = original(self, input)
         return result
 
     return forward
 
 
-def _takes(tokens: Tensor, packed: Tensor) -> bool:
-    is_usual = type(tokens) is Tensor and tokens.dtype == packed.dtype and tokens.ndim > 1 and tokens.numel() > 0
-    return is_usual and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+def _compiled_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    packed = _packed(weight, input)
+    return nn.functional.linear(input, weight, bias) if packed is None else _multiply(input, packed, bias)
 
 
-_exchanged = Swap(lambda: nn.Linear.forward, lambda function: setattr(nn.Linear, "forward", function), _over)
+def _fake_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return input.new_empty(*input.shape[:-1], weight.shape[0])
+
+
+operators.define("linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
+operators.impl("linear", _compiled_linear, "CompositeExplicitAutograd")
+torch.library.register_fake("hf_specdec::linear", _fake_linear, lib=operators)
+
+# Where linear layers may come to have packed weights.
+exchanged = Swap(lambda: nn.Linear.forward, lambda function: setattr(nn.Linear, "forward", function), _over)

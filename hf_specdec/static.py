@@ -18,8 +18,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from . import packing
 from .cache import RaggedCache
 from .masks import ragged_mask
+from .swap import compiling_ours
 
 logger = logging.get_logger(__name__)
 
@@ -98,7 +100,7 @@ class StaticForwards:
         alone: dict[str, Any] = {"isolate_recompiles": True}  # of other models, which count against one limit
         try:
             compiled = torch.compile(self._run, dynamic=False, options=options, **alone)
-            with torch.inference_mode():
+            with torch.inference_mode(), packing.exchanged(), compiling_ours():
                 self._run(model, self._step(rows, 1))  # storage is made
                 for width in _COMPILED:
                     compiled(model, self._step(rows, width))

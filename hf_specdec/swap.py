@@ -1,11 +1,40 @@
-"""Something of the process's, exchanged while calls of ours run."""
+"""Something of the process's, exchanged while calls of ours run.
+
+What `torch.compile` makes while it is exchanged outlives the call, so functions of ours stay out of compiled code,
+unless nobody but us will ever call that.
+"""
 
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 Function = Callable[..., Any]
+
+
+class _Thread(threading.local):
+    compiles_ours = False
+
+
+_thread = _Thread()
+# What stands in code that is compiled for us alone; what it does is decided each time that it runs.
+operators = torch.library.Library("hf_specdec", "FRAGMENT")
+
+
+@contextmanager
+def compiling_ours() -> Iterator[None]:
+    """What is compiled inside is called by nobody but us."""
+    _thread.compiles_ours = True
+    try:
+        yield
+    finally:
+        _thread.compiles_ours = False
+
+
+def compiles_ours() -> bool:
+    return _thread.compiles_ours
 
 
 class Swap:

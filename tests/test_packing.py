@@ -31,7 +31,7 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     multiply = packing._multiply
 
     def count(tokens: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-        if packing._thread.layers:
+        if packing._thread.weights:
             seen.append(tokens.numel() // tokens.shape[-1])
         return multiply(tokens, packed, bias)
 
@@ -72,7 +72,7 @@ def test_products_are_those_of_pytorch(shape: tuple[int, ...], bias: bool, dtype
             with torch.no_grad():
                 expected = layer(tokens)
                 with packed_linears([layer], True, 0):
-                    assert packing._thread.layers
+                    assert packing._thread.weights
                     given = layer(tokens)
             assert given.dtype == dtype and given.shape == expected.shape
             scale = tokens.float().abs().matmul(layer.weight.float().abs().T).max().item()
@@ -178,10 +178,10 @@ def test_other_layers_are_left_and_who_asked_is_told(
     monkeypatch.setattr(packing.logger, "warning_once", said.append)
     layer = odd(nn.Linear(16, 8))
     with packed_linears([layer], None, 0):
-        assert not packing._thread.layers
+        assert not packing._thread.weights
     assert not said
     with packed_linears([layer], True, 0):
-        assert not packing._thread.layers
+        assert not packing._thread.weights
     assert "finds nothing to pack in" in said[0]
 
 
@@ -340,7 +340,7 @@ def test_linear_layers_are_pytorchs_again_afterwards(pair: Pair) -> None:
     with pytest.raises(ArithmeticError, match="middle"):
         spec(pair, **inside(fail))
     assert nn.Linear.forward is before
-    assert not packing._thread.layers
+    assert not packing._thread.weights
     assert spec(pair) == vanilla(pair[0])
     assert nn.Linear.forward is before
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, make_pair, make_prompts, perturbed
-from transformers import PreTrainedModel
+from conftest import ARCHITECTURES, SIZES, make_model, make_pair, make_prompts, perturbed
+from transformers import LlamaConfig, PreTrainedModel
 
 import hf_specdec
-from hf_specdec import static
+from hf_specdec import attention, compiled_attention, packing, static
 
 RAGGED = sorted(ARCHITECTURES.keys() - {"bloom", "falcon-alibi"})
 
@@ -143,6 +143,51 @@ def test_a_compiled_draft_says_the_same_and_is_compiled_once(name, rows, monkeyp
             assert stats.compile_seconds == 0 or stats.prefill_seconds < stats.compile_seconds
     assert stats.acceptance_rate == 1  # a copy is right each time: what rejected drafts leave behind is not seen
     assert set(widths) == {(rows, 1), (rows, 2)}
+
+
+@pytest.mark.skipif(compiled_attention.find_compiler() is None, reason="needs a C++ compiler")
+@pytest.mark.skipif(not packing._packs(torch.float32), reason="this machine's PyTorch packs no weights")
+@pytest.mark.usefixtures("weights_packed_from_the_first_token_on")
+def test_compiled_steps_multiply_and_attend_as_their_call_wants_it(monkeypatch):
+    """Packed weights and compiled attention are not compiled in: the same code takes them, or does not."""
+    target = make_model(LlamaConfig(**{**SIZES, "head_dim": 32}), seed=21)
+    draft, prompts = perturbed(target, 0.3, seed=22), make_prompts(1)
+    expected = target.generate(**prompts, do_sample=False, max_new_tokens=40)
+    compiled_runs, used = [], set()
+    forward = static.StaticForwards._forward
+
+    def step(self: Any, step: Any) -> Any:
+        chosen = forward(self, step)
+
+        def run(*args: Any) -> torch.Tensor:
+            before, _ = set(used), used.clear()
+            logits = chosen(*args)
+            if chosen is self._compiled:
+                compiled_runs.append(frozenset(used))
+            used.update(before)
+            return logits
+
+        return run
+
+    def spy(module: Any, name: str) -> None:
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args: (used.add(name), original(*args))[1])
+
+    monkeypatch.setattr(static.StaticForwards, "_forward", step)
+    spy(compiled_attention, "attend")
+    spy(attention, "folded")
+    spy(packing, "_multiply")
+    for compiles, packs, wanted in (
+        ("draft", False, {"folded"}),
+        (True, True, {"attend", "_multiply"}),
+        ("draft", True, {"folded", "_multiply"}),
+    ):
+        compiled_runs.clear()
+        options = {"speculation_compile": compiles, "speculation_pack_weights": packs, "max_new_tokens": 40}
+        given, stats = compiled((target, draft), prompts, **options)
+        assert given.equal(expected) and 0 < stats.acceptance_rate < 1
+        assert set(compiled_runs) == {frozenset(wanted)}
+    assert stats.compile_seconds == 0
 
 
 def test_without_a_compiler_the_draft_drafts_uncompiled(monkeypatch, caplog):
