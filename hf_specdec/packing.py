@@ -8,6 +8,7 @@ While calls of `generate(strategy="spec")` run, `nn.Linear.forward` is the funct
 only in threads that are inside such a call, for the layers of its models. No model is touched.
 """
 
+import functools
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -26,8 +27,11 @@ logger = logging.get_logger(__name__)
 # Unless it is told, a call packs a model of up to so many bytes of weights, once calls may have taken so many tokens.
 MAX_BYTES = 1 << 30
 MIN_NEW_TOKENS = 64
-# How much faster products must be for a weight to be packed, and how much of a weight is enough to try it.
-_MIN_GAIN = 1.1
+# How much faster products must be for a weight to be packed. Small ones cost no memory to speak of, and of their few
+# microseconds too little can be measured to tell more than that they are not slower.
+_MIN_GAIN, _MIN_GAIN_OF_SMALL = 1.1, 0.9
+_SMALL_BYTES = 1 << 20
+# How much of a weight is enough to try it.
 _TRIED_BYTES = 1 << 24
 # Tokens that products are packed for.
 _TOKENS = 16
@@ -131,7 +135,8 @@ def _gains_by_it(weight: Tensor) -> bool:
     kind = (weight.shape, weight.dtype)
     if kind not in _gains:
         _gains[kind] = _measure_gain(weight)
-    return _gains[kind] >= _MIN_GAIN
+    is_small = weight.numel() * weight.element_size() <= _SMALL_BYTES
+    return _gains[kind] >= (_MIN_GAIN_OF_SMALL if is_small else _MIN_GAIN)
 
 
 def _measure_gain(weight: Tensor) -> float:
@@ -169,15 +174,22 @@ def _is_still(weight: Tensor, packed: _Packed) -> bool:
 
 
 def _multiply(tokens: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    product: Tensor = torch.ops.mkldnn._linear_pointwise.default(tokens, packed, bias, "none", [], "")
+    product: Tensor = _operator()(tokens, packed, bias, "none", [], "")
     return product
+
+
+@functools.cache
+def _operator() -> Any:
+    """Looking it up by its names takes a microsecond, hundreds of times per forward."""
+    return torch.ops.mkldnn._linear_pointwise.default
 
 
 def _packed(weight: Tensor, tokens: Tensor) -> Tensor | None:
     """The packed weight, where there is one and it takes these tokens."""
-    own, packed = _thread.weights.get(weight.data_ptr(), (None, None))
-    if own is None or packed is None or own.shape != weight.shape:
+    known = _thread.weights.get(weight.data_ptr())
+    if known is None or not (known[0] is weight or known[0].shape == weight.shape):
         return None
+    packed = known[1]
     is_usual = type(tokens) is Tensor and tokens.dtype == packed.dtype and tokens.ndim > 1 and tokens.numel() > 0
     takes = is_usual and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
     return packed if takes else None

@@ -186,6 +186,7 @@ def weights_packed_from_the_first_token_on(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(options.DEFAULTS, "speculation_pack_weights", None)
     monkeypatch.setattr(packing, "MIN_NEW_TOKENS", 0)
     monkeypatch.setattr(packing, "_MIN_GAIN", 0.0)
+    monkeypatch.setattr(packing, "_MIN_GAIN_OF_SMALL", 0.0)
 
 
 @pytest.fixture(autouse=True)

@@ -130,13 +130,22 @@ def test_short_calls_pack_once_there_were_enough(
     assert products
 
 
+@pytest.mark.parametrize(("small_bytes", "gain", "gain_of_head"), [(0, 1.0, 1.2), (1 << 20, 0.8, 1.0)])
 def test_products_that_would_not_be_faster_are_left(
-    pair: Pair, products: list[int], monkeypatch: pytest.MonkeyPatch
+    pair: Pair,
+    products: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    small_bytes: int,
+    gain: float,
+    gain_of_head: float,
 ) -> None:
-    gains = {(m.weight.shape, m.weight.dtype): 1.0 for m in pair[0].modules() if type(m) is nn.Linear}
+    """Big weights must gain by it, small ones must not lose."""
+    gains = {(m.weight.shape, m.weight.dtype): gain for m in pair[0].modules() if type(m) is nn.Linear}
     head = pair[0].get_output_embeddings().weight
-    gains[head.shape, head.dtype] = 1.2
+    gains[head.shape, head.dtype] = gain_of_head
+    monkeypatch.setattr(packing, "_SMALL_BYTES", small_bytes)
     monkeypatch.setattr(packing, "_MIN_GAIN", 1.1)
+    monkeypatch.setattr(packing, "_MIN_GAIN_OF_SMALL", 0.9)
     monkeypatch.setattr(packing, "_gains", gains)
     stats = SpeculationStats()
     spec(pair, speculation_stats=stats)
