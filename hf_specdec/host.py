@@ -23,8 +23,12 @@ def no_bookkeeping(model: torch.nn.Module, device: torch.device) -> Callable[[],
 
     Not for models with forward hooks, which may keep tensors for a backward pass of their own.
     """
-    hooked = any(m._forward_hooks or (m._forward_pre_hooks and m is not model) for m in model.modules())
-    return nullcontext if hooked or device.type != "cpu" else torch.inference_mode
+    return nullcontext if is_hooked(model) or device.type != "cpu" else torch.inference_mode
+
+
+def is_hooked(model: torch.nn.Module) -> bool:
+    """Whether somebody else's code runs in a forward."""
+    return any(m._forward_hooks or (m._forward_pre_hooks and m is not model) for m in model.modules())
 
 
 def model_device(model: PreTrainedModel) -> torch.device:

@@ -22,7 +22,7 @@ DEFAULTS: dict[str, Any] = {
     "speculation_pack_weights": None,  # where it pays
 }
 OPTION_NAMES = tuple(DEFAULTS)
-COMPILABLE = ("draft", "attention")  # what `speculation_compile` can name
+COMPILABLE = ("draft", "target", "attention")  # what `speculation_compile` can name
 # `cache_implementation` for a cache of fixed size; all but the first are transformers' deprecated names for it.
 STATIC_KINDS = ("static", "sliding_window", "hybrid", "hybrid_chunked")
 
@@ -63,8 +63,8 @@ class Options:
             kind = type(compiles).__name__
             raise TypeError(f"`speculation_compile` must be a bool or a string, got {compiles!r} of type {kind}")
         if isinstance(compiles, str) and compiles not in COMPILABLE:
-            names = " or ".join(map(repr, COMPILABLE))
-            raise ValueError(f"`speculation_compile` must be {names}, or True for both, got {compiles!r}")
+            names = ", ".join(map(repr, COMPILABLE))
+            raise ValueError(f"`speculation_compile` must be one of {names}, or True for all of them, got {compiles!r}")
         if self.assistant_early_exit is not None:
             raise ValueError(
                 "`assistant_early_exit` is not supported by strategy='spec' yet: pass a draft model as "

@@ -220,16 +220,15 @@ def make_drafter(
     Raises:
         ValueError, TypeError: if that does not name a drafter, or one that does not fit the target.
     """
-    on_cpu = model_device(target).type == "cpu"
-    if options.speculation_compile == "attention" and not on_cpu:
+    if options.speculation_compile == "attention" and model_device(target).type != "cpu":
         raise ValueError(
             f"`speculation_compile='attention'` is for CPUs, and the target is on {model_device(target)}: leave it out"
         )
     has_none = assistant_model is None or isinstance(assistant_model, Drafter)
-    if has_none and options.compiles("draft") and not (on_cpu and options.compiles("attention")):
+    if has_none and options.speculation_compile == "draft":
         raise ValueError(
-            f"`speculation_compile={options.speculation_compile!r}` compiles a draft model, and this call has none: "
-            "pass one as `assistant_model`, or leave the option out"
+            "`speculation_compile='draft'` compiles a draft model, and this call has none: pass one as "
+            "`assistant_model`, or leave the option out"
         )
     if isinstance(assistant_model, Drafter):
         return assistant_model

@@ -39,7 +39,7 @@ from .prompt import Prompt, read_prompt
 from .rope import check_lengths
 from .schedule import make_schedule
 from .states import has_states
-from .static import WIDTHS, borrow
+from .static import BLOCKS, WIDTHS, borrow, can_be_compiled
 from .stats import SpeculationStats
 from .stopping import Stopping
 from .streaming import StepStreamer
@@ -111,12 +111,15 @@ def prepare(
     context_first = [max(f - prompt.column_offset, 0) for f in prompt.first]
     context = Context(prompt.input_ids, context_first, max_length, 0 if pad is None else int(pad))
     keeps_all = _may_go_far_back(generation_config, cache, batch, lockstep, stopping)
+    compiles = options.compiles("target")
     make_target: Callable[[], CachedModel] = functools.partial(
-        _cached_target, model, cache, prompt, context, first, aligned, keeps_all, generation_config, encoder
+        _cached_target, model, cache, prompt, context, first, aligned, keeps_all, generation_config, encoder, compiles
     )
     if by_itself:
         make_target = functools.partial(PreparedModel, model, input_ids, generation_config, model_kwargs)
     target = make_target()
+    if target.static is not None:
+        stats.compile_seconds += target.static.compile_seconds
     if target.encoded is not None:
         target.encoded.load(user_cache.cross_attention_cache)
     windows = [getattr(layer, "sliding_window", None) for layer in cache.layers]
@@ -299,21 +302,30 @@ def _cached_target(
     keeps_all: bool,
     generation_config: GenerationConfig,
     encoder: EncoderSide | None,
+    compiles: bool,
 ) -> CachedModel:
     columns = context.max_length + prompt.column_offset
     padded = aligned and not bool(prompt.mask.all())
     device = model_device(model)
     layers = cache_layers(source, model.config, len(first), columns, windowed=not keeps_all)
     cache = RaggedCache(len(first), device, prompt.mask.shape[1] + 256, max_capacity=columns, layers=layers)
-    static = None
-    if generation_config.cache_implementation in STATIC_KINDS:
+    static, is_static = None, generation_config.cache_implementation in STATIC_KINDS
+    if is_static or compiles:
         moving = prompt.positions is not None or prompt.axes is not None or prompt.first_forward is not None
-        if padded or moving or encoder is not None or cache.states or not decodes_ragged_rows(model):
+        moving = moving or padded or encoder is not None or bool(cache.states) or not decodes_ragged_rows(model)
+        if moving and is_static:
             logger.warning_once(f"{type(model).__name__} and this prompt need forwards of changing shapes.")
             layers = cache_layers(source, model.config, len(first), columns, windowed=False)
             cache = RaggedCache(len(first), device, capacity=columns, max_capacity=columns, layers=layers)
-        else:
-            cache, static = borrow(model, len(first), device, columns + WIDTHS[-1])
+        if compiles and (moving or not can_be_compiled(model)):
+            compiles = False
+            logger.warning_once(
+                f"{type(model).__name__} verifies uncompiled: its forwards change their shapes here, or it has "
+                "adapters or hooks."
+            )
+        if not moving and (is_static or compiles):
+            cache, static = borrow(model, len(first), device, columns + WIDTHS[-1], BLOCKS if compiles else ())
+            static.compile(model)
     if prompt.past:
         cache.load(source, first)
     # Position ids minus slots: slot = column - first.

@@ -1,5 +1,5 @@
 """Forwards of fixed shapes (`cache_implementation="static"`): on CUDA captured once as graphs, then replayed.
-Those that draft can be compiled besides (`speculation_compile`).
+They can be compiled besides (`speculation_compile`).
 
 A decode step of a small model costs more to launch than to compute. Here the only inputs are token ids and where each
 row's tokens go; slots, positions and masks are made on the device, attention is over the whole capacity, and widths are
@@ -7,8 +7,9 @@ rounded up to a few, so that a step of the same rows is the same kernels on the 
 with the model for the next call. On other devices the same code runs without graphs.
 """
 
+import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -19,7 +20,9 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from . import packing
+from .attention import folded_attention
 from .cache import RaggedCache
+from .host import is_hooked, no_bookkeeping
 from .masks import ragged_mask
 from .swap import compiling_ours
 
@@ -27,8 +30,10 @@ logger = logging.get_logger(__name__)
 
 # Tokens per row; what does not fit is fed in the ordinary way.
 WIDTHS = (1, 2, 3, 5, 9, 17)
-# Of these, the steps of a draft model: one token, or two behind a block that was accepted whole.
-_COMPILED = (1, 2)
+# Widths that are compiled. The steps of a draft model: one token, or two behind a block that was accepted whole.
+STEPS = (1, 2)
+# Blocks that a target verifies, by one code for all of them; what is one token wide is filled up.
+BLOCKS = range(2, WIDTHS[-1] + 1)
 
 
 @dataclass
@@ -46,13 +51,16 @@ class StaticForwards:
 
     Args:
         cache: its storage must stay where it is.
-        compiles: steps of one and two tokens, over all rows of the cache, by `torch.compile`. Rounding may differ then.
+        compiles: the widths, STEPS or BLOCKS, that `torch.compile` compiles, over all rows of the cache. What steps say
+            need not be exact; blocks are rounded as uncompiled ones, and compiled again when the model has changed.
     """
 
-    def __init__(self, cache: RaggedCache, compiles: bool = False):
+    def __init__(self, cache: RaggedCache, compiles: Sequence[int] = ()):
         self.compiles = compiles
+        self.compile_seconds = 0.0
         self._cache = cache
         self._compiled: Callable[[PreTrainedModel, _Step], Tensor] | None = None
+        self._failed = False
         self._steps: dict[tuple[int, int], _Step] = {}
         self._captures = cache.device.type == "cuda"
 
@@ -64,18 +72,23 @@ class StaticForwards:
             places: `[3, rows]`, see `_Step`.
         """
         rows, width = ids.shape
-        padded = next(w for w in WIDTHS if w >= width)
-        step = self._step(rows, padded)
+        step = self._step(rows, self._filled_up(rows, width))
         step.ids[:, :width].copy_(ids)
         step.places.copy_(places)
         if self._captures and step.graph is None:
             self._capture(model, step)
         if step.graph is None:
-            step.logits = self._forward(step)(model, step)
+            with compiling_ours():  # should the model have changed
+                step.logits = self._forward(step)(model, step)
         else:
             step.graph.replay()
         assert step.logits is not None
         return step.logits[:, :width]
+
+    def _filled_up(self, rows: int, width: int) -> int:
+        if self._is_compiled(rows, max(width, BLOCKS[0])) and self.compiles is BLOCKS and not self._captures:
+            return max(width, BLOCKS[0])
+        return next(w for w in WIDTHS if w >= width)
 
     def _step(self, rows: int, width: int) -> _Step:
         if (rows, width) not in self._steps:
@@ -87,29 +100,31 @@ class StaticForwards:
             self._steps[rows, width] = _Step(ids, places)
         return self._steps[rows, width]
 
-    def compile(self, model: PreTrainedModel) -> float:
-        """Compile what is to be compiled, if that was not done before; the cache must be empty.
-
-        Returns: what it took, in seconds.
-        """
-        if not self.compiles or self._compiled is not None:
-            return 0.0
+    def compile(self, model: PreTrainedModel) -> None:
+        """Compile what is to be compiled, if that was not done before; the cache must be empty."""
         began, rows = perf_counter(), len(self._cache.lengths)
-        # Everything that changes between calls is a tensor. Guards on Python objects would see ours as new in each.
-        options: dict[str, Any] = {"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe}
+        self.compile_seconds = 0.0
+        if not self.compiles or self._compiled is not None or self._failed:
+            return
+        exact = self.compiles is BLOCKS
+        guards = _of_the_model if exact else torch.compiler.keep_tensor_guards_unsafe
+        options: dict[str, Any] = {"guard_filter_fn": guards, "emulate_precision_casts": exact}
         alone: dict[str, Any] = {"isolate_recompiles": True}  # of other models, which count against one limit
         try:
             compiled = torch.compile(self._run, dynamic=False, options=options, **alone)
-            with torch.inference_mode(), packing.exchanged(), compiling_ours():
+            with no_bookkeeping(model, self._cache.device)(), folded_attention(), packing.exchanged(), compiling_ours():
                 self._run(model, self._step(rows, 1))  # storage is made
-                for width in _COMPILED:
-                    compiled(model, self._step(rows, width))
+                for width in BLOCKS[3:4] if exact else self.compiles:
+                    step = self._step(rows, width)
+                    if exact:
+                        torch._dynamo.mark_dynamic(step.ids, 1, min=BLOCKS[0], max=BLOCKS[-1])
+                    compiled(model, step)
             self._compiled = compiled
         except Exception as error:  # of compilers, which may not even be there
-            self.compiles = False
+            self._failed = True
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            logger.warning_once(f"{type(model).__name__} could not be compiled ({reason}): it drafts uncompiled.")
-        return perf_counter() - began
+            logger.warning_once(f"{type(model).__name__} could not be compiled ({reason}): it runs uncompiled.")
+        self.compile_seconds = perf_counter() - began
 
     def _run(self, model: PreTrainedModel, step: _Step) -> Tensor:
         first, position, last = step.places[:, :, None].unbind()
@@ -121,9 +136,10 @@ class StaticForwards:
         return model(input_ids=step.ids, position_ids=positions, **inputs).logits
 
     def _forward(self, step: _Step) -> Callable[[PreTrainedModel, _Step], Tensor]:
-        rows, width = step.ids.shape
-        is_compiled = width in _COMPILED and rows == len(self._cache.lengths)
-        return self._compiled if is_compiled and self._compiled is not None else self._run
+        return self._compiled if self._compiled and self._is_compiled(*step.ids.shape) else self._run
+
+    def _is_compiled(self, rows: int, width: int) -> bool:
+        return self._compiled is not None and width in self.compiles and rows == len(self._cache.lengths)
 
     def _capture(self, model: PreTrainedModel, step: _Step) -> None:
         stream = torch.cuda.Stream()
@@ -145,11 +161,27 @@ class StaticForwards:
             )
 
 
+def can_be_compiled(model: PreTrainedModel) -> bool:
+    """Adapters may be switched in between, and hooks must see every forward."""
+    return not (hasattr(model, "peft_config") or is_hooked(model))
+
+
+def _of_the_model(guards: Sequence[Any]) -> list[bool]:
+    """Which guards of compiled code stay: those on `model`, on tensors and on PyTorch's own modes, which have no name.
+
+    Those on Python objects of ours would see new ones in each call, of which all that matters is a tensor.
+    """
+    return [
+        guard.guard_type == "TENSOR_MATCH" or not guard.name or bool(re.search(r"\bmodel\b", guard.name))
+        for guard in guards
+    ]
+
+
 _kept: "weakref.WeakKeyDictionary[PreTrainedModel, tuple[RaggedCache, StaticForwards]]" = weakref.WeakKeyDictionary()
 
 
 def borrow(
-    model: PreTrainedModel, rows: int, device: torch.device, capacity: int, compiles: bool = False
+    model: PreTrainedModel, rows: int, device: torch.device, capacity: int, compiles: Sequence[int] = ()
 ) -> tuple[RaggedCache, StaticForwards]:
     """An empty cache of at least `capacity` slots, and the forwards on it: those of an earlier call where they fit."""
     kept = _kept.pop(model, None)  # nobody else may use them meanwhile
@@ -157,7 +189,8 @@ def borrow(
         kept[0].clear()
         return kept
     if compiles:
-        capacity = 1 << (capacity - 1).bit_length()  # a somewhat longer call shall find it compiled
+        step = max(256, 1 << capacity.bit_length() - 3)  # a somewhat longer call shall find it compiled
+        capacity = -(-capacity // step) * step
     cache = RaggedCache(rows, device, capacity, capacity)
     return cache, StaticForwards(cache, compiles)
 

@@ -26,11 +26,11 @@ operators = torch.library.Library("hf_specdec", "FRAGMENT")
 @contextmanager
 def compiling_ours() -> Iterator[None]:
     """What is compiled inside is called by nobody but us."""
-    _thread.compiles_ours = True
+    before, _thread.compiles_ours = _thread.compiles_ours, True
     try:
         yield
     finally:
-        _thread.compiles_ours = False
+        _thread.compiles_ours = before
 
 
 def compiles_ours() -> bool:

@@ -15,7 +15,7 @@ from conftest import ARCHITECTURES, SIZES, make_model, make_pair, make_prompts, 
 from transformers import LlamaConfig, PreTrainedModel
 
 import hf_specdec
-from hf_specdec import attention, compiled_attention, packing, static
+from hf_specdec import attention, compiled_attention, packing, session, static
 
 RAGGED = sorted(ARCHITECTURES.keys() - {"bloom", "falcon-alibi"})
 
@@ -107,31 +107,37 @@ def test_what_is_kept_does_not_keep_a_model_alive():
     assert gone() is None
 
 
-# ------------------------------------------------------------------------------------------------- compiled drafts
+# ----------------------------------------------------------------------------------------- compiled drafts, targets
 
 
-def compiled(pair: tuple[PreTrainedModel, PreTrainedModel], prompts: dict[str, Any], **options: Any) -> Any:
-    """What a call with a compiled draft says, and its statistics."""
-    stats = hf_specdec.SpeculationStats()
-    options = {"cache_implementation": None, "speculation_compile": True, "num_assistant_tokens": 4} | options
-    return generate(pair, prompts, speculation_stats=stats, **options), stats
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-@pytest.mark.parametrize(("name", "rows"), [("llama", 1), ("gpt2", 3)])
-def test_a_compiled_draft_says_the_same_and_is_compiled_once(name, rows, monkeypatch):
-    target, _ = pair = make_pair(name)
-    copy = perturbed(target, 0.0)
-    widths: list[tuple[int, int]] = []  # of steps that ran compiled
+@pytest.fixture
+def widths(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Rows and widths of steps that ran compiled."""
+    seen: list[tuple[int, int]] = []
     forward = static.StaticForwards._forward
 
     def spy(self: Any, step: Any) -> Any:
         chosen = forward(self, step)
         if chosen is self._compiled:
-            widths.append(tuple(step.ids.shape))
+            seen.append(tuple(step.ids.shape))
         return chosen
 
     monkeypatch.setattr(static.StaticForwards, "_forward", spy)
+    return seen
+
+
+def compiled(pair: tuple[PreTrainedModel, PreTrainedModel], prompts: dict[str, Any], **options: Any) -> Any:
+    """What a call with a compiled draft says, and its statistics."""
+    stats = hf_specdec.SpeculationStats()
+    options = {"cache_implementation": None, "speculation_compile": "draft", "num_assistant_tokens": 4} | options
+    return generate(pair, prompts, speculation_stats=stats, **options), stats
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize(("name", "rows"), [("llama", 1), ("gpt2", 3)])
+def test_a_compiled_draft_says_the_same_and_is_compiled_once(name, rows, widths):
+    target, _ = pair = make_pair(name)
+    copy = perturbed(target, 0.0)
     for draft, calls in ((pair[1], 2), (copy, 1)):
         generate((target, draft), make_prompts(rows))  # keeps storage for calls of its own kind
         for seed in range(calls):
@@ -177,6 +183,7 @@ def test_compiled_steps_multiply_and_attend_as_their_call_wants_it(monkeypatch):
     spy(compiled_attention, "attend")
     spy(attention, "folded")
     spy(packing, "_multiply")
+    generate((target, draft), prompts, cache_implementation=None, speculation_compile="target")
     for compiles, packs, wanted in (
         ("draft", False, {"folded"}),
         (True, True, {"attend", "_multiply"}),
@@ -190,6 +197,86 @@ def test_compiled_steps_multiply_and_attend_as_their_call_wants_it(monkeypatch):
     assert stats.compile_seconds == 0
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize(("name", "rows"), [("llama", 1), ("gpt2", 3), ("mistral-sliding", 2)])
+def test_a_compiled_target_says_the_same_and_is_compiled_once(name, rows, widths):
+    target, _ = pair = make_pair(name)
+    generate(pair, make_prompts(rows))  # keeps storage for calls of its own kind
+    for seed, gamma in enumerate((4, 1, 6)):
+        prompts = make_prompts(rows, seed=seed)
+        given, stats = compiled(pair, prompts, speculation_compile="target", num_assistant_tokens=gamma)
+        assert given.equal(target.generate(**prompts, do_sample=False, max_new_tokens=24))
+        assert (stats.compile_seconds > 0) == (seed == 0)
+    assert {(rows, 2), (rows, 5), (rows, 7)} <= set(widths)
+    assert not {width for _, width in widths} & {1, 9, 17}  # of blocks of 7, and none is filled up to 9
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_compiled_blocks_are_rounded_as_uncompiled_ones(widths):
+    target = make_model(LlamaConfig(**SIZES), seed=3).to(torch.bfloat16)
+    pair, prompts = (target, perturbed(target, 0.1, seed=4)), make_prompts(2)
+    options = {"return_dict_in_generate": True, "output_logits": True, "num_assistant_tokens": 4}
+    expected = generate(pair, prompts, **options)
+    given, _ = compiled(pair, prompts, speculation_compile="target", **options)
+    assert widths and given.sequences.equal(expected.sequences)
+    differ = [(a != b).float().mean() for a, b in zip(given.logits, expected.logits)]
+    assert max(differ) < 0.05
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_a_target_that_has_changed_is_compiled_again(widths):
+    target, draft = make_pair("llama")
+    target = perturbed(target, 0.0)
+    prompts = make_prompts(1)
+
+    def check() -> torch.Tensor:
+        given, _ = compiled((target, draft), prompts, speculation_compile="target")
+        expected = target.generate(**prompts, do_sample=False, max_new_tokens=24)
+        assert given.equal(expected)
+        return expected
+
+    said = [check()]
+    with torch.no_grad():  # seen without compiling
+        target.model.layers[0].mlp.down_proj.weight *= -2
+    said.append(check())
+    target.model.layers[1].self_attn.scaling *= 5
+    said.append(check())
+    target.model.layers[0].input_layernorm.variance_epsilon = 10.0
+    said.append(check())
+    assert len({tuple(tokens[0].tolist()) for tokens in said}) == 4
+    seen = len(widths)
+    hook = target.lm_head.register_forward_hook(lambda module, args, logits: -logits)
+    check()
+    hook.remove()
+    assert len(widths) == seen  # whose hooks must see every forward is not compiled
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_a_compiled_target_goes_on_from_a_cache(widths):
+    target, draft = make_pair("llama")
+    prompts = make_prompts(1)
+    whole = target.generate(**prompts, do_sample=False, max_new_tokens=30)
+    before = target.generate(**prompts, do_sample=False, max_new_tokens=10, return_dict_in_generate=True)
+    given, _ = compiled(
+        (target, draft),
+        {"input_ids": before.sequences},
+        past_key_values=before.past_key_values,
+        speculation_compile="target",
+        max_new_tokens=20,
+    )
+    assert given.equal(whole) and widths
+
+
+def test_a_target_whose_forwards_change_their_shapes_is_not_compiled(monkeypatch, caplog):
+    monkeypatch.delattr(torch, "compile")
+    session.logger.warning_once.cache_clear()
+    pair, prompts = make_pair("bloom"), make_prompts(2)
+    given, stats = compiled(pair, prompts, speculation_compile="target")
+    assert given.equal(pair[0].generate(**prompts, do_sample=False, max_new_tokens=24))
+    assert stats.compile_seconds == 0
+    assert "BloomForCausalLM verifies uncompiled: its forwards change their shapes here" in caplog.text
+
+
 def test_without_a_compiler_the_draft_drafts_uncompiled(monkeypatch, caplog):
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("no compiler here")
@@ -199,7 +286,7 @@ def test_without_a_compiler_the_draft_drafts_uncompiled(monkeypatch, caplog):
     pair, prompts = make_pair("llama"), make_prompts(2)
     given, _ = compiled(pair, prompts)
     assert given.equal(pair[0].generate(**prompts, do_sample=False, max_new_tokens=24))
-    assert "LlamaForCausalLM could not be compiled (no compiler here): it drafts uncompiled" in caplog.text
+    assert "LlamaForCausalLM could not be compiled (no compiler here): it runs uncompiled" in caplog.text
 
 
 def test_a_draft_whose_forwards_change_their_shapes_is_not_compiled(monkeypatch, caplog):
@@ -209,7 +296,7 @@ def test_a_draft_whose_forwards_change_their_shapes_is_not_compiled(monkeypatch,
     given, stats = compiled(pair, prompts)
     assert given.equal(pair[0].generate(**prompts, do_sample=False, max_new_tokens=24))
     assert stats.compile_seconds == 0
-    assert "BloomForCausalLM drafts uncompiled: its forwards change their shapes here" in caplog.text
+    assert "BloomForCausalLM drafts uncompiled: its forwards change their shapes here, or it has" in caplog.text
 
 
 def test_without_a_draft_model_there_is_nothing_to_compile(llama_pair):
@@ -218,5 +305,7 @@ def test_without_a_draft_model_there_is_nothing_to_compile(llama_pair):
         ValueError, match=r"`speculation_compile=.draft.` compiles a draft.*pass one as `assistant_model`"
     ):
         target.generate(**make_prompts(1), strategy="spec", prompt_lookup_num_tokens=3, speculation_compile="draft")
-    with pytest.raises(ValueError, match="must be 'draft' or 'attention', or True for both, got 'yes'"):
+    with pytest.raises(
+        ValueError, match="must be one of 'draft', 'target', 'attention', or True for all of them, got 'yes'"
+    ):
         compiled(llama_pair, make_prompts(1), speculation_compile="yes")
