@@ -42,9 +42,15 @@ class _Packed(NamedTuple):
     sums: Tensor  # of the model's own weight, by row: they tell it from a changed one
 
 
+class _Pair(NamedTuple):
+    own: Tensor  # the model's weight
+    packed: Tensor
+
+
 class _Thread(threading.local):
     def __init__(self) -> None:
-        self.weights: dict[int, tuple[Tensor, Tensor]] = {}  # by address, the model's own weight, and it packed
+        self.layers: dict[nn.Module, _Pair] = {}
+        self.weights: dict[int, _Pair] = {}  # the same by address
 
 
 _thread = _Thread()
@@ -67,22 +73,23 @@ def packed_linears(models: Iterable[nn.Module], wanted: bool | None, new_tokens:
     Yields: seconds that packing took; nearly 0 where an earlier call has done it.
     """
     began = perf_counter()
-    weights: dict[int, tuple[Tensor, Tensor]] = {}
+    layers: dict[nn.Module, _Pair] = {}
     if wanted is not False:
         with _lock, torch.no_grad():
             for model in models:
-                weights |= _packed_weights(model, bool(wanted), new_tokens)
+                layers |= _packed_layers(model, bool(wanted), new_tokens)
     seconds = perf_counter() - began
-    before, _thread.weights = _thread.weights, weights
+    before = _thread.layers, _thread.weights
+    _thread.layers, _thread.weights = layers, {pair.own.data_ptr(): pair for pair in layers.values()}
     try:
-        with exchanged() if weights else nullcontext():
+        with exchanged() if layers else nullcontext():
             yield seconds
     finally:
-        _thread.weights = before
+        _thread.layers, _thread.weights = before
 
 
-def _packed_weights(model: nn.Module, wanted: bool, new_tokens: int) -> dict[int, tuple[Tensor, Tensor]]:
-    """By address, the weights of the model's linear layers, each also packed; packs what is to be packed."""
+def _packed_layers(model: nn.Module, wanted: bool, new_tokens: int) -> dict[nn.Module, _Pair]:
+    """By linear layer of the model, its weight, and it packed; packs what is to be packed."""
     _new_tokens[model] = _new_tokens.get(model, 0) + new_tokens
     modules: Iterable[Any] = model.modules()
     layers = [module for module in modules if _can_be_packed(module)]
@@ -110,7 +117,7 @@ def _packed_weights(model: nn.Module, wanted: bool, new_tokens: int) -> dict[int
             f"`speculation_pack_weights` finds nothing to pack in {type(model).__name__}: no linear layers on the CPU, "
             "in float32 or bfloat16, whose products would be faster."
         )
-    return {layer.weight.data_ptr(): (layer.weight, _kept[layer].weight) for layer in layers if layer in _kept}
+    return {layer: _Pair(layer.weight, _kept[layer].weight) for layer in layers if layer in _kept}
 
 
 def _can_be_packed(module: Any) -> bool:
@@ -184,35 +191,32 @@ def _operator() -> Any:
     return torch.ops.mkldnn._linear_pointwise.default
 
 
-def _packed(weight: Tensor, tokens: Tensor) -> Tensor | None:
-    """The packed weight, where there is one and it takes these tokens."""
-    known = _thread.weights.get(weight.data_ptr())
-    if known is None or not (known[0] is weight or known[0].shape == weight.shape):
-        return None
-    packed = known[1]
-    is_usual = type(tokens) is Tensor and tokens.dtype == packed.dtype and tokens.ndim > 1 and tokens.numel() > 0
-    takes = is_usual and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
-    return packed if takes else None
-
-
 def _over(original: Function) -> Function:
     def forward(self: nn.Linear, input: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             if compiles_ours() and input.device.type == "cpu":
                 return torch.ops.hf_specdec.linear(input, self.weight, self.bias)
         else:
-            packed = _packed(self.weight, input)
-            if packed is not None:
-                return _multiply(input, packed, self.bias)
+            known = _thread.layers.get(self)
+            if known is not None and known.own is self.weight and _takes(input, known.packed):
+                return _multiply(input, known.packed, self.bias)
         result: Tensor = original(self, input)
         return result
 
     return forward
 
 
+def _takes(tokens: Tensor, packed: Tensor) -> bool:
+    is_usual = type(tokens) is Tensor and tokens.dtype == packed.dtype and tokens.ndim > 1 and tokens.numel() > 0
+    return is_usual and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+
+
 def _compiled_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    packed = _packed(weight, input)
-    return nn.functional.linear(input, weight, bias) if packed is None else _multiply(input, packed, bias)
+    """Code that was compiled has weights, and no layers."""
+    known = _thread.weights.get(weight.data_ptr())
+    if known is not None and known.own.shape == weight.shape and _takes(input, known.packed):
+        return _multiply(input, known.packed, bias)
+    return nn.functional.linear(input, weight, bias)
 
 
 def _fake_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -163,7 +163,7 @@ class StaticForwards:
 
 def can_be_compiled(model: PreTrainedModel) -> bool:
     """Adapters may be switched in between, and hooks must see every forward."""
-    return not (hasattr(model, "peft_config") or is_hooked(model))
+    return not (hasattr(model, "peft_config") or is_hooked(model) or model._forward_pre_hooks)
 
 
 def _of_the_model(guards: Sequence[Any]) -> list[bool]:

@@ -160,7 +160,7 @@ class SpeculationStats(RowStats):
             verification takes the whole prompt along.
         draft_prefill_forwards: forwards of the draft model over prompts, or what it had missed, that drafted nothing.
         prefill_seconds: wall time before the first iteration, but for compiling.
-        compile_seconds: wall time of compiling draft and attention (`speculation_compile`), in none of the others.
+        compile_seconds: wall time of compiling (`speculation_compile`), in none of the others.
         packing_seconds: wall time of packing weights (`speculation_pack_weights`), or of finding that they are packed
             already, in none of the others.
         draft_seconds: wall time of drafting.

@@ -64,9 +64,10 @@ def speculative(
         speculation_trace: filled in place.
         options: `num_assistant_tokens`, `num_assistant_tokens_schedule`, `assistant_confidence_threshold`,
             `prompt_lookup_num_tokens`, `max_matching_ngram_size`, as in the generation config; `speculation_compile`,
-            to have the draft's steps compiled by `torch.compile` ("draft"), attention of few queries on CPUs by the
-            machine's C++ compiler ("attention"), or both (True); `speculation_pack_weights`, whether linear layers on
-            the CPU may keep their weights a second time, as its products want them (`None`: where it pays).
+            to have `torch.compile` compile the draft's steps ("draft") or the blocks that the target verifies
+            ("target"), or the machine's C++ compiler attention of few queries on CPUs ("attention"), or all (True);
+            `speculation_pack_weights`, whether linear layers on the CPU may keep their weights a second time, as its
+            products want them (`None`: where it pays).
 
     Raises:
         TypeError: for an option of another name, or a record of another type.

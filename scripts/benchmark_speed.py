@@ -50,7 +50,7 @@ def parse() -> argparse.Namespace:
     add("--hf", nargs="*", type=way, default=["5", "default"], metavar="WAY",
         help="HF assisted generation, likewise (default: 5 default)")  # fmt: skip
     add("--compile", nargs="?", const=True, default=False, choices=COMPILABLE,
-        help="ours with draft and attention compiled too, or one of them (`speculation_compile`)")  # fmt: skip
+        help="ours with draft, target and attention compiled too, or one of them (`speculation_compile`)")  # fmt: skip
     add("--unpacked", action="store_true", help="ours without packed weights too (`speculation_pack_weights=False`)")
     add("--lookup", nargs="*", type=arguments.positive, default=[8], metavar="γ",
         help="prompt look-up, ours and HF's (default: 8)")  # fmt: skip

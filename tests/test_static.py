@@ -244,11 +244,14 @@ def test_a_target_that_has_changed_is_compiled_again(widths):
     target.model.layers[0].input_layernorm.variance_epsilon = 10.0
     said.append(check())
     assert len({tuple(tokens[0].tolist()) for tokens in said}) == 4
-    seen = len(widths)
+    seen, forwards = len(widths), []
     hook = target.lm_head.register_forward_hook(lambda module, args, logits: -logits)
     check()
     hook.remove()
-    assert len(widths) == seen  # whose hooks must see every forward is not compiled
+    hook = target.register_forward_pre_hook(lambda module, args: forwards.append(module))
+    check()
+    hook.remove()
+    assert len(widths) == seen and len(forwards) > 24  # whose hooks must see every forward is not compiled
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")

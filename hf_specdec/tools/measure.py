@@ -19,6 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
+from ..forward import CachedModel
+from ..prepared import PreparedModel
 from ..stats import SpeculationStats
 from .bare import BareForwards
 
@@ -107,7 +109,7 @@ class Arrivals(BaseStreamer):
     def end(self) -> None:
         pass
 
-    def count_forward(self, *_: Any) -> None:
+    def count_forward(self) -> None:
         self.forwards += 1
         if self.columns > 0 and self.next_forward_seconds is None:
             self.next_forward_seconds = time.perf_counter()
@@ -117,15 +119,12 @@ def timed(target: PreTrainedModel, batch: Batch, new_tokens: int, options: dict[
     """One greedy `generate()` call: its times, and the sequences it returned."""
     rows, width = batch["input_ids"].shape
     arrivals = Arrivals(rows)
-    hook = target.register_forward_pre_hook(arrivals.count_forward)
-    synchronize(target.device)
-    began = time.perf_counter()
-    try:
+    with counting(target, arrivals.count_forward, ours="strategy" in options):
+        synchronize(target.device)
+        began = time.perf_counter()
         sequences = target.generate(**batch, max_new_tokens=new_tokens, do_sample=False, streamer=arrivals, **options)
         synchronize(target.device)
         ended = time.perf_counter()
-    finally:
-        hook.remove()
     lengths = [len(row) for row in new_rows(target, sequences, width)]
     first = sum(min(length, arrivals.columns) for length in lengths)
     run = Run(
@@ -137,6 +136,40 @@ def timed(target: PreTrainedModel, batch: Batch, new_tokens: int, options: dict[
         forwards=arrivals.forwards,
     )
     return run, sequences
+
+
+# Where our loop calls a model.
+_FEEDING: list[tuple[type[CachedModel], str]] = [
+    *((CachedModel, name) for name in ("_feed", "_feed_static", "read_prompt")),
+    *((PreparedModel, name) for name in ("_step", "read_prompt")),
+]
+
+
+@contextmanager
+def counting(target: PreTrainedModel, count: Callable[[], None], ours: bool) -> Iterator[None]:
+    """Inside, `count` is called before each forward of the target: by a hook, or in our loop without, because models
+    that have hooks are not compiled.
+    """
+    originals: list[Any] = [getattr(cls, name) for cls, name in _FEEDING]
+
+    def counted(original: Any) -> Any:
+        def feed(self: CachedModel, *args: Any, **kwargs: Any) -> Any:
+            if self.model is target:
+                count()
+            return original(self, *args, **kwargs)
+
+        return feed
+
+    hook = None if ours else target.register_forward_pre_hook(lambda *_: count())
+    try:
+        for (cls, name), original in zip(_FEEDING, originals if ours else ()):
+            setattr(cls, name, counted(original))
+        yield
+    finally:
+        for (cls, name), original in zip(_FEEDING, originals):
+            setattr(cls, name, original)
+        if hook is not None:
+            hook.remove()
 
 
 def new_rows(target: PreTrainedModel, sequences: Tensor, width: int) -> list[list[int]]:
