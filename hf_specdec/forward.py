@@ -22,7 +22,7 @@ from .encoded import Encoded
 from .first_forward import FirstForward, OfRow, OfToken
 from .host import forward_parameters, no_bookkeeping, to_device
 from .masks import Mask, ragged_mask, takes_position_ids
-from .static import WIDTHS, StaticForwards, give_back
+from .static import StaticForwards, give_back
 
 
 class CachedModel:
@@ -159,9 +159,9 @@ class CachedModel:
         """
         keep = keep or width
         self.forwards += 1
-        static = self.static if width <= WIDTHS[-1] and all(value is None for value in kwargs.values()) else None
+        static, is_plain = self.static, all(value is None for value in kwargs.values())
         with self.no_bookkeeping():
-            if static is not None:
+            if static is not None and is_plain and static.takes(len(context.rows), width):
                 return CausalLMOutputWithPast(logits=self._feed_static(static, context, width, ids)[:, -keep:])
             output = self._feed(context, width, keep, ids, **kwargs)
             output.logits = output.logits[:, -keep:]

@@ -140,7 +140,7 @@ def prepare(
         lockstep=lockstep,
         processors=known(logits_processor),
         prefill_chunk_size=generation_config.prefill_chunk_size,
-        static=target.static is not None,
+        static=target.static is not None and generation_config.cache_implementation in STATIC_KINDS,
         inputs={} if prompt.first_forward is None or prompt.past else given,
         encoder=encoder,
         go_on=schedule.go_on,

@@ -85,9 +85,14 @@ class StaticForwards:
         assert step.logits is not None
         return step.logits[:, :width]
 
+    def takes(self, rows: int, width: int) -> bool:
+        """Whether so many tokens of so many rows are worth fixed shapes; else they are fed in the ordinary way."""
+        fits = width <= WIDTHS[-1]
+        return fits and (self._captures or not self.compiles or self._is_compiled(rows, width))
+
     def _filled_up(self, rows: int, width: int) -> int:
-        if self._is_compiled(rows, max(width, BLOCKS[0])) and self.compiles is BLOCKS and not self._captures:
-            return max(width, BLOCKS[0])
+        if self._is_compiled(rows, width) and not self._captures:
+            return max(width, self.compiles[0])
         return next(w for w in WIDTHS if w >= width)
 
     def _step(self, rows: int, width: int) -> _Step:
@@ -139,7 +144,8 @@ class StaticForwards:
         return self._compiled if self._compiled and self._is_compiled(*step.ids.shape) else self._run
 
     def _is_compiled(self, rows: int, width: int) -> bool:
-        return self._compiled is not None and width in self.compiles and rows == len(self._cache.lengths)
+        is_compiled = self._compiled is not None and rows == len(self._cache.lengths)
+        return is_compiled and max(width, self.compiles[0]) in self.compiles
 
     def _capture(self, model: PreTrainedModel, step: _Step) -> None:
         stream = torch.cuda.Stream()
@@ -162,8 +168,9 @@ class StaticForwards:
 
 
 def can_be_compiled(model: PreTrainedModel) -> bool:
-    """Adapters may be switched in between, and hooks must see every forward."""
-    return not (hasattr(model, "peft_config") or is_hooked(model) or model._forward_pre_hooks)
+    """Adapters may be switched in between, and hooks must see every forward, accelerate's too."""
+    is_moved = any("_hf_hook" in vars(module) for module in model.modules())
+    return not (hasattr(model, "peft_config") or is_hooked(model) or model._forward_pre_hooks or is_moved)
 
 
 def _of_the_model(guards: Sequence[Any]) -> list[bool]:

@@ -209,12 +209,17 @@ def test_a_compiled_target_says_the_same_and_is_compiled_once(name, rows, widths
         assert (stats.compile_seconds > 0) == (seed == 0)
     assert {(rows, 2), (rows, 5), (rows, 7)} <= set(widths)
     assert not {width for _, width in widths} & {1, 9, 17}  # of blocks of 7, and none is filled up to 9
+    expected = target.generate(**prompts, do_sample=False, max_new_tokens=24)
+    eos = int(expected[0, prompts["input_ids"].shape[1] + 5])  # where the first row ends; the others go on uncompiled
+    expected = target.generate(**prompts, do_sample=False, max_new_tokens=24, eos_token_id=eos)
+    assert compiled(pair, prompts, speculation_compile="target", eos_token_id=eos)[0].equal(expected)
+    assert {count for count, _ in widths} == {rows}
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_compiled_blocks_are_rounded_as_uncompiled_ones(widths):
     target = make_model(LlamaConfig(**SIZES), seed=3).to(torch.bfloat16)
-    pair, prompts = (target, perturbed(target, 0.1, seed=4)), make_prompts(2)
+    pair, prompts = (target, perturbed(target, 0.1, seed=4)), make_prompts(1)
     options = {"return_dict_in_generate": True, "output_logits": True, "num_assistant_tokens": 4}
     expected = generate(pair, prompts, **options)
     given, _ = compiled(pair, prompts, speculation_compile="target", **options)
