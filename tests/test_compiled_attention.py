@@ -272,10 +272,14 @@ def test_what_cannot_be_compiled_is_said(monkeypatch: pytest.MonkeyPatch, caplog
     draft = perturbed(target, 0.1)
     with pytest.raises(TypeError, match="`speculation_compile` must be a bool or a string, got 3 of type int"):
         speculate((target, draft), prompts, compile=3)
-    with pytest.raises(ValueError, match="must be 'draft' or 'attention', or True for both, got 'target'"):
-        speculate((target, draft), prompts, compile="target")
+    with pytest.raises(
+        ValueError, match="must be one of 'draft', 'target', 'attention', or True for all of them, got 'it'"
+    ):
+        speculate((target, draft), prompts, compile="it")
     monkeypatch.setattr(pairs, "model_device", lambda model: torch.device("cuda:0"))
     with pytest.raises(ValueError, match=r"`speculation_compile='attention'` is for CPUs.*on cuda:0: leave it out"):
         speculate((target, draft), prompts)
-    with pytest.raises(ValueError, match="`speculation_compile=True` compiles a draft model, and this call has none"):
-        speculate((target, None), prompts, compile=True, prompt_lookup_num_tokens=3, num_assistant_tokens=None)
+    with pytest.raises(
+        ValueError, match="`speculation_compile='draft'` compiles a draft model, and this call has none"
+    ):
+        speculate((target, None), prompts, compile="draft", prompt_lookup_num_tokens=3, num_assistant_tokens=None)
