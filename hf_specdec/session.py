@@ -39,7 +39,7 @@ from .prompt import Prompt, read_prompt
 from .rope import check_lengths
 from .schedule import make_schedule
 from .states import has_states
-from .static import BLOCKS, WIDTHS, borrow, can_be_compiled
+from .static import BLOCKS, borrow, compilable
 from .stats import SpeculationStats
 from .stopping import Stopping
 from .streaming import StepStreamer
@@ -317,15 +317,9 @@ def _cached_target(
             logger.warning_once(f"{type(model).__name__} and this prompt need forwards of changing shapes.")
             layers = cache_layers(source, model.config, len(first), columns, windowed=False)
             cache = RaggedCache(len(first), device, capacity=columns, max_capacity=columns, layers=layers)
-        if compiles and (moving or not can_be_compiled(model)):
-            compiles = False
-            logger.warning_once(
-                f"{type(model).__name__} verifies uncompiled: its forwards change their shapes here, or it has "
-                "adapters or hooks."
-            )
-        if not moving and (is_static or compiles):
-            cache, static = borrow(model, len(first), device, columns + WIDTHS[-1], BLOCKS if compiles else ())
-            static.compile(model)
+        widths = compilable(model, BLOCKS, not moving, "verifies") if compiles else ()
+        if not moving and (is_static or widths):
+            cache, static = borrow(model, len(first), device, columns, widths)
     if prompt.past:
         cache.load(source, first)
     # Position ids minus slots: slot = column - first.

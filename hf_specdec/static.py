@@ -91,8 +91,10 @@ class StaticForwards:
         return fits and (self._captures or not self.compiles or self._is_compiled(rows, width))
 
     def _filled_up(self, rows: int, width: int) -> int:
-        if self._is_compiled(rows, width) and not self._captures:
-            return max(width, self.compiles[0])
+        if self._is_compiled(rows, width):
+            width = max(width, self.compiles[0])
+            if not self._captures:
+                return width
         return next(w for w in WIDTHS if w >= width)
 
     def _step(self, rows: int, width: int) -> _Step:
@@ -167,10 +169,22 @@ class StaticForwards:
             )
 
 
-def can_be_compiled(model: PreTrainedModel) -> bool:
-    """Adapters may be switched in between, and hooks must see every forward, accelerate's too."""
+def compilable(model: PreTrainedModel, widths: Sequence[int], is_fixed: bool, does: str) -> Sequence[int]:
+    """The widths to compile for a model: none, which is said once, where its forwards are not always the same.
+
+    Args:
+        is_fixed: whether forwards keep their shapes.
+        does: what the model does with them, for the message.
+    """
+    # Adapters may be switched in between, and hooks must see every forward, accelerate's too.
     is_moved = any("_hf_hook" in vars(module) for module in model.modules())
-    return not (hasattr(model, "peft_config") or is_hooked(model) or model._forward_pre_hooks or is_moved)
+    is_changed = hasattr(model, "peft_config") or is_hooked(model) or bool(model._forward_pre_hooks) or is_moved
+    if is_fixed and not is_changed:
+        return widths
+    logger.warning_once(
+        f"{type(model).__name__} {does} uncompiled: its forwards change their shapes here, or it has adapters or hooks."
+    )
+    return ()
 
 
 def _of_the_model(guards: Sequence[Any]) -> list[bool]:
@@ -190,16 +204,22 @@ _kept: "weakref.WeakKeyDictionary[PreTrainedModel, tuple[RaggedCache, StaticForw
 def borrow(
     model: PreTrainedModel, rows: int, device: torch.device, capacity: int, compiles: Sequence[int] = ()
 ) -> tuple[RaggedCache, StaticForwards]:
-    """An empty cache of at least `capacity` slots, and the forwards on it: those of an earlier call where they fit."""
+    """An empty cache of at least `capacity` slots and a block, and the forwards on it: those of an earlier call where
+    they fit. They are compiled, if they are to be.
+    """
+    capacity += WIDTHS[-1]
     kept = _kept.pop(model, None)  # nobody else may use them meanwhile
     if kept is not None and kept[0].is_reusable(rows, device, capacity) and kept[1].compiles == compiles:
-        kept[0].clear()
-        return kept
-    if compiles:
-        step = max(256, 1 << capacity.bit_length() - 3)  # a somewhat longer call shall find it compiled
-        capacity = -(-capacity // step) * step
-    cache = RaggedCache(rows, device, capacity, capacity)
-    return cache, StaticForwards(cache, compiles)
+        cache, forwards = kept
+        cache.clear()
+    else:
+        if compiles:
+            step = max(256, 1 << capacity.bit_length() - 3)  # a somewhat longer call shall find it compiled
+            capacity = -(-capacity // step) * step
+        cache = RaggedCache(rows, device, capacity, capacity)
+        forwards = StaticForwards(cache, compiles)
+    forwards.compile(model)
+    return cache, forwards
 
 
 def give_back(model: PreTrainedModel, cache: RaggedCache, forwards: StaticForwards) -> None:

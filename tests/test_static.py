@@ -216,6 +216,16 @@ def test_a_compiled_target_says_the_same_and_is_compiled_once(name, rows, widths
     assert {count for count, _ in widths} == {rows}
 
 
+def test_compiled_blocks_that_are_captured_have_few_widths(monkeypatch):
+    """Graphs are for one width each; no block is narrower than those that were compiled."""
+    forwards = static.StaticForwards(hf_specdec.cache.RaggedCache(2, torch.device("cpu"), 64, 64), static.BLOCKS)
+    assert [forwards._filled_up(2, width) for width in (1, 6)] == [1, 9]
+    monkeypatch.setattr(forwards, "_compiled", forwards._run)
+    assert [forwards._filled_up(2, width) for width in (1, 6)] == [2, 6]
+    monkeypatch.setattr(forwards, "_captures", True)
+    assert [forwards._filled_up(2, width) for width in (1, 6)] == [2, 9]
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_compiled_blocks_are_rounded_as_uncompiled_ones(widths):
     target = make_model(LlamaConfig(**SIZES), seed=3).to(torch.bfloat16)

@@ -16,7 +16,7 @@ from ..masks import hands_positions_on
 from ..prepared import PreparedModel
 from ..probes import continues_states, decodes_ragged_rows
 from ..processors import BlockProcessors
-from ..static import STEPS, WIDTHS, borrow, can_be_compiled
+from ..static import STEPS, borrow, compilable
 from .base import Draft, Drafter, DraftRequest
 
 logger = logging.get_logger(__name__)
@@ -76,16 +76,9 @@ class ModelDrafter(Drafter):
         seen = show(self.model, request.inputs, rows) if request.inputs else None
         changing = padded or bool(cache.states) or encoded is not None or seen is not None
         fixed = (request.static or self.compiles) and not changing and self.takes_ragged_rows
-        compiles = self.compiles and fixed and can_be_compiled(self.model)
-        if self.compiles and not compiles:
-            logger.warning_once(
-                f"{type(self.model).__name__} drafts uncompiled: its forwards change their shapes here, or it has "
-                "adapters or hooks."
-            )
-        if fixed and (request.static or compiles):
-            widths = STEPS if compiles else ()
-            cache, static = borrow(self.model, rows, device, context.max_length + WIDTHS[-1], widths)
-            static.compile(self.model)
+        widths = compilable(self.model, STEPS, fixed, "drafts") if self.compiles else ()
+        if fixed and (request.static or widths):
+            cache, static = borrow(self.model, rows, device, context.max_length, widths)
             self.compile_seconds = static.compile_seconds
         self.cached = CachedModel(
             self.model,
