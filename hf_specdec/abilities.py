@@ -1,31 +1,30 @@
-"""What a target must be able to do for its drafts to be verified in blocks: asked of the model itself, or refused.
+"""What a model can do: what a target must be able to do for its drafts to be verified, and what rows may do together.
 
-Nothing here knows a kind of model, adapter or kernel by name; what cannot be read off is tried once, with a few tokens.
+Nothing here knows a kind of model, adapter or kernel by name. What cannot be read off is asked of the model itself,
+with a few tokens (`probes.py`), and remembered (`answers.py`).
 """
 
 import functools
-import weakref
 from typing import Any
 
 import torch
-from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils import logging
 
-from .host import model_device
-from .masks import probe_inputs, takes_position_ids
-from .probes import is_close
-from .states import has_states
+from .answers import Answer, CannotBeAsked, Differs, ask, check_same, ordinary_tokens
+from .host import forward_parameters, model_device
+from .layers import cache_layers
+from .masks import follows_masks, takes_masks
+from .probes import Vanilla, rehearse
+from .states import has_states, rows_are_independent
+from .window import Window
 
 logger = logging.get_logger(__name__)
 
 # Whose masks come from transformers: with these, several tokens on a filled cache are seen to end where the cache ends.
 _ALIGNED = {"sdpa", "eager", "flex_attention"}
-# model -> the attention implementations with which its probes were passed
-_passed: "weakref.WeakKeyDictionary[PreTrainedModel, set[str]]" = weakref.WeakKeyDictionary()
-
-# model -> (attention implementation, tokens of a window, or 0) -> whether it takes several tokens at once
-_blocks: "weakref.WeakKeyDictionary[PreTrainedModel, dict[tuple[str, int], bool]]" = weakref.WeakKeyDictionary()
 
 
 def check_target(model: PreTrainedModel, rows: int) -> None:
@@ -43,28 +42,115 @@ def check_target(model: PreTrainedModel, rows: int) -> None:
         )
         return  # what is random cannot be probed
     implementation: str = model.config.get_text_config(decoder=True)._attn_implementation
-    if implementation in _passed.setdefault(model, set()):
+    if implementation not in _ALIGNED:
+        answer = ask(model, "continues a cache", lambda seed: _continue_a_cache(model))
+        if not answer:
+            raise answer.refusal(
+                f"With the attention implementation {implementation!r}, {type(model).__name__} gives several tokens on "
+                "a filled cache other logits than one after the other (its causal mask must be aligned with the end of "
+                f"the keys), so drafts cannot be verified ({answer.reason}): use `attn_implementation='sdpa'` or "
+                "'eager'"
+            )
+    if _is_quantized(model) and model.dtype == torch.float32:
+        answer = ask(model, "tokens are independent", lambda seed: _compare_beside_others(model))
+        if not answer:
+            raise answer.refusal(
+                f"{type(model).__name__} is quantized such that a token's logits depend on the tokens fed with it "
+                f"(activations are scaled over the whole input; {answer.reason}), so that verified drafts would not be "
+                "vanilla's tokens: quantize weights only, or activations token by token, or drop strategy='spec'. As a "
+                "draft it can be used"
+            )
+
+
+def carries_its_own(model: PreTrainedModel) -> bool:
+    """Whether our cache cannot stand for what a decoder-only model carries from one forward to the next."""
+    if model.config.is_encoder_decoder:
+        return False
+    if not {"past_key_values", "cache_params"} & forward_parameters(model).keys():
+        return True
+    if not model._supports_default_dynamic_cache():
+        return True
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    if any(hasattr(layer, "set_prefill_length") for layer in cache.layers):  # prompts are kept apart
+        return True
+    return not ask(model, "keeps a cache", lambda seed: _keep_a_cache(model, seed))
+
+
+def _keep_a_cache(model: PreTrainedModel, seed: int) -> None:
+    """A model that is given a cache of transformers returns one, not a tuple of its own making."""
+    vanilla = Vanilla(model)
+    try:
+        output = vanilla.output(vanilla.ids(ordinary_tokens(model, 2, seed)), vanilla.cache())
+    except Exception as error:
+        raise CannotBeAsked(f"{type(model).__name__} must be fed more than text") from error
+    carried = [output.get(name) for name in ("past_key_values", "cache_params")]
+    found = [type(value).__name__ for value in carried if value is not None and not isinstance(value, Cache)]
+    if found:
+        raise Differs(f"returns a {found[0]} in place of the cache that it was given")
+
+
+def decodes_ragged_rows(model: PreTrainedModel, drafts: bool = False) -> bool:
+    """Whether the model can decode rows of different lengths together; as a draft its tokens need not be vanilla's."""
+    return bool(ragged_rows(model, drafts))
+
+
+def ragged_rows(model: PreTrainedModel, drafts: bool = False) -> Answer:
+    """The same with the reason, where it cannot.
+
+    Args:
+        drafts: its tokens need not be vanilla's.
+    """
+    if carries_its_own(model):
+        return Answer("carries something of its own from step to step")
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    if not has_states(cache):
+        if not follows_masks(model, drafts):
+            return Answer("cannot be told positions and masks by row")
+        return ask(model, ("rows", drafts), lambda seed: rehearse(model, rows=3, drafts=drafts, seed=seed))
+    if any(hasattr(layer, "keys") for layer in cache.layers) and not takes_masks(model):
+        return Answer("cannot be told masks by row")
+    if not rows_are_independent(cache):
+        return Answer("has a cache in which no row goes back without the others")
+    return ask(model, "rows", lambda seed: rehearse(model, rows=2, seed=seed))
+
+
+def continues_states(model: PreTrainedModel, at_once: int | None = None) -> Answer:
+    """Whether states go on and can go back.
+
+    Args:
+        at_once: over how many tokens a state must go on in one forward; `None` for as many as there are.
+    """
+    return ask(model, ("states", at_once), lambda seed: rehearse(model, at_once=at_once, seed=seed))
+
+
+def check_states(model: PreTrainedModel, cache: Cache, owner: str) -> None:
+    """Raise a ValueError if a model has states that cannot follow what is drafted.
+
+    Args:
+        cache: what transformers makes of the model's config.
+        owner: who that is, for the message.
+    """
+    if not has_states(cache):
         return
-    if implementation not in _ALIGNED and not _continues_a_cache(model):
-        raise ValueError(
-            f"With the attention implementation {implementation!r}, {type(model).__name__} gives several tokens on a "
-            "filled cache other logits than one after the other (its causal mask must be aligned with the end of the "
-            "keys), so drafts cannot be verified: use `attn_implementation='sdpa'` or 'eager'"
+    answer = continues_states(model)
+    if answer:
+        return
+    if continues_states(model, at_once=1):
+        reason = (
+            "does not continue a recurrent state over several tokens, so that drafts cannot be verified in one forward"
         )
-    if _is_quantized(model) and model.dtype == torch.float32 and not _tokens_are_independent(model):
-        raise ValueError(
-            f"{type(model).__name__} is quantized such that a token's logits depend on the tokens fed with it "
-            "(activations are scaled over the whole input), so that verified drafts would not be vanilla's tokens: "
-            "quantize weights only, or activations token by token, or drop strategy='spec'. As a draft it can be used"
-        )
-    _passed[model].add(implementation)
+    else:
+        reason = "does not go back to a state that was kept in its cache, so that rejected drafts cannot be taken out"
+    raise answer.refusal(
+        f"strategy='spec' cannot be used with {owner}: the code of {type(model).__name__} {reason} ({answer.reason})"
+    )
 
 
 def check_blocks(model: PreTrainedModel, cache: Cache, max_length: int) -> None:
     """Raise a ValueError if the model's own code gives several tokens other logits than one after the other.
 
-    Asked with a few tokens and a cache of transformers; and once more beyond a window that the config names, but that
-    is none of the cache, when the text may get there.
+    Asked with a few tokens; and once more beyond a window that the config names, but that is none of the cache, when
+    the text may get there.
 
     Args:
         cache: what transformers makes of the model's config.
@@ -72,61 +158,103 @@ def check_blocks(model: PreTrainedModel, cache: Cache, max_length: int) -> None:
     """
     if model.training or model.config.is_encoder_decoder or has_states(cache):
         return  # random, or asked elsewhere
-    known = _blocks.setdefault(model, {})
-    for window in (0, *_unexplained_windows(model, cache, max_length)):
-        question = (model.config.get_text_config(decoder=True)._attn_implementation, window)
-        if question not in known:
-            known[question] = _takes_blocks(model, window + 2)
-        if not known[question] and window:
-            raise ValueError(
+    for window in (0, *unexplained_windows(model, cache, max_length)):
+        past = window and window + 2
+        answer = ask(model, ("blocks", past), functools.partial(_rehearse_after, model, past))
+        if answer:
+            continue
+        if window:
+            raise answer.refusal(
                 f"strategy='spec' cannot be used beyond {window} tokens here: what {type(model).__name__} sees of a "
-                f"longer text depends on how many tokens it is fed at once. Set a `max_length` of at most {window}"
+                f"longer text depends on how many tokens it is fed at once ({answer.reason}). Set a `max_length` of at "
+                f"most {window}"
             )
-        if not known[question]:
-            raise ValueError(
-                f"{type(model).__name__} gives several tokens on a filled cache other logits than one after the other, "
-                "so that drafts cannot be verified in one forward: drop strategy='spec'"
-            )
+        raise answer.refusal(
+            f"{type(model).__name__} {answer.reason}, so that drafts cannot be verified in one forward: drop "
+            "strategy='spec'"
+        )
 
 
-def _unexplained_windows(model: PreTrainedModel, cache: Cache, max_length: int) -> list[int]:
+def _rehearse_after(model: PreTrainedModel, past: int, seed: int) -> None:
+    rehearse(model, past=past, seed=seed)
+
+
+def unexplained_windows(model: PreTrainedModel, cache: Cache, max_length: int) -> list[int]:
+    """Windows that the config names and no layer of the cache knows of, which a text of `max_length` may leave.
+
+    Only the model's own code knows what they mean, and for rows of different lengths it may go by the longest one.
+
+    Args:
+        cache: what transformers makes of the model's config.
+    """
     config = model.config.get_text_config(decoder=True)
+    explained = {getattr(layer, "sliding_window", None) for layer in cache.layers}
     if getattr(config, "layer_types", None) is not None:
-        return []
-    values = {value for name, value in vars(config).items() if "window" in name and type(value) is int}
-    values -= {getattr(layer, "sliding_window", None) for layer in cache.layers}
-    return sorted(value for value in values if 0 < value < max_length)
+        explained.add(getattr(config, "sliding_window", None))  # the types say which layers have it
+    named = [value for name, value in vars(config).items() if "window" in name and "layer" not in name]
+    sizes = {size for value in named for size in (value if isinstance(value, (list, tuple)) else [value])}
+    return sorted(size for size in sizes - explained if type(size) is int and 0 < size < max_length)
 
 
-def _takes_blocks(model: PreTrainedModel, before: int) -> bool:
-    """Whether three tokens behind `before` cached ones get at once the logits that they get one after the other."""
-    ids = torch.tensor([[1, 2, 3, 4, 4, 1, 3]], device=model_device(model)).repeat(1, before // 7 + 1)[:, : before + 3]
-    positions = torch.arange(before + 3, device=ids.device)[None] if takes_position_ids(model) else None
+def check_windows(model: PreTrainedModel, columns: int) -> None:
+    """Raise a ValueError if transformers drops entries that the model's masks would still show, within `columns`.
 
-    def last_logits(*ends: int) -> tuple[torch.Tensor, int]:
-        cache, start, logits = DynamicCache(config=model.config.get_text_config(decoder=True)), 0, []
-        for end in ends:
-            places = None if positions is None else positions[:, start:end]
-            logits.append(_logits(model, ids[:, start:end], cache, places))
-            start = end
-        return torch.cat(logits[1:], dim=1), cache.get_seq_length()
+    Such a model attends to all of its prompt, but to a window from any later token.
+    """
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    layers = cache_layers(cache, model.config, 1, columns)
+    for window in {layer.window for layer in layers if getattr(layer, "window", None) is not None}:
+        if window.size >= columns:
+            continue
+        answer = ask(model, ("window", window.size), functools.partial(_probe_window, model, layers, window))
+        if not answer:
+            raise answer.refusal(
+                f"The cache of transformers keeps a window of {window.size} tokens for {type(model).__name__} (see its "
+                "config), but the model's own masks know of no window: generate() then shows the prompt whole to "
+                "itself and a part of it to later tokens, which strategy='spec' cannot do. Take the window out of the "
+                f"config if it is not meant, or stay within {window.size} tokens"
+            )
 
+
+class _PastWindow(Cache):
+    """Claims as many entries as a window has slots: all are zero but the values of the first one, in its layers."""
+
+    def __init__(self, layers: list[Any], window: Window, mark: float):
+        super().__init__(layers=layers)
+        self._window = window
+        self._mark = mark
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        past = [s.new_zeros(*s.shape[:2], self._window.size, s.shape[3]) for s in (key_states, value_states)]
+        if self.layers[layer_idx].window is self._window:
+            past[1][:, :, 0] = self._mark
+        return torch.cat([past[0], key_states], dim=2), torch.cat([past[1], value_states], dim=2)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self._window.size
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self._window.size
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self._window.size + query_length, 0
+
+
+def _probe_window(model: PreTrainedModel, layers: list[Any], window: Window) -> None:
+    """A token does not see the one that is a whole window before it, when the model makes the masks."""
+    token = torch.tensor([[1]], device=model_device(model))
+    kwargs = {"position_ids": token} if "position_ids" in forward_parameters(model) else {}
     try:
-        _logits(model, ids)
-    except Exception:
-        return True  # it must be fed more than text: it cannot be asked
-    try:
-        expected, _ = last_logits(before, before + 1, before + 2, before + 3)
-        at_once, entries = last_logits(before, before + 3)
-    except Exception:  # whatever a model does that was not made for this: it cannot do it
-        return False
-    if not expected.isfinite().all():
-        return True  # whose weights they are is told where its tokens are chosen
-    if entries != before + 3:
-        return False  # only one entry per token can be rolled back
-    # Generously: reduced precision (TF32, say) must not refuse a model that can.
-    share = 0.02 if expected.dtype == torch.float32 else 0.2
-    return bool((at_once - expected).abs().max() < share * expected.std())
+        blank, marked = (
+            model(input_ids=token, past_key_values=_PastWindow(layers, window, mark), return_dict=True, **kwargs).logits
+            for mark in (0.0, 100.0)
+        )
+    except Exception as error:  # not made for this, which says nothing about windows
+        raise CannotBeAsked(f"{type(model).__name__} does not run on a pretended cache") from error
+    if not torch.equal(blank, marked):
+        raise Differs("lets a token see another that is a whole window before it")
 
 
 def _check_prepared_inputs(model: PreTrainedModel) -> None:
@@ -155,28 +283,12 @@ def _check_adapters(model: PreTrainedModel, rows: int) -> None:
                 )
 
 
-def _logits(
-    model: PreTrainedModel, ids: torch.Tensor, cache: Cache | None = None, positions: torch.Tensor | None = None
-) -> torch.Tensor:
-    name = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
-    given = {**probe_inputs(model), name: ids}
-    if cache is not None:
-        given |= {"past_key_values": cache, "use_cache": True}
-    if positions is not None:
-        given["position_ids"] = positions
-    with torch.no_grad():
-        return model(**given).logits
-
-
-def _continues_a_cache(model: PreTrainedModel) -> bool:
-    """Whether the second of two tokens behind a cached one gets the logits that it gets when all are fed at once."""
-    ids = torch.tensor([[1, 2, 3]], device=model_device(model))
-    config = model.config.get_text_config(decoder=True)
-    cache: Cache = DynamicCache(config=config)
-    if model.config.is_encoder_decoder:
-        cache = EncoderDecoderCache(cache, DynamicCache(config=config))
-    _logits(model, ids[:, :1], cache)
-    return is_close(_logits(model, ids[:, 1:], cache)[:, -1], _logits(model, ids)[:, -1])
+def _continue_a_cache(model: PreTrainedModel) -> None:
+    """The second of two tokens after a cached one gets the logits that it gets when all are fed at once."""
+    vanilla = Vanilla(model)
+    first, *more = ordinary_tokens(model, 3, seed=0)
+    got = vanilla.continued([first], more)
+    check_same(model, got[-1:], vanilla.continued([first, *more], [])[-1:], None, "masks blocks otherwise")
 
 
 def _is_quantized(model: PreTrainedModel) -> bool:
@@ -188,10 +300,13 @@ def _is_quantized(model: PreTrainedModel) -> bool:
     )
 
 
-def _tokens_are_independent(model: PreTrainedModel) -> bool:
-    ids = torch.arange(1, 9, device=model_device(model))[None]
-    alone, beside = _logits(model, ids[:, :1])[:, 0], _logits(model, ids)[:, 0]
-    return bool((beside - alone).abs().max() < 1e-3 * alone.std())
+def _compare_beside_others(model: PreTrainedModel) -> None:
+    """A token alone gets the logits that it gets with others after it."""
+    vanilla = Vanilla(model)
+    text = ordinary_tokens(model, 8, seed=0)
+    alone, beside = vanilla.continued(text[:1], [])[0], vanilla.continued(text, [])[0]
+    if not (beside - alone).abs().max() < 1e-3 * alone.std():
+        raise Differs("gives a token other logits with seven tokens after it than alone")
 
 
 def unwrapped(draft: Any) -> Any:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from transformers import AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from .abilities import carries_its_own, check_states, continues_states
 from .host import model_device
-from .layers import carries_its_own, check_layers
-from .probes import check_states, continues_states
+from .layers import check_layers
 from .states import has_states
 
 if TYPE_CHECKING:

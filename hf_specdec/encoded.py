@@ -8,7 +8,7 @@ them in its first forward. Owns these, for one decoder, and hands out those of t
 import copy
 import inspect
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,8 +17,10 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
+from .answers import Differs, apart, ask, check_same, measured_noise, ordinary_tokens
 from .context import Context
-from .host import forward_parameters, model_device
+from .host import first_line, forward_parameters, model_device
+from .later import claimed_steps, difference, equal, only_limits_logits, prepares_inputs_itself
 
 # Inputs of a decoder's forward that carry this prefix where the model has an encoder too.
 PREFIX = "decoder_"
@@ -198,13 +200,13 @@ class EncoderSide:
         """Raise a ValueError unless several tokens on a filled cache get the logits that they get one by one."""
         if model.training:  # with dropout all answers differ
             return
-        if model not in _complaints:
-            one_row = Encoded({**self.more, "encoder_outputs": outputs, "attention_mask": self.mask}, self.batch_size)
-            _complaints[model] = _try_blocks(model, one_row.of_row(0))
-        if _complaints[model]:
-            raise ValueError(
-                f"The decoder of {role} ({type(model).__name__}) {_complaints[model]}, so drafts cannot be verified in "
-                "one forward: strategy='spec' does not support it"
+        given = {**self.more, "encoder_outputs": outputs, "attention_mask": self.mask}
+        one_row = Encoded(given, self.batch_size).of_row(0)
+        answer = ask(model, "decoder blocks", lambda seed: _try_blocks(model, one_row, seed))
+        if not answer:
+            raise answer.refusal(
+                f"The decoder of {role} ({type(model).__name__}) {answer.reason}, so drafts cannot be verified in one "
+                "forward: strategy='spec' does not support it"
             )
 
     def _encode(self, draft: PreTrainedModel) -> Any:
@@ -249,21 +251,16 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return a is b or (a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b))
 
 
-_complaints: "weakref.WeakKeyDictionary[PreTrainedModel, str]" = weakref.WeakKeyDictionary()  # empty where all is well
-
-
 _uncounted: "weakref.WeakKeyDictionary[PreTrainedModel, int]" = weakref.WeakKeyDictionary()
 
 
-@torch.no_grad()
-def _try_blocks(model: PreTrainedModel, encoded: Encoded) -> str:
-    """Why blocks of tokens cannot be verified, empty if they can; asked of the model itself, once, with a few tokens.
+def _try_blocks(model: PreTrainedModel, encoded: Encoded, seed: int) -> None:
+    """Raise `Differs` unless blocks of tokens can be verified; asked of the model itself, with a few tokens.
 
     Some models make positions of how many tokens of a forward are no padding; theirs is noted in `_uncounted`.
     """
     padding = model.config.get_text_config(decoder=True).pad_token_id
-    special = {model.generation_config.pad_token_id, padding}
-    a, b, c, d = [token for token in range(8) if token not in special][:4]
+    a, b, c, d = ordinary_tokens(model, 4, seed)
 
     def feed(tokens: list[int], cache: Cache) -> Tensor:
         ids = torch.tensor([tokens], device=model_device(model))
@@ -275,23 +272,24 @@ def _try_blocks(model: PreTrainedModel, encoded: Encoded) -> str:
     try:
         feed([a], begun)
         if begun.get_seq_length() != 1:
-            return "does not keep what it was fed in its cache"
+            raise Differs("does not keep what it was fed in its cache")
         block, other = feed([b, c], copy.deepcopy(begun)), feed([b, d], copy.deepcopy(begun))
         skipping = None if padding is None else (feed([padding, b], copy.deepcopy(begun)), copy.deepcopy(begun))
         steps = torch.cat([feed([b], begun), feed([c], begun)])
         if skipping is not None:
             skipped = torch.cat([feed([padding], skipping[1]), feed([b], skipping[1])])
+        whole = feed([a, b, c], DynamicCache())
+    except Differs:
+        raise
     except Exception as error:
-        return f"cannot be fed several tokens on a filled cache ({type(error).__name__}: {error})"
+        raise Differs(f"cannot be fed several tokens on a filled cache ({first_line(error)})") from error
+    noise = measured_noise(model, lambda: apart(whole[1:], steps))
+    check_same(model, other[:1], block[:1], noise, "lets a token see those after it")
+    check_same(model, block, steps, noise, "gives several tokens other logits than one by one")
+    rounding = (block - steps).abs().max()
     spread = steps.max() - steps.min()
-    if (block[0] - other[0]).abs().max() > 1e-3 * spread:
-        return "lets a token see those behind it"
-    rounding = (block - steps).abs().max()  # differs with the shapes, by a lot in half precision
-    if rounding >= 0.2 * spread:
-        return "gives tokens other logits than one by one"
     if skipping is not None and (skipping[0] - skipped)[1].abs().max() > 10 * rounding + 1e-4 * spread:
         _uncounted[model] = int(padding)
-    return ""
 
 
 def read_encoder(
@@ -317,6 +315,69 @@ def read_encoder(
         module=model.get_encoder(),
         batch_size=batch_size,
     )
+
+
+def with_later_inputs(
+    side: EncoderSide, model: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any]
+) -> EncoderSide:
+    """The same, with what the decoder's own preparation of inputs adds to each forward.
+
+    Args:
+        input_ids: `[batch, columns]`, the decoder's prompt.
+        model_kwargs: what `generate()` has prepared.
+
+    Raises:
+        ValueError: if it is not the same in each forward, or if it changes tokens, mask or positions.
+    """
+    if not prepares_inputs_itself(model):
+        return side
+    cache = model_kwargs["past_key_values"]
+    columns = cache.get_seq_length() + input_ids.shape[1] if cache.get_seq_length() else input_ids.shape[1]
+    name = type(model).__name__
+    try:
+        first = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **model_kwargs)
+        ids, steps = claimed_steps(model, input_ids, model_kwargs, columns)
+    except Exception as error:
+        raise ValueError(
+            f"{name} could not be asked for the inputs of its next steps ({first_line(error)}), so strategy='spec' "
+            "does not know what to feed: drop the strategy"
+        ) from error
+    mask, positions = model_kwargs.get("decoder_attention_mask"), first.get("decoder_position_ids")
+    for i, inputs in enumerate(steps):
+        if found := difference(inputs, ids[:, : input_ids.shape[1] + 1 + i], mask, positions, i, PREFIX):
+            raise ValueError(f"{name} {found}, which strategy='spec' does not support: drop the strategy")
+    given = {"encoder_outputs": side.outputs, "attention_mask": side.mask, **side.more}
+    usual = {*_OF_THE_DECODER, "decoder_input_ids", "inputs_embeds"}
+    added = {
+        key: value
+        for inputs in (first, *steps)
+        for key, value in inputs.items()
+        if key not in usual and value is not None and not equal(value, given.get(key))
+    }
+    more = dict(side.more)
+    for key, value in added.items():
+        if not all(equal(value, inputs.get(key)) for inputs in (first, *steps)):
+            raise ValueError(
+                f"{name} prepares another `{key}` for its forwards at each step, which strategy='spec' does not "
+                "support for encoder-decoder models: drop the strategy"
+            )
+        if not _only_limits_logits(model, side, key, value):
+            more[key] = value
+    return replace(side, more=more)
+
+
+@torch.no_grad()
+def _only_limits_logits(model: PreTrainedModel, side: EncoderSide, name: str, value: Any) -> bool:
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=model_device(model))
+
+    def logits(more: dict[str, Any]) -> Tensor:
+        inputs = {**side.more, **more, "encoder_outputs": side.outputs, "attention_mask": side.mask}
+        encoded = Encoded(inputs, side.batch_size).of_row(0)
+        fed = encoded.join({"input_ids": ids, "past_key_values": DynamicCache(), "use_cache": True}, [0])
+        found: Tensor = model(**fed, return_dict=True).logits
+        return found
+
+    return only_limits_logits(logits, name, value)
 
 
 def decoder_kwargs(model: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any]) -> dict[str, Any]:

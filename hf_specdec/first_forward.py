@@ -3,7 +3,8 @@
 Images, audio, token types and the masks that come of them enter a model with its prompt, in ways of each model's
 own. So the model itself prepares that forward (`prepare_inputs_for_generation`), it runs on a cache of
 transformers, and what that cache then holds is taken over. Later forwards are ours again. This file also finds out
-what they must be given besides tokens, by asking the model what vanilla would give them and whether it reads it.
+what they must be given besides tokens: it asks the model's own preparation what vanilla would feed at the next two
+steps (`later.py`), and the model whether it reads what comes on top of tokens, mask and positions.
 """
 
 import copy
@@ -14,29 +15,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput, logging
 
 from .host import model_device
+from .later import difference, equal, extra_inputs, is_usual, later_steps, only_limits_logits, prepares_inputs_itself
 from .layers import cached_length
 from .masks import looks_ahead
 
 logger = logging.get_logger(__name__)
-
-# What our own forwards are made of. Whatever else a model is given is the prompt's, or its own.
-KNOWN_INPUTS = {
-    "input_ids",
-    "attention_mask",
-    "position_ids",
-    "past_key_values",
-    "cache_params",
-    "inputs_embeds",
-    "use_cache",
-    "logits_to_keep",
-    "output_attentions",
-    "output_hidden_states",
-}
 
 
 @dataclass(frozen=True)
@@ -127,7 +115,8 @@ class FirstForward:
         positions = self.inputs.get("position_ids")
         axes_differ = positions is not None and positions.ndim > 2 and not bool((positions == positions[:1]).all())
         withheld = self.kwargs.get("position_ids") is not None and self.places_tokens_itself
-        return bool(_extra(self.inputs)) or axes_differ or withheld or looks_ahead(self.model)
+        known = bool(extra_inputs(self.inputs)) or axes_differ or withheld or looks_ahead(self.model)
+        return known or not is_usual(self.model, self.ids, self._columns, self.kwargs, positions)
 
     def run(self, **kwargs: Any) -> ModelOutput:
         """Vanilla's first forward; the entries of its tokens are in `cache` afterwards."""
@@ -136,25 +125,34 @@ class FirstForward:
         return self.model._prefill(self.ids, self.config, {**self.kwargs, **kwargs})
 
     def later_inputs(self, output: ModelOutput) -> dict[str, Any]:
-        """What every forward behind the prompt must be given besides the usual: tensors by row, or by row and token.
+        """What every forward after the prompt must be given besides the usual: tensors by row, or by row and token.
 
         Raises:
             DoesNotFit: if there are other entries than one per token, or an input that is not the same at each token.
         """
-        layers = [layer for layer in self.cache.layers if hasattr(layer, "keys") and layer.is_initialized]
+        layers = [layer for layer in self.cache.layers if isinstance(getattr(layer, "keys", None), Tensor)]
         for length in {int(layer.get_seq_length()) for layer in layers} - {self._columns}:
             raise self._misfit(f"caches {length} entries for {self._columns} tokens", output)
-        steps = self._later_steps(output)
-        extra = _extra(steps[0])
-        fixed = {name: value for name, value in extra.items() if not isinstance(value, Tensor)}
-        tensors = {name: value for name, value in extra.items() if isinstance(value, Tensor)}
-        if tensors and self._reads(tensors, {**fixed, "position_ids": steps[0].get("position_ids")}):
-            for name, value in tensors.items():
-                same = torch.equal(value, steps[1][name])
-                if not same or value.shape[:2] != (len(self.ids), 1):
-                    raise self._misfit(f"reads `{name}` {list(value.shape)} at every token", output)
-                fixed[name] = OfToken(value) if self._is_of_token(name, value) else OfRow(value)
-        return fixed
+        ids, steps = later_steps(self.model, self.ids, self.kwargs, output, self._columns)
+        mask, positions = self.kwargs.get("attention_mask"), self.inputs.get("position_ids")
+        for i, inputs in enumerate(steps):
+            if found := difference(inputs, ids[:, : self.ids.shape[1] + 1 + i], mask, positions, i):
+                raise self._misfit(found, output)
+        every_step: dict[str, Any] = {}
+        first, second = map(extra_inputs, steps)
+        for name in sorted(first.keys() | second.keys()):
+            value, others = first.get(name), {k: v for k, v in first.items() if k != name}
+            if not equal(value, second.get(name)):
+                if self._reads(name, others, value, second.get(name)):
+                    raise self._misfit(f"prepares another `{name}` at each step", output)
+            elif isinstance(value, Tensor):
+                if self._reads(name, others, value, _altered(value)):
+                    if value.shape[:2] != (len(self.ids), 1):
+                        raise self._misfit(f"reads `{name}` {list(value.shape)} at every token", output)
+                    every_step[name] = OfToken(value) if self._is_of_token(name, value) else OfRow(value)
+            elif not self._only_limits_logits(name, others, value):
+                every_step[name] = value
+        return every_step
 
     def _misfit(self, reason: str, output: ModelOutput) -> DoesNotFit:
         return DoesNotFit(f"{type(self.model).__name__} {reason}", self, output)
@@ -164,37 +162,41 @@ class FirstForward:
         given = self.inputs.get(name)
         return value.ndim == 2 or (isinstance(given, Tensor) and given.shape[1:2] == (self._columns,))
 
-    def _later_steps(self, output: ModelOutput) -> list[dict[str, Any]]:
-        """What vanilla would feed at the next two steps."""
-        kwargs, ids, steps = dict(self.kwargs), self.ids, []
-        for _ in range(2):
-            kwargs = self.model._update_model_kwargs_for_generation(output, kwargs)
-            ids = torch.cat([ids, ids.new_zeros(len(ids), 1)], dim=1)
-            steps.append(self.model.prepare_inputs_for_generation(ids, next_sequence_length=1, **kwargs))
-            fed = steps[-1].get("input_ids")
-            if fed is None or fed.shape != (len(ids), 1):
-                raise self._misfit("makes its own inputs out of each token", output)
-        return steps
-
-    def _reads(self, tensors: dict[str, Tensor], given: dict[str, Any]) -> bool:
-        """Whether a forward behind the prompt depends on `tensors`: does anything change when they do? Asked once."""
+    def _reads(self, name: str, others: dict[str, Any], one: Any, other: Any) -> bool:
+        """Whether a forward after the prompt depends on which of two values an input has. Asked once of tensors."""
         known = _reading.setdefault(self.model, {})
-        names = frozenset(tensors)
-        if names not in known:
+        question = name, *(type(v).__name__ if isinstance(v, Tensor) else repr(v) for v in (one, other))
+        if question not in known:
+            given = [others if value is None else {**others, name: value} for value in (one, other)]
             try:
-                plain = self._next_logits({**given})
-                known[names] = not torch.equal(plain, self._next_logits({**given, **_altered(tensors)}))
-            except Exception:  # whatever an altered input leads to: it was read
-                known[names] = True
-        return known[names]
+                known[question] = not torch.equal(*map(self._logits, given))
+            except Exception:  # whatever another value leads to: it was read
+                known[question] = True
+        return known[question]
 
-    def _next_logits(self, inputs: dict[str, Any]) -> Tensor:
-        ids = self.ids.new_zeros(len(self.ids), 1).to(model_device(self.model))
-        cache = copy.deepcopy(self.cache)
-        return self.model(input_ids=ids, past_key_values=cache, use_cache=True, **inputs, return_dict=True).logits
+    def _only_limits_logits(self, name: str, others: dict[str, Any], value: Any) -> bool:
+        """Whether an input does nothing but keep the logits of all tokens but the last from being returned."""
+        known = _limiting.setdefault(self.model, {})
+        question = name, repr(value)
+        if question not in known:
+            known[question] = only_limits_logits(lambda more: self._logits({**others, **more}, 2), name, value)
+        return known[question]
+
+    def _logits(self, inputs: dict[str, Any], width: int = 1) -> Tensor:
+        """`[batch, width or less, vocab]`: of tokens after the prompt."""
+        ids = self.ids.new_zeros(len(self.ids), width).to(model_device(self.model))
+        cache = {"cache_params" if "cache_params" in self.kwargs else "past_key_values": copy.deepcopy(self.cache)}
+        if (positions := self.inputs.get("position_ids")) is not None:
+            steps = torch.arange(1, width + 1, device=positions.device)
+            inputs = {**inputs, "position_ids": positions[..., -1:] + steps}
+        logits: Tensor = self.model(input_ids=ids, **cache, use_cache=True, **inputs, return_dict=True).logits
+        return logits
 
 
-_reading: "weakref.WeakKeyDictionary[PreTrainedModel, dict[frozenset[str], bool]]" = weakref.WeakKeyDictionary()
+# model -> (name of an input, two values, or the types of tensors) -> whether the model tells them apart
+_reading: "weakref.WeakKeyDictionary[PreTrainedModel, dict[tuple[str, ...], bool]]" = weakref.WeakKeyDictionary()
+# model -> (name of an input, its value) -> whether it only limits logits
+_limiting: "weakref.WeakKeyDictionary[PreTrainedModel, dict[tuple[str, str], bool]]" = weakref.WeakKeyDictionary()
 
 
 def prepare_first_forward(
@@ -209,11 +211,8 @@ def prepare_first_forward(
     if model.config.is_encoder_decoder:
         return None  # what is more than tokens has been through the encoder
     positions = model_kwargs.get("position_ids")
-    prepares = (
-        looks_ahead(model)
-        or type(model).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation
-    )
-    if not prepares and not _extra(model_kwargs) and (positions is None or positions.ndim <= 2):
+    prepares = looks_ahead(model) or prepares_inputs_itself(model)
+    if not prepares and not extra_inputs(model_kwargs) and (positions is None or positions.ndim <= 2):
         return None
     return FirstForward(model, input_ids, columns, cache, generation_config, model_kwargs)
 
@@ -269,21 +268,8 @@ def split_axes(position_ids: Tensor | None, batch_size: int) -> tuple[Tensor | N
     return position_ids[0], (position_ids[..., -1:] - position_ids[:1, :, -1:]).expand(-1, batch_size, -1)
 
 
-def _extra(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs that are neither tokens nor what goes with them; without an image some are `None` or an empty dict."""
-    return {
-        name: value
-        for name, value in inputs.items()
-        if name not in KNOWN_INPUTS and value is not None and not (isinstance(value, dict) and not value)
-    }
-
-
-def _altered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Other values of the same shapes and types, none as it was."""
-
-    def alter(value: Tensor) -> Tensor:
-        if value.dtype == torch.bool:
-            return ~value
-        return torch.full_like(value, float("nan")) if value.is_floating_point() else value + 1
-
-    return {name: alter(value) for name, value in tensors.items()}
+def _altered(value: Tensor) -> Tensor:
+    """Other values of the same shape and type, none as it was."""
+    if value.dtype == torch.bool:
+        return ~value
+    return torch.full_like(value, float("nan")) if value.is_floating_point() else value + 1

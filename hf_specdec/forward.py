@@ -156,6 +156,9 @@ class CachedModel:
 
         Returns: the model's output, `logits` `[active rows, keep, vocab]` of the last `keep` tokens.
             The cache now holds all of it, until `commit`.
+
+        Raises:
+            ValueError: if the model returns fewer logits than that.
         """
         keep = keep or width
         self.forwards += 1
@@ -164,8 +167,14 @@ class CachedModel:
             if static is not None and is_plain and static.takes(len(context.rows), width):
                 return CausalLMOutputWithPast(logits=self._feed_static(static, context, width, ids)[:, -keep:])
             output = self._feed(context, width, keep, ids, **kwargs)
-            output.logits = output.logits[:, -keep:]
-            return output
+        if output.logits.shape[1] < keep:
+            raise ValueError(
+                f"{type(self.model).__name__} returned the logits of {output.logits.shape[1]} of the {keep} tokens "
+                "that it was asked about, so strategy='spec' cannot verify drafts with it: let its forward return the "
+                "logits of every token, or of as many as `logits_to_keep` says"
+            )
+        output.logits = output.logits[:, -keep:]
+        return output
 
     def commit(self, context: Context) -> None:
         """Keep the entries of committed tokens but the last one, forget those of rejected drafts."""

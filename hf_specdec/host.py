@@ -46,3 +46,9 @@ def model_device(model: PreTrainedModel) -> torch.device:
 def forward_parameters(model: PreTrainedModel) -> Mapping[str, inspect.Parameter]:
     """The inputs that a model's `forward` names; of one compiled by `torch.compile`, those of the model inside."""
     return inspect.signature(getattr(model, "_orig_mod", model).forward).parameters
+
+
+def first_line(error: BaseException) -> str:
+    """What went wrong, in one line: the kind of error and the first line of its message."""
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -4,11 +4,9 @@ import copy
 from typing import Any
 
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
 from .cache import RaggedLayer
-from .host import forward_parameters
 from .states import has_states, is_known, is_recurrent
 from .window import window_layers
 
@@ -59,18 +57,6 @@ def cached_length(cache: Cache) -> int:
             )
         return 0
     return int(cache.get_seq_length())
-
-
-def carries_its_own(model: PreTrainedModel) -> bool:
-    """Whether our cache cannot stand for what a decoder-only model carries from one forward to the next."""
-    if model.config.is_encoder_decoder:
-        return False
-    if not {"past_key_values", "cache_params"} & forward_parameters(model).keys():
-        return True
-    if not model._supports_default_dynamic_cache():
-        return True
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    return any(hasattr(layer, "set_prefill_length") for layer in cache.layers)  # prompts are kept apart
 
 
 def check_layers(cache: Cache, owner: str) -> None:

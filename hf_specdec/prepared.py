@@ -9,8 +9,8 @@ back to committed tokens is dropping the copy. That costs O(context) per forward
 advance together; what it saves are forwards.
 """
 
+import contextlib
 import copy
-import weakref
 from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from typing import Any
@@ -21,11 +21,19 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.utils import ALL_CACHE_NAMES
 from transformers.utils import ModelOutput
 
+from .answers import (
+    CannotBeAsked,
+    Differs,
+    apart,
+    ask,
+    check_same,
+    measured_noise,
+    ordinary_tokens,
+)
 from .context import Context
-from .first_forward import FirstForward
+from .first_forward import FirstForward, prepared_call
 from .forward import CachedModel
-from .host import model_device
-from .probes import is_close
+from .host import first_line, model_device
 
 _BY_TOKEN = {"loss", "logits", "hidden_states", "attentions"}  # of an output: nothing that is carried on
 
@@ -209,36 +217,34 @@ class PreparedModel(CachedModel):
         windows = [w for w in _windows(start.output) if start.columns + w < self._config.max_length]
         padded = mask is not None and not bool(mask.all())
         given = frozenset(name for name, value in self._kwargs.items() if value is not None)
-        question = (given, len(self._prompt) > 1, padded, max(windows, default=0))
-        known = _complaints.setdefault(self.model, {})
-        if question not in known:
-            with self.no_bookkeeping(), torch.no_grad():
-                known[question] = self._complaint(start, question[-1])
-        if known[question]:
-            raise ValueError(
-                f"{type(self.model).__name__} {known[question]}, so strategy='spec' cannot be used with it here"
-            )
+        window = max(windows, default=0)
+        with self.no_bookkeeping():
+            question = ("feeds itself", given, len(self._prompt) > 1, padded, window)
+            answer = ask(self.model, question, lambda seed: self._rehearse(start, window, seed))
+        if not answer:
+            name = type(self.model).__name__
+            raise answer.refusal(f"{name} {answer.reason}, so strategy='spec' cannot be used with it here")
 
-    def _complaint(self, start: _Carried, window: int) -> str:
-        """Why blocks of tokens cannot be verified, empty if they can; asked with a few tokens.
+    def _rehearse(self, start: _Carried, window: int, seed: int) -> None:
+        """Raise `Differs` if blocks of tokens cannot be verified; asked with a few tokens.
 
         Args:
-            window: asked once more behind so many tokens, unless 0.
+            window: asked once more after so many tokens, unless 0.
         """
         try:
-            complaint = self._compare(start, self._text)
-            if window and not complaint:
+            self._compare(start, self._text, seed)
+            if window:
                 text = self._text.repeat(1, window // self._text.shape[1] + 2)[:, : start.columns + window]
-                complaint = self._compare(self._step(start, text, window, 1)[1], text)
-                complaint += complaint and f" beyond a window of {window}"
+                self._compare(self._step(start, text, window, 1)[1], text, seed, f" beyond a window of {window}")
+        except Differs:
+            raise
         except Exception as error:  # whatever a model does that was not made for this: it cannot do it
-            reason = (str(error).splitlines() or [""])[0]
-            return f"cannot be fed several tokens behind a text ({type(error).__name__}: {reason})"
-        return complaint
+            raise Differs(f"cannot be fed several tokens after a text ({first_line(error)})") from error
 
-    def _compare(self, start: _Carried, text: Tensor) -> str:
-        """The same of three tokens behind `text`, for which `start` stands."""
-        text = torch.cat([text, text[:, -1:], text[:, :1], text[:, -1:]], dim=1)
+    def _compare(self, start: _Carried, text: Tensor, seed: int, where: str = "") -> None:
+        """The same of three tokens after `text`, for which `start` stands."""
+        columns = [(seed + i) % text.shape[1] for i in (-1, 0, -1)]
+        text = torch.cat([text, text[:, columns]], dim=1)
         ends = [start.columns + 1 + i for i in range(3)]
         steps, at = [], start
         for end in ends:
@@ -247,18 +253,37 @@ class PreparedModel(CachedModel):
             steps.append(output.logits[:, -1:])
         expected = torch.cat(steps, dim=1)
         if not expected.isfinite().all():
-            return ""  # whose weights they are is told where its tokens are chosen
-        if not is_close(self._step(start, text[:, : ends[0]], 1, 1)[0].logits[:, -1:], steps[0]):
-            return "keeps state where it is not seen, so that rejected drafts cannot be taken out again"
+            raise CannotBeAsked("its logits are not finite")  # which is told where its tokens are chosen
+        noise = self._noise()
+        again = self._step(start, text[:, : ends[0]], 1, 1)[0].logits[:, -1:]
+        hidden = "keeps state where it is not seen, so that rejected drafts cannot be taken out again"
+        check_same(self.model, again, steps[0], noise, hidden + where)
         block = self._step(start, text, 3, 3)[0].logits[:, -3:]
-        if block.shape != expected.shape or not is_close(block, expected):
-            return "gives several tokens other logits than one after the other"
-        return ""
+        if block.shape != expected.shape:
+            raise Differs(f"returns the logits of {block.shape[1]} of 3 tokens{where}")
+        several = "gives several tokens other logits than one after the other"
+        check_same(self.model, block, expected, noise, several + where)
 
+    def _noise(self) -> float | None:
+        """How much the model rounds: texts read at once beside the same texts step by step; `None` if not known."""
+        with contextlib.suppress(Exception):  # of models that read more than text
+            return measured_noise(self.model, self._measure)
+        return None
 
-# model -> (names of what it is given, several rows, padding, window) -> why it cannot be used, empty if it can
-_complaints: "weakref.WeakKeyDictionary[PreTrainedModel, dict[tuple[frozenset[str], bool, bool, int], str]]"
-_complaints = weakref.WeakKeyDictionary()
+    def _measure(self) -> float:
+        tokens = torch.tensor([ordinary_tokens(self.model, 12, 0)], device=self.device)
+        at_once, steps, at = [], [], None
+        for end in range(8, 13):
+            ids, config, kwargs = prepared_call(self.model, {"input_ids": tokens[:, :end]})
+            output = self.model._prefill(ids, config, kwargs)
+            if at is None:
+                at = _Carried(end, _carried(output), kwargs)
+                continue
+            at_once.append(output.logits[:, -1:])
+            output, after = self._step(at, tokens[:, :end], 1, 1)
+            at = at if at.is_stateless else after
+            steps.append(output.logits[:, -1:])
+        return apart(torch.cat(steps, dim=1), torch.cat(at_once, dim=1))
 
 
 def _windows(output: ModelOutput) -> set[int]:

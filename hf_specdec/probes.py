@@ -1,194 +1,258 @@
-"""What a model can do with rows of different lengths, states and windows, asked of the model itself, once.
+"""A rehearsal: a model is led through what decoding does to it, with a few tokens, and must say what vanilla says.
 
-Not every modeling file can continue a state over several tokens, and some keep state where no cache holds it. So the
-model is led through what decoding does to it - a prompt, drafts that are rejected, pending tokens - and its logits must
-then be those that it gives the same tokens at once.
+Not every modeling file can continue a cache or a state over several tokens, follow 4-D masks, or take rows of different
+lengths; some keep state where no cache holds it. None of that can be read off a config. So rows of different lengths go
+through prompts, drafts that are accepted in part, rollback, and tokens that are pending, on the caches that decoding
+uses, and every logit is compared with what the same row gets alone.
 """
 
-import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
+from transformers.utils import ModelOutput
 
+from .answers import CannotBeAsked, Differs, apart, check_same, is_rounding, measured_noise, ordinary_tokens
 from .cache import RaggedCache
 from .context import Context
+from .encoded import Encoded
 from .forward import CachedModel
 from .host import forward_parameters, model_device
-from .layers import cache_layers, carries_its_own
-from .masks import takes_masks, takes_ragged_rows
-from .states import has_states, rows_are_independent
-from .window import Window
+from .layers import cache_layers
+from .masks import hands_positions_on, looks_ahead, probe_inputs
+from .states import has_states
 
-# model -> (attention implementation, rows, at_once) -> whether it does
-_known: "weakref.WeakKeyDictionary[PreTrainedModel, dict[tuple[str, int, int | None], bool]]"
-_known = weakref.WeakKeyDictionary()
-
-
-def decodes_ragged_rows(model: PreTrainedModel, drafts: bool = False) -> bool:
-    """Whether the model can decode rows of different lengths together; as a draft its tokens need not be vanilla's."""
-    if carries_its_own(model):
-        return False
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    if not has_states(cache):
-        return takes_ragged_rows(model, drafts)
-    if any(hasattr(layer, "keys") for layer in cache.layers) and not takes_masks(model):
-        return False
-    return rows_are_independent(cache) and continues_states(model, rows=2)
+# Tokens of the rows' prompts. They differ by more than a block, and the first row is longer than most small windows.
+_LENGTHS = (23, 6, 14)
+_DRAFTS = 3
+_BLOCKS = "gives several tokens on a filled cache other logits than one after the other"
+# Round by round, how many drafts each row accepts.
+_ACCEPTED = ((0, 3, 1), (2, 0, 1))
 
 
-def continues_states(model: PreTrainedModel, rows: int = 1, at_once: int | None = None) -> bool:
-    """Whether states go on and can go back.
+def rehearse(
+    model: PreTrainedModel,
+    rows: int = 1,
+    at_once: int | None = None,
+    drafts: bool = False,
+    past: int = 0,
+    seed: int = 0,
+) -> None:
+    """Decode a few tokens as the loop does, and compare every logit.
 
     Args:
-        rows: with two of them, these have different lengths.
+        rows: at most three, of different lengths.
         at_once: over how many tokens a state must go on in one forward; `None` for as many as there are.
+        drafts: the model only drafts: what it says of a row alone is enough, padded as vanilla would or not.
+        past: tokens that the first prompt has at least.
+        seed: of the text.
+
+    Raises:
+        Differs: if a logit is not vanilla's.
+        CannotBeAsked: if the model gives no finite logits for a text.
     """
-    known = _known.setdefault(model, {})
-    question = (model.config.get_text_config(decoder=True)._attn_implementation, rows, at_once)
-    if question not in known:
-        known[question] = _probe(model, rows, at_once)
-    return known[question]
+    vanilla = Vanilla(model)
+    lengths = [max(_LENGTHS[0], past), *_LENGTHS[1:]][:rows]
+    tokens = ordinary_tokens(model, sum(lengths), seed)
+    prompts = [[tokens.pop() for _ in range(length)] for length in lengths]
+    first = [max(lengths) - length for length in lengths]
+    ids = torch.tensor([[0] * gap + prompt for gap, prompt in zip(first, prompts)], device=model_device(model))
+    vanilla.check_asked(prompts[0])
+    if rows > 1 and not drafts:
+        vanilla.check_padding(ids, first, prompts)
 
-
-def check_states(model: PreTrainedModel, cache: Cache, owner: str) -> None:
-    """Raise a ValueError if a model has states that cannot follow what is drafted.
-
-    Args:
-        cache: what transformers makes of the model's config.
-        owner: who that is, for the message.
-    """
-    if not has_states(cache) or continues_states(model):
-        return
-    if continues_states(model, at_once=1):
-        reason = (
-            "does not continue a recurrent state over several tokens, so that drafts cannot be verified in one forward"
-        )
+    context = Context(ids, first, max_length=max(lengths) + 16, pad_token_id=0)
+    cached = make_cached_model(model, context, ragged=not _states(model), drafts=drafts)
+    cached.at_once = at_once
+    if vanilla.looks_ahead:  # prompts are read by vanilla's own forward
+        cached.cache.load(vanilla.read(ids, first), first)
+        cached.commit(context)
     else:
-        reason = (
-            "keeps state where no cache of transformers holds it, so that rejected drafts cannot be taken out again"
-        )
-    raise ValueError(f"strategy='spec' cannot be used with {owner}: the code of {type(model).__name__} {reason}")
+        cached.prefill(context)
+    for accepted in (*_ACCEPTED, None):
+        draft_tokens, missing, width = _next_block(model, context, cached, seed)
+        logits = cached.forward(context, width, keep=width).logits
+        for row, pending in enumerate(missing):
+            text = [*context.row(row).tolist(), *draft_tokens[row][: width - pending]]
+            expected = vanilla.logits(text, len(prompts[row]))[pending - 1 - width :]
+            otherwise = _BLOCKS if rows == 1 else "gives rows of different lengths other logits together than alone"
+            check_same(model, logits[row, pending - 1 :], expected, vanilla.noise, otherwise)
+        context.clear_drafts()
+        if accepted is None:
+            return
+        for row, count in enumerate(accepted[:rows]):
+            kept = draft_tokens[row][: min(count, width - missing[row])]
+            context.append(row, [*kept, *ordinary_tokens(model, 1, seed + 7 + row)])
+        cached.commit(context)
 
 
-def check_windows(model: PreTrainedModel, columns: int) -> None:
-    """Raise a ValueError if transformers drops entries that the model's masks would still show, within `columns`.
+def _next_block(
+    model: PreTrainedModel, context: Context, cached: CachedModel, seed: int
+) -> tuple[list[list[int]], list[int], int]:
+    """Drafts by row, put behind the committed tokens; how many of these each row is fed with them; tokens in all."""
+    if cached.at_once is not None:
+        cached.prefill(context)
+    missing = cached.missing(context)
+    count = 0 if cached.at_once is not None else _DRAFTS
+    width = max(missing) + count
+    if cached.cache.states:  # rows are fed equally many tokens of their own
+        width = max(max(missing), min(missing) + count)
+    longest = width - min(missing)
+    drafts = [ordinary_tokens(model, longest, seed + 100 * row + context.ends[row]) for row in context.rows]
+    if longest:
+        context.write_drafts(torch.tensor(drafts, device=context.tokens.device))
+    return drafts, missing, width
 
-    Such a model attends to all of its prompt, but to a window from any later token.
-    """
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    layers = cache_layers(cache, model.config, 1, columns)
-    for window in {layer.window for layer in layers if getattr(layer, "window", None) is not None}:
-        known = _follows_window.setdefault(model, {})
-        if window.size >= columns:
-            continue
-        if window.size not in known:
-            known[window.size] = _probe_window(model, layers, window)
-        if not known[window.size]:
-            raise ValueError(
-                f"The cache of transformers keeps a window of {window.size} tokens for {type(model).__name__} (see its "
-                "config), but the model's own masks know of no window: generate() then shows the prompt whole to "
-                "itself and a part of it to later tokens, which strategy='spec' cannot do. Take the window out of the "
-                f"config if it is not meant, or stay within {window.size} tokens"
+
+class Vanilla:
+    """What a model says of single rows in vanilla: a text at once, or its prompt and then token by token."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        self.looks_ahead = looks_ahead(model) and not model.config.is_encoder_decoder
+        self.noise: float | None = None
+
+    def check_asked(self, text: list[int]) -> None:
+        """Raise `CannotBeAsked` if a text alone has no finite logits; else measure how much the model rounds."""
+        try:
+            whole = self._whole(text)
+        except Differs:
+            raise
+        except Exception as error:
+            raise CannotBeAsked(f"{type(self.model).__name__} must be fed more than text") from error
+        if not whole.isfinite().all():
+            raise CannotBeAsked(f"{type(self.model).__name__} gives logits that are not finite")
+        begin = len(text) - 4
+        if not self.looks_ahead:
+            steps: list[Tensor] = []
+
+            def measure() -> float:
+                steps.append(self._steps(text, begin))
+                return apart(steps[0], whole[begin - 1 :])
+
+            self.noise = measured_noise(self.model, measure)
+
+    def logits(self, text: Sequence[int], prompt: int) -> Tensor:
+        """`[tokens, vocab]`: of the tokens from the last one of the prompt on."""
+        if self.noise is not None and is_rounding(self.model, self.noise):
+            return self._whole(text)[prompt - 1 :]
+        return self._steps(text, prompt)
+
+    def check_padding(self, ids: Tensor, first: list[int], prompts: list[list[int]]) -> None:
+        """Raise `Differs` if a row means something else to vanilla when it is padded on the left beside others.
+
+        Such rows cannot be decoded as if they were alone.
+        """
+        if self.model.config.is_encoder_decoder or _states(self.model):
+            return  # padding is the encoder's, or kept as it is
+        cache, padded = self.read(ids, first), []
+        mask = torch.arange(ids.shape[1], device=ids.device) >= torch.tensor(first, device=ids.device)[:, None]
+        own = torch.tensor([[prompt[0], prompt[-1]] for prompt in prompts], device=ids.device)
+        for step in range(2):
+            mask = torch.cat([mask, mask.new_ones(len(ids), 1)], dim=1)
+            padded.append(self._forward(own[:, step : step + 1], cache, mask.long()))
+        for row, prompt in enumerate(prompts):
+            alone = self.logits([*prompt, *own[row].tolist()], len(prompt))[1:]
+            check_same(
+                self.model,
+                torch.cat(padded, dim=1)[row],
+                alone,
+                self.noise,
+                "gives a row that is padded on the left other logits than alone",
             )
 
+    def read(self, ids: Tensor, first: list[int]) -> Cache:
+        """A cache that holds prompts padded on the left."""
+        cache = self.cache()
+        mask = torch.arange(ids.shape[1], device=ids.device) >= torch.tensor(first, device=ids.device)[:, None]
+        self._forward(ids, cache, mask.long() if any(first) else None)
+        return cache
 
-_follows_window: "weakref.WeakKeyDictionary[PreTrainedModel, dict[int, bool]]" = weakref.WeakKeyDictionary()
+    def continued(self, text: Sequence[int], more: Sequence[int]) -> Tensor:
+        """`[tokens, vocab]`: of `more` tokens in one forward after a text that is cached; of the text if none."""
+        if not more:
+            return self._whole(text)
+        cache = self.cache()
+        self._forward(self.ids(text), cache)
+        return self._forward(self.ids(more), cache, past=len(text))[0]
 
+    def _whole(self, text: Sequence[int]) -> Tensor:
+        logits = self._forward(self.ids(text), None)[0]
+        if len(logits) != len(text):
+            raise Differs(f"returns the logits of {len(logits)} of {len(text)} tokens")
+        return logits
 
-class _PastWindow(Cache):
-    """Claims as many entries as a window has slots: all are zero but the values of the first one, in its layers."""
+    def _steps(self, text: Sequence[int], prompt: int) -> Tensor:
+        cache = self.cache()
+        logits = [self._forward(self.ids(text[:prompt]), cache)[0, -1:]]
+        for end in range(prompt, len(text)):
+            logits.append(self._forward(self.ids(text[end : end + 1]), cache, past=end)[0])
+        return torch.cat(logits)
 
-    def __init__(self, layers: list[Any], window: Window, mark: float):
-        super().__init__(layers=layers)
-        self._window = window
-        self._mark = mark
+    def ids(self, text: Sequence[int]) -> Tensor:
+        return torch.tensor([list(text)], device=model_device(self.model))
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        past = [s.new_zeros(*s.shape[:2], self._window.size, s.shape[3]) for s in (key_states, value_states)]
-        if self.layers[layer_idx].window is self._window:
-            past[1][:, :, 0] = self._mark
-        return torch.cat([past[0], key_states], dim=2), torch.cat([past[1], value_states], dim=2)
+    def cache(self) -> Cache:
+        cache: Cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
+        return EncoderDecoderCache(cache, DynamicCache()) if self.model.config.is_encoder_decoder else cache
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self._window.size
+    def _forward(self, ids: Tensor, cache: Cache | None, mask: Tensor | None = None, past: int = 0) -> Tensor:
+        logits: Tensor = self.output(ids, cache, mask, past).logits
+        return logits
 
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        return self._window.size
+    def output(self, ids: Tensor, cache: Cache | None, mask: Tensor | None = None, past: int = 0) -> ModelOutput:
+        """Of a forward over `[rows, tokens]` ids.
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return self._window.size + query_length, 0
-
-
-@torch.no_grad()
-def _probe_window(model: PreTrainedModel, layers: list[Any], window: Window) -> bool:
-    """Whether a token does not see the one that is a whole window before it, when the model makes the masks."""
-    token = torch.tensor([[1]], device=model_device(model))
-    kwargs = {"position_ids": token} if "position_ids" in forward_parameters(model) else {}
-    try:
-        blank, marked = (
-            model(input_ids=token, past_key_values=_PastWindow(layers, window, mark), return_dict=True, **kwargs).logits
-            for mark in (0.0, 100.0)
-        )
-    except Exception:  # not made for this, which says nothing about windows
-        return True
-    return torch.equal(blank, marked)
-
-
-@torch.no_grad()
-def _probe(model: PreTrainedModel, rows: int, at_once: int | None) -> bool:
-    prompt = torch.tensor([[1, 2, 3, 4, 4, 1, 3, 2], [0, 3, 2, 1, 1, 4, 2, 3]][:rows], device=model_device(model))
-    drafts = torch.tensor([[2, 1, 4], [4, 1, 2]][:rows], device=model_device(model))
-    try:
-        context = Context(prompt, [0, 1][:rows], max_length=20, pad_token_id=0)
-        cached = make_cached_model(model, context)
-        cached.at_once = at_once
-        cached.prefill(context)
-        context.write_drafts(drafts)
-        cached.forward(context, at_once or 4)  # rejected: one row gets one token of its own, the other two
-        context.clear_drafts()
-        for own in ([[3], [3, 4]], [[2], [1]]):  # behind the second of these, one row stands for more tokens
-            for row in range(rows):
-                context.append(row, own[row])
-            cached.commit(context)
-            if at_once is not None:
-                cached.prefill(context)
-            missing = cached.missing(context)
-            logits = cached.forward(context, max(missing)).logits
-            for row, pending in enumerate(missing):
-                if not is_close(logits[row, pending - 1], _at_once(model, context.row(row)[None])):
-                    return False
-    except Exception:  # whatever a model does that was not made for this: it cannot do it
-        return False
-    return True
+        Args:
+            cache: holds what came before; `None` for a forward without one.
+            mask: `[rows, columns]`, which are real; `None` for all.
+            past: tokens that the cache holds, where there is no mask.
+        """
+        model, names = self.model, forward_parameters(self.model)
+        prefix = "decoder_" if model.config.is_encoder_decoder else ""
+        inputs: dict[str, Any] = {**probe_inputs(model, len(ids)), prefix + "input_ids": ids}
+        if mask is not None:
+            inputs[prefix + "attention_mask"] = mask
+        if "position_ids" in names and not prefix:
+            real = torch.ones(1, past + ids.shape[1], device=ids.device) if mask is None else mask
+            positions = (real.long().cumsum(dim=1) - 1).masked_fill(real == 0, 0)
+            inputs["position_ids"] = positions[:, -ids.shape[1] :]
+        if cache is not None:
+            inputs["cache_params" if "cache_params" in names else "past_key_values"] = cache
+        if cache is not None or "use_cache" in names:
+            inputs["use_cache"] = cache is not None
+        output: ModelOutput = model(**inputs)
+        return output
 
 
-def make_cached_model(model: PreTrainedModel, context: Context) -> CachedModel:
-    """A model with an empty cache, for prompts that may be padded on the left."""
+def make_cached_model(model: PreTrainedModel, context: Context, ragged: bool, drafts: bool = False) -> CachedModel:
+    """A model with an empty cache, for prompts that may be padded on the left.
+
+    Args:
+        ragged: rows hold no padding; else slots are columns.
+        drafts: positions are told though the forward does not name them.
+    """
+    rows, device = context.batch_size, model_device(model)
     like: Cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    layers = cache_layers(like, model.config, context.batch_size, context.max_length)
-    cache = RaggedCache(context.batch_size, model_device(model), context.max_length, context.max_length, layers)
-    columns = torch.arange(context.prompt_width, device=model_device(model))
-    padding = columns >= torch.tensor(context.first, device=model_device(model))[:, None]
-    padded = max(context.first) > 0
+    layers = cache_layers(like, model.config, rows, context.max_length)
+    cache = RaggedCache(rows, device, context.max_length, context.max_length, layers)
+    padded = max(context.first) > 0 and not ragged
+    padding = torch.arange(context.prompt_width, device=device) >= torch.tensor(context.first, device=device)[:, None]
+    encoded = None
+    if model.config.is_encoder_decoder:
+        encoded = Encoded({"encoder_outputs": probe_inputs(model, rows)["encoder_outputs"]}, rows)
     return CachedModel(
         model,
         cache,
-        first=[0] * context.batch_size,
+        first=context.first if ragged else [0] * rows,
         padding_mask=padding if padded else None,
-        position_offset=[-first for first in context.first],
+        position_offset=None if ragged else [-first for first in context.first],
+        encoded=encoded,
+        unnamed_positions=drafts and hands_positions_on(model),
     )
 
 
-def _at_once(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    kwargs = {"use_cache": False} if "use_cache" in forward_parameters(model) else {}
-    return model(input_ids=tokens, return_dict=True, **kwargs).logits[0, -1]
-
-
-def is_close(got: Tensor, expected: Tensor) -> bool:
-    """Whether rounding explains the difference."""
-    tolerance = 1e-4 if torch.finfo(got.dtype).eps < 1e-6 else 0.1  # of deep models in half precision
-    return bool((got - expected).abs().max() < tolerance * expected.std())
+def _states(model: PreTrainedModel) -> bool:
+    return has_states(DynamicCache(config=model.config.get_text_config(decoder=True)))

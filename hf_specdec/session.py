@@ -20,20 +20,28 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 from transformers.utils import logging
 
-from .abilities import check_blocks, check_target
+from .abilities import (
+    carries_its_own,
+    check_blocks,
+    check_states,
+    check_target,
+    check_windows,
+    decodes_ragged_rows,
+    ragged_rows,
+    unexplained_windows,
+)
 from .cache import RaggedCache
 from .context import Context
 from .decoding import SpeculativeDecoding
 from .drafters import Drafter, DraftRequest, ModelDrafter
-from .encoded import EncoderSide, decoder_kwargs, read_encoder
+from .encoded import EncoderSide, decoder_kwargs, read_encoder, with_later_inputs
 from .forward import CachedModel
 from .host import model_device
-from .layers import cache_layers, carries_its_own, check_layers
+from .layers import cache_layers, check_layers
 from .masks import takes_position_ids
 from .options import STATIC_KINDS, Options
 from .outputs import Recorder
 from .prepared import PreparedModel
-from .probes import check_states, check_windows, decodes_ragged_rows
 from .processors import known, unknown_names
 from .prompt import Prompt, read_prompt
 from .rope import check_lengths
@@ -74,6 +82,7 @@ def prepare(
     encoder = None
     if model.config.is_encoder_decoder:
         encoder = read_encoder(model, model_kwargs, encoder_inputs, len(input_ids))
+        encoder = with_later_inputs(encoder, model, input_ids, model_kwargs)
         user_cache, model_kwargs = model_kwargs["past_key_values"], decoder_kwargs(model, input_ids, model_kwargs)
     check_target(model, input_ids.shape[0])
     by_itself = carries_its_own(model)
@@ -100,7 +109,8 @@ def prepare(
 
     batch = len(prompt.first)
     unknown = [*unknown_names(logits_processor), *stopping.unknown]
-    lockstep = batch > 1 and _needs_lockstep(model, drafter, prompt, unknown)
+    windows = [] if by_itself or encoder is not None else unexplained_windows(model, cache, columns)
+    lockstep = batch > 1 and _needs_lockstep(model, drafter, prompt, unknown, windows)
     # Vanilla pads recurrent layers on the left, which tell what is padding only there; and who is not told positions
     # counts columns, padding included.
     whole = by_itself or has_states(cache)
@@ -122,9 +132,9 @@ def prepare(
         stats.compile_seconds += target.static.compile_seconds
     if target.encoded is not None:
         target.encoded.load(user_cache.cross_attention_cache)
-    windows = [getattr(layer, "sliding_window", None) for layer in cache.layers]
+    sizes = [getattr(layer, "sliding_window", None) for layer in cache.layers]
     recorder = Recorder(
-        generation_config, context, first, prompt.column_offset, prompt.past, windows, encoder is not None
+        generation_config, context, first, prompt.column_offset, prompt.past, sizes, encoder is not None
     )
     schedule = make_schedule(
         options.num_assistant_tokens_schedule,
@@ -260,18 +270,26 @@ def check_cache(cache: Any) -> None:
     check_layers(cache, "the model")
 
 
-def _needs_lockstep(model: PreTrainedModel, drafter: Drafter, prompt: Prompt, unknown: list[str]) -> bool:
-    """Whether the rows of a batch must advance together; says once why."""
+def _needs_lockstep(
+    model: PreTrainedModel, drafter: Drafter, prompt: Prompt, unknown: list[str], windows: list[int]
+) -> bool:
+    """Whether the rows of a batch must advance together; says once why.
+
+    Args:
+        windows: that the text may leave, and of which only the model's own code knows.
+    """
     if unknown:
         reason = f"{', '.join(unknown)} may keep state, so it is called step by step on the whole batch"
     elif prompt.holes:
-        reason = "the attention mask has zeros behind a row's first token"
+        reason = "the attention mask has zeros after a row's first token"
     elif prompt.first_forward is not None and prompt.first_forward.places_tokens_itself:
         reason = f"{type(model).__name__} makes its own position ids"
     elif carries_its_own(model):
         reason = f"{type(model).__name__} carries a state of its own from step to step"
-    elif not decodes_ragged_rows(model):
-        reason = f"{type(model).__name__} cannot decode rows of different lengths together"
+    elif windows:
+        reason = f"{type(model).__name__} has a window of {windows[0]} tokens that its cache knows nothing of"
+    elif not (answer := ragged_rows(model)):
+        reason = f"{type(model).__name__} cannot decode rows of different lengths together ({answer.reason})"
     elif isinstance(drafter, ModelDrafter) and not drafter.takes_ragged_rows:
         reason = f"{type(drafter.model).__name__} cannot decode rows of different lengths together"
     else:

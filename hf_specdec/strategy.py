@@ -25,8 +25,8 @@ from transformers.utils import logging
 
 from .attention import compile_attention, folded_attention
 from .drafters import Drafter, ModelDrafter
-from .first_forward import KNOWN_INPUTS
 from .host import model_device
+from .later import KNOWN_INPUTS
 from .options import OPTION_NAMES, check_cache_implementation, check_generation_config, resolve_options
 from .packing import packed_linears
 from .pairs import make_drafter

@@ -22,8 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import hf_specdec
 from hf_specdec import masks
-from hf_specdec.masks import takes_ragged_rows
-from hf_specdec.probes import decodes_ragged_rows
+from hf_specdec.abilities import decodes_ragged_rows
 
 NOISE = {"gemma2": 0.35, "bloom": 0.5}
 NEW_TOKENS = 20
@@ -76,12 +75,12 @@ def test_target_and_draft_may_differ(implementations):
 def test_another_implementation_is_another_question():
     """The answer about masks is kept for each implementation, and what is switched is asked again."""
     target, draft = make_pair("llama", 0.08)
-    assert takes_ragged_rows(target)
+    assert decodes_ragged_rows(target)
     with flash_attention(target):
-        assert not takes_ragged_rows(target)
+        assert not decodes_ragged_rows(target)
         check_identical(target, draft)
     target.set_attn_implementation("eager")
-    assert takes_ragged_rows(target)
+    assert decodes_ragged_rows(target)
     check_identical(target, draft)
 
 
@@ -91,7 +90,7 @@ def test_each_implementation_is_probed_by_itself(monkeypatch):
     monkeypatch.setattr(masks, "_probe", lambda model: (probed.append(model.config._attn_implementation), True)[1])
     for implementation in ("sdpa", "eager", "sdpa", "eager"):
         target.set_attn_implementation(implementation)
-        assert takes_ragged_rows(target)
+        assert decodes_ragged_rows(target)
     assert probed == ["sdpa", "eager"]
 
 

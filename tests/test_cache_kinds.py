@@ -26,9 +26,9 @@ from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATION
 
 import hf_specdec
 from hf_specdec import attention, static
+from hf_specdec.abilities import decodes_ragged_rows
 from hf_specdec.cache import RaggedCache
 from hf_specdec.host import forward_parameters
-from hf_specdec.masks import takes_ragged_rows
 
 NEW_TOKENS = 16
 NOISE = {"gemma2": 0.35}
@@ -283,7 +283,7 @@ def test_weights_that_accelerate_moves_in_for_each_forward():
     assert target.device.type == draft.device.type == "meta"
     check_identical(target, draft)
     check_identical(target, draft, cache_implementation="static")
-    assert takes_ragged_rows(target)
+    assert decodes_ragged_rows(target)
 
 
 # Adapters
@@ -470,7 +470,7 @@ def test_a_target_in_training_mode_is_told_so(caplog):
     random = make_model(LlamaConfig(**{**pair()[0].config.to_dict(), "attention_dropout": 0.3})).train()
     generate(random, pair()[1])
     assert "LlamaForCausalLM is in training mode" in caplog.text
-    assert takes_ragged_rows(random.eval()), "an answer found under dropout was kept"
+    assert decodes_ragged_rows(random.eval()), "an answer found under dropout was kept"
 
 
 def test_modules_around_a_draft_are_refused():

@@ -40,10 +40,10 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateEncoderDecoderOutput
 
 import hf_specdec
+from hf_specdec.abilities import decodes_ragged_rows
 from hf_specdec.context import Context
 from hf_specdec.drafters import DraftRequest, PromptLookupDrafter
 from hf_specdec.encoded import EncoderSide
-from hf_specdec.masks import takes_ragged_rows
 
 NEW_TOKENS = 20
 GREEDY: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
@@ -131,9 +131,9 @@ def test_the_drafts_of_these_tests_are_accepted_only_in_part(name: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_only_decoders_that_are_told_positions_let_rows_run_apart(name: str) -> None:
     """The others count from the length of the cache, which is one number: their rows advance in lockstep."""
-    assert takes_ragged_rows(pair(name)[0]) == (name == "whisper")
+    assert decodes_ragged_rows(pair(name)[0]) == (name == "whisper")
     if name == "whisper":
-        assert takes_ragged_rows(distilled(), drafts=True), "its forward does not name positions, but hands them on"
+        assert decodes_ragged_rows(distilled(), drafts=True), "its forward does not name positions, but hands them on"
 
 
 def test_a_row_does_not_depend_on_the_other_rows() -> None:

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 import hf_specdec
 from hf_specdec import invariants
-from hf_specdec.probes import decodes_ragged_rows
+from hf_specdec.abilities import decodes_ragged_rows
 from hf_specdec.states import States
 
 _COMMON: dict[str, Any] = {

@@ -5,16 +5,16 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
+from ..abilities import carries_its_own, continues_states, decodes_ragged_rows
 from ..acceptance import draw
 from ..cache import RaggedCache
 from ..context import Context
 from ..first_forward import FirstForward, prepared_call, show, split_axes
 from ..forward import CachedModel
 from ..host import model_device, to_device
-from ..layers import cache_layers, carries_its_own
+from ..layers import cache_layers
 from ..masks import hands_positions_on
 from ..prepared import PreparedModel
-from ..probes import continues_states, decodes_ragged_rows
 from ..processors import BlockProcessors
 from ..static import STEPS, borrow, compilable
 from .base import Draft, Drafter, DraftRequest

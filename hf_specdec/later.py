@@ -1,0 +1,214 @@
+"""What vanilla would feed at the steps after a prompt, beside what our own forwards feed.
+
+A model may prepare its inputs in a way of its own (`prepare_inputs_for_generation`) and carry values of its own from
+step to step (`_update_model_kwargs_for_generation`). Both are asked about two steps, and everything that they say is
+compared: names, scalars, tensors, positions. Two steps tell a constant from what changes with each token.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.utils import ModelOutput
+
+# What our own forwards are made of. Whatever else a model is given is the prompt's, or its own.
+KNOWN_INPUTS = {
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "cache_params",
+    "inputs_embeds",
+    "use_cache",
+    "logits_to_keep",
+    "output_attentions",
+    "output_hidden_states",
+}
+
+
+def prepares_inputs_itself(model: PreTrainedModel) -> bool:
+    """Whether the model has code of its own that makes or carries on the inputs of a step."""
+    names = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
+    return any(getattr(getattr(model, n), "__func__", None) is not getattr(GenerationMixin, n) for n in names)
+
+
+def extra_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs that are neither tokens nor what goes with them; without an image some are `None` or an empty dict."""
+    return {
+        name: value
+        for name, value in inputs.items()
+        if name not in KNOWN_INPUTS and value is not None and not (isinstance(value, dict) and not value)
+    }
+
+
+@dataclass
+class _Output(ModelOutput):
+    """What a forward over the prompt returns, as far as steps are prepared from it."""
+
+    logits: Any = None
+    past_key_values: Any = None
+    cache_params: Any = None
+
+
+class _Claimed(DynamicCache):
+    """Stands for a filled cache: it holds nothing, and says how many columns it is taken to hold."""
+
+    def __init__(self, config: Any, columns: int):
+        super().__init__(config=config.get_text_config(decoder=True))
+        self.columns = columns
+
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
+        return self.columns
+
+    def has_previous_state(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+
+def later_steps(
+    model: PreTrainedModel, ids: Tensor, kwargs: dict[str, Any], output: ModelOutput, columns: int
+) -> tuple[Tensor, list[dict[str, Any]]]:
+    """What vanilla would feed at the next two steps. No forward is run.
+
+    Args:
+        ids: `[batch, width]`, the prompt as `generate()` hands it over.
+        kwargs: what `generate()` has prepared; not changed.
+        output: what the forward over the prompt returned.
+        columns: that the cache holds after it.
+
+    Returns: `[batch, width + 2]` ids, and the inputs of each step.
+    """
+    is_encoder_decoder = bool(model.config.is_encoder_decoder)
+    kwargs, steps = dict(kwargs), []
+    for step in range(2):
+        if step:
+            output = _holding(model, output, columns + step)
+        kwargs = model._update_model_kwargs_for_generation(output, kwargs, is_encoder_decoder=is_encoder_decoder)
+        ids = torch.cat([ids, ids[:, -1:]], dim=1)
+        steps.append(model.prepare_inputs_for_generation(ids, next_sequence_length=1, **kwargs))
+    return ids, steps
+
+
+def _holding(model: PreTrainedModel, output: ModelOutput, columns: int) -> ModelOutput:
+    """The output of a step whose forward was not run: its cache says that it holds `columns`."""
+    changed = {}
+    for name in ("past_key_values", "cache_params"):
+        if isinstance(cache := output.get(name), Cache):
+            claimed: Cache = _Claimed(model.config, columns)
+            if isinstance(cache, EncoderDecoderCache):
+                claimed = EncoderDecoderCache(claimed, cache.cross_attention_cache)
+            changed[name] = claimed
+    return type(output)(**{**output, **changed})
+
+
+def claimed_steps(
+    model: PreTrainedModel, ids: Tensor, kwargs: dict[str, Any], columns: int
+) -> tuple[Tensor, list[dict[str, Any]]]:
+    """The same before any forward: a cache that only says what it holds stands for that of the prompt."""
+    name = "cache_params" if "cache_params" in kwargs else "past_key_values"
+    given = kwargs.get(name)
+    like = given if isinstance(given, Cache) else DynamicCache()
+    output = _holding(model, _Output(**{name: like}), columns)
+    return later_steps(model, ids, {**kwargs, name: output[name]}, output, columns)
+
+
+def difference(
+    inputs: dict[str, Any], ids: Tensor, mask: Tensor | None, positions: Tensor | None, step: int, prefix: str = ""
+) -> str:
+    """What of a step's usual inputs is not what our forwards feed; empty if there is nothing.
+
+    Args:
+        inputs: of vanilla, for the last token of `ids`.
+        mask: `[batch, columns]` of the prompt, `None` if everything in it is real.
+        positions: `[..., columns]` of the prompt, `None` if the model is not told any.
+        step: 0 for the first step after the prompt.
+        prefix: of the names of ids, mask and positions.
+    """
+    fed = inputs.get(prefix + "input_ids")
+    if fed is None or fed.shape != (len(ids), 1) or not torch.equal(fed.to(ids.device), ids[:, -1:]):
+        return "makes its own inputs out of each token"
+    if not inputs.get("use_cache", True):
+        return "does without its cache"
+    if all(inputs.get(name) is None for name in ("past_key_values", "cache_params")):
+        return "drops its cache"
+    told = inputs.get(prefix + "attention_mask")
+    if not _is_continued(told, mask, len(ids), 1 + step):
+        return "changes the attention mask at each step"
+    told = inputs.get(prefix + "position_ids")
+    if (told is None) != (positions is None):
+        return "is told positions at some steps only"
+    if told is not None and positions is not None:
+        expected = positions[..., -1:].to(told.device) + 1 + step
+        if told.shape[-1] != 1 or told.ndim != expected.ndim or not bool((told == expected).all()):
+            return "has positions of its own at each step"
+    return ""
+
+
+def _is_continued(told: Any, mask: Tensor | None, rows: int, new: int) -> bool:
+    """Whether a mask is that of the prompt with `new` real tokens after it; `None` says that all are real."""
+    if told is None:
+        return mask is None or bool(mask.all())
+    if not isinstance(told, Tensor) or told.ndim != 2 or len(told) != rows:
+        return False
+    known = told.new_ones(rows, told.shape[1] - new) if mask is None else mask.to(told)
+    return told.shape[1] == known.shape[1] + new and torch.equal(
+        told, torch.nn.functional.pad(known, (0, new), value=1)
+    )
+
+
+def is_usual(
+    model: PreTrainedModel, ids: Tensor, columns: int, kwargs: dict[str, Any], positions: Tensor | None
+) -> bool:
+    """Whether vanilla feeds, at the two steps after a prompt, nothing but a token, its position and the mask.
+
+    A model whose code wants more of a first forward than a cache is not usual.
+
+    Args:
+        ids: `[batch, width]`, as `generate()` hands them over.
+        columns: of the prompt, with those that are cached already.
+        kwargs: what `generate()` has prepared.
+        positions: what the model is told of the prompt.
+    """
+    if not prepares_inputs_itself(model):
+        return True  # transformers' own code does just that
+    try:
+        more, steps = claimed_steps(model, ids, kwargs, columns)
+    except Exception:  # it looks for what only a real forward leaves
+        return False
+    mask = kwargs.get("attention_mask")
+    if "cache_params" in kwargs:  # layers with states alone: masks are for prompts
+        mask, steps = None, [{**step, "attention_mask": None} for step in steps]
+    found = [difference(step, more[:, : ids.shape[1] + 1 + i], mask, positions, i) for i, step in enumerate(steps)]
+    return not any(found) and not any(map(extra_inputs, steps))
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Whether two inputs are the same, whatever they are made of."""
+    if a is b:
+        return True
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return type(a) is type(b) and bool(a == b)
+
+
+def only_limits_logits(logits: Callable[[dict[str, Any]], Tensor], name: str, value: Any) -> bool:
+    """Whether an input does nothing but keep the logits of all tokens but the last from being returned.
+
+    Args:
+        logits: of a forward over two tokens, `[batch, 2 or 1, vocab]`, given inputs besides the usual.
+    """
+    limited = logits({name: value})
+    if limited.shape[1] > 1:
+        return False
+    try:
+        every = logits({})
+    except Exception:  # it cannot do without
+        return False
+    return every.shape[1] == 2 and torch.equal(every[:, -1:], limited)
