@@ -28,6 +28,7 @@ from .states import has_states
 _LENGTHS = (23, 6, 14)
 _DRAFTS = 3
 _BLOCKS = "gives several tokens on a filled cache other logits than one after the other"
+_PADDING = "gives a row that is padded on the left other logits than alone"
 # Round by round, how many drafts each row accepts.
 _ACCEPTED = ((0, 3, 1), (2, 0, 1))
 
