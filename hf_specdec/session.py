@@ -27,7 +27,7 @@ from .decoding import SpeculativeDecoding
 from .drafters import Drafter, DraftRequest, ModelDrafter
 from .encoded import EncoderSide, decoder_kwargs, read_encoder
 from .forward import CachedModel
-from .host import model_device
+from .host import hidden_parameters, model_device
 from .layers import cache_layers, carries_its_own, check_layers
 from .masks import takes_position_ids
 from .options import STATIC_KINDS, Options
@@ -35,7 +35,7 @@ from .outputs import Recorder
 from .prepared import PreparedModel
 from .probes import check_states, check_windows, decodes_ragged_rows
 from .processors import known, unknown_names
-from .prompt import Prompt, read_prompt
+from .prompt import Prompt, read_prompt, whole_numbers
 from .rope import check_lengths
 from .schedule import make_schedule
 from .states import has_states
@@ -71,7 +71,7 @@ def prepare(
         given: the model inputs that `generate()` was given, by name.
     """
     check_user_cache(model_kwargs.get("past_key_values"), model, generation_config.max_length)
-    encoder = None
+    input_ids, encoder = whole_numbers(input_ids), None
     if model.config.is_encoder_decoder:
         encoder = read_encoder(model, model_kwargs, encoder_inputs, len(input_ids))
         user_cache, model_kwargs = model_kwargs["past_key_values"], decoder_kwargs(model, input_ids, model_kwargs)
@@ -124,7 +124,14 @@ def prepare(
         target.encoded.load(user_cache.cross_attention_cache)
     windows = [getattr(layer, "sliding_window", None) for layer in cache.layers]
     recorder = Recorder(
-        generation_config, context, first, prompt.column_offset, prompt.past, windows, encoder is not None
+        generation_config,
+        context,
+        first,
+        prompt.column_offset,
+        prompt.past,
+        windows,
+        encoder is not None,
+        type(model).__name__,
     )
     schedule = make_schedule(
         options.num_assistant_tokens_schedule,
@@ -270,6 +277,8 @@ def _needs_lockstep(model: PreTrainedModel, drafter: Drafter, prompt: Prompt, un
         reason = f"{type(model).__name__} makes its own position ids"
     elif carries_its_own(model):
         reason = f"{type(model).__name__} carries a state of its own from step to step"
+        if hidden := hidden_parameters(model):
+            reason = f"the forward of {type(model).__name__} does not name {hidden[0]}"
     elif not decodes_ragged_rows(model):
         reason = f"{type(model).__name__} cannot decode rows of different lengths together"
     elif isinstance(drafter, ModelDrafter) and not drafter.takes_ragged_rows:
