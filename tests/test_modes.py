@@ -439,6 +439,7 @@ def test_a_wrapper_around_a_draft_is_refused_with_the_model_inside(pair, wrapper
     assert generate(target, **spec(wrapped.module)).tolist() == generate(target).tolist()
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_compiled_models_are_taken_for_what_they_compile(pair, log):
     target, draft = pair
     with torch.compiler.set_stance("force_eager"):  # tests/test_cache_kinds.py compiles
