@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 from .answers import Answer, CannotBeAsked, Differs, ask, check_same, ordinary_tokens
-from .host import forward_parameters, model_device
+from .host import forward_parameters, hidden_parameters, model_device
 from .layers import cache_layers
 from .masks import follows_masks, takes_masks
 from .probes import Vanilla, rehearse
@@ -33,6 +34,7 @@ def check_target(model: PreTrainedModel, rows: int) -> None:
     Args:
         rows: of the prompt.
     """
+    check_mode(model, "the model", "model")
     _check_prepared_inputs(model)
     _check_adapters(model, rows)
     if model.training:
@@ -305,15 +307,77 @@ def _compare_beside_others(model: PreTrainedModel) -> None:
     vanilla = Vanilla(model)
     text = ordinary_tokens(model, 8, seed=0)
     alone, beside = vanilla.continued(text[:1], [])[0], vanilla.continued(text, [])[0]
-    if not (beside - alone).abs().max() < 1e-3 * alone.std():
+    if not (beside - alone).abs().max() <= 1e-3 * alone.std():
         raise Differs("gives a token other logits with seven tokens after it than alone")
+
+
+def check_mode(model: PreTrainedModel, role: str, variable: str) -> None:
+    """Raise a ValueError if a model is set such that its forwards keep no cache, or fail; say what makes them slow.
+
+    Args:
+        role: what the model is in the call, for messages.
+        variable: how a user would write it in code.
+    """
+    _check_checkpointing(model, role, variable)
+    _check_return_dict(model, role, variable)
+    hidden = hidden_parameters(model)
+    if hidden:
+        signature = ", ".join(map(str, forward_parameters(model).values()))
+        logger.warning_once(
+            f"strategy='spec' is slow with {role} ({type(model).__name__}), because its `forward({signature})` does "
+            f"not name {', '.join(f'`{name}`' for name in hidden)}. If it is a wrapper that passes them on, decorate "
+            "it with `functools.wraps` of the function that it wraps, or set its `__signature__`."
+        )
+
+
+def _check_checkpointing(model: PreTrainedModel, role: str, variable: str) -> None:
+    """As `GradientCheckpointingLayer` of transformers decides it; in older code it is the module around the layers."""
+    decoder = model.get_decoder()
+    switches = [(name, module) for name, module in decoder.named_modules() if hasattr(module, "gradient_checkpointing")]
+    layers = [(name, module) for name, module in switches if isinstance(module, GradientCheckpointingLayer)]
+    for name, module in layers or switches:
+        keeps_cache = getattr(module, "_can_checkpoint_with_cache", False)
+        if module.gradient_checkpointing and module.training and not keeps_cache:
+            where = f"`{name}` in the decoder of {role}" if name else f"the decoder of {role}"
+            raise ValueError(
+                f"Gradient checkpointing is on and {where} ({type(model).__name__}) is in train mode, in which "
+                "transformers then keeps no key-value cache, but strategy='spec' needs it: call "
+                f"`{variable}.gradient_checkpointing_disable()`, or `{variable}.eval()`, before `generate()`"
+            )
+
+
+def _check_return_dict(model: PreTrainedModel, role: str, variable: str) -> None:
+    """Some modeling files read outputs of their own parts by name, which tuples do not have."""
+    configs = {
+        "config": model.config,
+        "config.get_text_config(decoder=True)": model.config.get_text_config(decoder=True),
+    }
+    name = next((name for name, config in configs.items() if getattr(config, "return_dict", True) is False), None)
+    if name is None:
+        return
+    try:
+        Vanilla(model).continued(ordinary_tokens(model, 1, seed=0), [])
+    except (AttributeError, TypeError) as error:
+        raise ValueError(
+            f"`{variable}.{name}.return_dict` is False, and {role} ({type(model).__name__}) fails with it "
+            f"({type(error).__name__}: {error}): set it to True"
+        ) from error
 
 
 def unwrapped(draft: Any) -> Any:
     """The model that drafts: of an adapter's wrapper the model inside, whose layers hold the adapter.
 
     The wrapper's `forward` names fewer inputs than the model takes, positions not among them.
+
+    Raises:
+        TypeError: for the wrapper of a trainer, which prepares forwards for training and has no `generate()`.
     """
+    inside = getattr(draft, "module", None)
+    if not isinstance(draft, PreTrainedModel) and isinstance(inside, PreTrainedModel):
+        raise TypeError(
+            f"`assistant_model` is a {type(draft).__name__} around a {type(inside).__name__}: pass the model inside, "
+            "`assistant_model=model.module`"
+        )
     if not hasattr(draft, "get_base_model"):
         return draft
     if getattr(getattr(draft, "active_peft_config", None), "is_prompt_learning", False):

@@ -294,7 +294,8 @@ class SpeculativeDecoding:
         width = verdict.tokens.shape[1]
         for slot, (row, (accepted, valid, valid_draft, *_)) in enumerate(zip(self.context.rows, packed)):
             if not valid_draft:
-                self._raise_no_distribution(f"draft model ({type(self.drafter).__name__})", row)
+                owner = getattr(self.drafter, "model", self.drafter)
+                self._raise_no_distribution(f"draft model ({type(owner).__name__})", row)
             used = slice(accepted + 1)
             if not valid and not self._vanilla_would_choose(logits[slot, used], scores[slot, used]):
                 self._raise_no_distribution(f"target model ({type(self.target.model).__name__})", row)

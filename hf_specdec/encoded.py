@@ -228,11 +228,30 @@ class EncoderSide:
         taken = {name: value for name, value in given.items() if name in inspect.signature(encoder.forward).parameters}
         originals = torch.arange(0, self.batch_size, copies)
         inputs = {name: _select(value, originals, self.batch_size) for name, value in taken.items()}
-        outputs = encoder(**inputs, **{self.input_name: self.inputs}, return_dict=True)
+        try:
+            outputs = encoder(**inputs, **{self.input_name: self.inputs}, return_dict=True)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            shape, reason = list(self.inputs.shape), (str(error).splitlines() or [""])[0]
+            raise ValueError(
+                f"The encoder of `assistant_model` ({name}) cannot read the target's `{expected}` of shape {shape} "
+                f"({type(error).__name__}: {reason}). {_differing_inputs(encoder, self.module)}Use a draft that was "
+                "made for the same inputs, or one that shares the target's encoder"
+            ) from error
         rows = torch.arange(len(self.inputs)).repeat_interleave(copies)
         return outputs if copies == 1 else _select(outputs, rows, len(self.inputs))
 
 
+def _differing_inputs(draft: torch.nn.Module, target: torch.nn.Module) -> str:
+    """A sentence on what the configs of two encoders expect differently of their inputs; empty if nothing shows."""
+    mine, theirs = (vars(getattr(encoder, "config", None) or object) for encoder in (draft, target))
+    names = [name for name in mine.keys() & theirs.keys() if any(part in name for part in _ABOUT_INPUTS)]
+    found = [f"{name} {mine[name]} (target: {theirs[name]})" for name in sorted(names) if mine[name] != theirs[name]]
+    return f"Its config has {', '.join(found)}. " if found else ""
+
+
+_ABOUT_INPUTS = ("mel", "feat", "channels", "source", "image", "patch", "sampling", "vocab")  # in names of a config
 _copies: "weakref.WeakKeyDictionary[torch.nn.Module, tuple[weakref.ref[torch.nn.Module], bool]]"
 _copies = weakref.WeakKeyDictionary()
 

@@ -52,3 +52,23 @@ def first_line(error: BaseException) -> str:
     """What went wrong, in one line: the kind of error and the first line of its message."""
     lines = str(error).splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+# Inputs without which a model is fed more slowly.
+_TELLING = ("past_key_values", "cache_params", "position_ids", "logits_to_keep")
+
+
+def hidden_parameters(model: PreTrainedModel) -> list[str]:
+    """Inputs that a wrapper around `forward` takes as `*args` or `**kwargs`, though what it wraps may name them."""
+    visible = forward_parameters(model)
+    if not any(p.kind is p.VAR_KEYWORD for p in visible.values()):
+        return []
+    classes = type(getattr(model, "_orig_mod", model)).__mro__
+    named = {
+        name for cls in classes if "forward" in vars(cls) for name in inspect.signature(vars(cls)["forward"]).parameters
+    }
+    names_nothing = all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in visible.values())
+    taken = {"past_key_values", "position_ids"} if names_nothing and not named & {*_TELLING} else named
+    hidden = [name for name in _TELLING if name in taken and name not in visible]
+    caches = {"past_key_values", "cache_params"}
+    return [name for name in hidden if name not in caches] if caches & visible.keys() else hidden

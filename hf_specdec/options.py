@@ -108,15 +108,21 @@ def resolve_options(
     return Options(**options)
 
 
-def check_generation_config(config: GenerationConfig) -> None:
-    """Refuse, by name, what speculative decoding cannot honour."""
+def check_generation_config(config: GenerationConfig, given: dict[str, Any]) -> None:
+    """Raise an error that names the option for what speculative decoding cannot honour.
+
+    Args:
+        config: the call's, prepared.
+        given: the keyword arguments of the call.
+    """
     if config.num_beams is not None and config.num_beams > 1:
         raise ValueError(
             f"strategy='spec' decodes greedily or by sampling, but `num_beams` is {config.num_beams}: "
             "set `num_beams=1`, or drop strategy='spec' for beam search"
         )
     if config.use_cache is False:
-        raise ValueError("strategy='spec' needs the key-value cache, but `use_cache` is False: drop that argument")
+        fix = "drop that argument" if given.get("use_cache") is False else "a config says so; pass `use_cache=True`"
+        raise ValueError(f"strategy='spec' needs the key-value cache, but `use_cache` is False: {fix}")
     mode = config.get_generation_mode()
     modes = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION)
     if mode not in modes:

@@ -3,6 +3,7 @@
 Owns the records of the call. Rows reach a step in different iterations; here each row's part waits for the others.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from .context import Context
 from .encoded import PREFIX
 
 Steps = list[dict[int, Tensor]]  # by step, by row of the batch
+Layers = tuple[tuple[Tensor | None, ...] | None, ...]  # by step, by layer, as far as the model gave any
 
 
 class Recorder:
@@ -32,6 +34,7 @@ class Recorder:
         past: columns that were cached before the call.
         windows: by layer, how many columns a sliding layer of transformers' cache attends to; `None` for all.
         has_encoder: the model has an encoder too, and names what is the decoder's.
+        name: of the model's class, for messages.
     """
 
     def __init__(
@@ -43,12 +46,15 @@ class Recorder:
         past: int,
         windows: list[int | None],
         has_encoder: bool = False,
+        name: str = "the model",
     ):
         wanted = bool(config.return_dict_in_generate)
         self.wants_scores = wanted and bool(config.output_scores)
         self.wants_logits = wanted and bool(config.output_logits)
         self.wants_hidden_states = wanted and bool(config.output_hidden_states)
         self.wants_attentions = wanted and bool(config.output_attentions)
+        self._selects = config.output_hidden_states  # a flag, or the layers that are wanted
+        self._name = name
         self._context = context
         self._first = first
         self._past = past
@@ -57,6 +63,7 @@ class Recorder:
         self._prompt_end = context.prompt_width + column_offset
         self._scores: Steps = []
         self._logits: Steps = []
+        self._layout: dict[str, list[bool]] = {}  # by kind of record, for each layer, whether a forward gave a tensor
         # By row, what its queries gave, in order: [layers + 1, queries, width] and [layers, heads, queries, slots].
         self._hidden_states: list[list[Tensor]] = [[] for _ in first]
         self._attentions: list[list[Tensor]] = [[] for _ in first]
@@ -65,18 +72,19 @@ class Recorder:
     @property
     def forward_kwargs(self) -> dict[str, Any]:
         """What the target's forwards must be asked for."""
-        kwargs = {"output_hidden_states": self.wants_hidden_states, "output_attentions": self.wants_attentions}
-        return {name: True for name, wanted in kwargs.items() if wanted}
+        kwargs = {"output_hidden_states": self._selects} if self.wants_hidden_states else {}
+        return kwargs | ({"output_attentions": True} if self.wants_attentions else {})
 
     def prompt(self, output: ModelOutput) -> None:
         """Record hidden states and attentions of a forward over the columns of all rows, padding included."""
         for row, first in enumerate(self._first):
             query = max(first - self._past, 0)
             if self.wants_hidden_states:
-                self._hidden_states[row].append(torch.stack([layer[row, query:] for layer in output.hidden_states]))
+                given = self._given("hidden_states", output, 3)
+                _append(self._hidden_states[row], [layer[row, query:] for layer in given])
             if self.wants_attentions:
-                weights = [layer[row, :, query:, first:] for layer in output.attentions]
-                self._attentions[row].append(torch.stack(weights))
+                given = self._given("attentions", output, 4)
+                _append(self._attentions[row], [layer[row, :, query:, first:] for layer in given])
 
     @property
     def wants_tokens(self) -> bool:
@@ -85,20 +93,46 @@ class Recorder:
 
     def layers(self, output: ModelOutput, counts: list[int], skipped: list[int] | None = None) -> None:
         """Record hidden states and attentions, if any, of `counts[i]` queries of each row, behind `skipped[i]`."""
-        prefix = PREFIX if self._has_encoder else ""
-        hidden_states, attentions = (output.get(prefix + name) for name in ("hidden_states", "attentions"))
+        hidden_states = self._given("hidden_states", output, 3) if self.wants_hidden_states else []
+        attentions = self._given("attentions", output, 4) if self.wants_attentions else []
+        crossed = self._given("cross_attentions", output, 4) if self.wants_attentions and self._has_encoder else []
         for i, (row, count) in enumerate(zip(self._context.rows, counts)):
             begin = skipped[i] if skipped else 0
             own = slice(begin, begin + count)
-            if self.wants_hidden_states and hidden_states is not None:
-                states = [layer[i, own] for layer in hidden_states]
-                self._hidden_states[row].append(torch.stack(states))
-            if self.wants_attentions and attentions is not None:
-                weights = [layer[i, :, own] for layer in attentions]
-                self._attentions[row].append(torch.stack(weights))
-            if self.wants_attentions and self._has_encoder:
-                weights = [layer[i, :, :count] for layer in output.cross_attentions]
-                self._cross_attentions[row].append(torch.stack(weights))
+            _append(self._hidden_states[row], [layer[i, own] for layer in hidden_states])
+            _append(self._attentions[row], [layer[i, :, own] for layer in attentions])
+            _append(self._cross_attentions[row], [layer[i, :, :count] for layer in crossed])
+
+    def _given(self, kind: str, output: ModelOutput, axes: int) -> list[Tensor]:
+        """The tensors that a forward gave for a kind of record, of layers that have one.
+
+        Raises:
+            ValueError: if they do not have so many axes, so that rows and queries are not where we look for them.
+        """
+        layers = output.get(PREFIX + kind if self._has_encoder and kind != "cross_attentions" else kind)
+        if layers is None:
+            return []
+        self._layout[kind] = [layer is not None for layer in layers]
+        given = [layer for layer in layers if layer is not None]
+        for layer in given:
+            if layer.ndim != axes:
+                option = "output_hidden_states" if kind == "hidden_states" else "output_attentions"
+                expected = "[rows, tokens, width]" if axes == 3 else "[rows, heads, tokens, columns]"
+                raise ValueError(
+                    f"`{option}` asks for what strategy='spec' cannot record of {self._name}: its {kind} have the "
+                    f"shape {list(layer.shape)}, not {expected}. Leave the option out, or drop strategy='spec'"
+                )
+        return given
+
+    def _in_layers(self, kind: str, given: Iterable[Tensor]) -> tuple[Tensor | None, ...]:
+        """Tensors of the layers that have one, each at its layer's place."""
+        given = iter(given)
+        return tuple(next(given) if has else None for has in self._layout[kind])
+
+    def _nothing(self, kind: str, steps: int) -> tuple[Any, ...] | None:
+        """What vanilla returns where forwards gave no tensor of a kind; `None` if they did."""
+        layout = self._layout.get(kind)
+        return None if layout and any(layout) else (None if layout is None else (None,) * len(layout),) * steps
 
     def token(self, row: int, column: int, logits: Tensor, scores: Tensor) -> None:
         """Record the raw logits and processed scores, `[vocab]` each, that chose the token of a context column."""
@@ -118,10 +152,12 @@ class Recorder:
     def logits(self, steps: int) -> tuple[Tensor, ...] | None:
         return self._per_step(self._logits, steps) if self.wants_logits else None
 
-    def hidden_states(self, steps: int) -> tuple[tuple[Tensor, ...], ...] | None:
+    def hidden_states(self, steps: int) -> Layers | None:
         """Per step, per layer: `[batch, queries, width]`; the first step has the prompt's queries."""
         if not self.wants_hidden_states:
             return None
+        if (nothing := self._nothing("hidden_states", steps)) is not None:
+            return nothing
         rows = [torch.cat(parts, dim=1) for parts in self._hidden_states]  # each [layers, queries, width]
         result = []
         for begin, end in self._query_columns(steps):
@@ -129,13 +165,15 @@ class Recorder:
             for row, states in enumerate(rows):
                 columns, queries = self._overlap(row, begin, end, states.shape[1])
                 step[:, row, columns] = states[:, queries]
-            result.append(tuple(step))
+            result.append(self._in_layers("hidden_states", step))
         return tuple(result)
 
-    def attentions(self, steps: int) -> tuple[tuple[Tensor, ...], ...] | None:
+    def attentions(self, steps: int) -> Layers | None:
         """Per step, per layer: `[batch, heads, queries, columns so far]`; sliding layers show those in their window."""
         if not self.wants_attentions:
             return None
+        if (nothing := self._nothing("attentions", steps)) is not None:
+            return nothing
         layers, heads = self._attentions[0][0].shape[:2]
         rows = []  # each [layers, heads, queries, slots]
         for parts in self._attentions:
@@ -150,13 +188,15 @@ class Recorder:
                 step[:, row, :, columns, first:end] = weights[:, :, queries, : end - first]
             windows = [*self._windows, *[None] * layers][:layers]  # the cache of a user may not know yet
             shown = [end if window is None else min(begin, window - 1) + end - begin for window in windows]
-            result.append(tuple(layer[..., -width:] for layer, width in zip(step, shown)))
+            result.append(self._in_layers("attentions", (layer[..., -width:] for layer, width in zip(step, shown))))
         return tuple(result)
 
-    def cross_attentions(self, steps: int) -> tuple[tuple[Tensor, ...], ...] | None:
+    def cross_attentions(self, steps: int) -> Layers | None:
         """Per step, per layer: `[batch, heads, queries, encoder columns]`."""
         if not self.wants_attentions or not self._has_encoder:
             return None
+        if (nothing := self._nothing("cross_attentions", steps)) is not None:
+            return nothing
         rows = [torch.cat(parts, dim=2) for parts in self._cross_attentions]
         layers, heads, _, width = rows[0].shape
         result = []
@@ -165,7 +205,7 @@ class Recorder:
             for row, weights in enumerate(rows):
                 columns, queries = self._overlap(row, begin, end, weights.shape[2])
                 step[:, row, :, columns] = weights[:, :, queries]
-            result.append(tuple(step))
+            result.append(self._in_layers("cross_attentions", step))
         return tuple(result)
 
     def _per_step(self, recorded: Steps, steps: int) -> tuple[Tensor, ...]:
@@ -188,3 +228,8 @@ class Recorder:
         low, high = max(begin, origin), min(end, origin + recorded)
         high = max(low, high)
         return slice(low - begin, high - begin), slice(low - origin, high - origin)
+
+
+def _append(parts: list[Tensor], layers: list[Tensor]) -> None:
+    if layers:
+        parts.append(torch.stack(layers))

@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .abilities import unwrapped
+from .abilities import check_mode, unwrapped
 from .card import license_of, write_card
 from .catalogue import suggest_draft
 from .compatibility import Compatibility, check_draft_model, compare, vocabulary_check
@@ -239,12 +239,13 @@ def make_drafter(
     if isinstance(assistant_model, (str, Path)):
         of_the_target = (target.name_or_path,) if assistant_model == "auto" else ()
         assistant_model = load_draft(str(assistant_model), target.dtype, model_device(target), *of_the_target)
-    if not isinstance(assistant_model, torch.nn.Module) or not hasattr(assistant_model, "config"):
+    draft = unwrapped(assistant_model)
+    if not isinstance(draft, torch.nn.Module) or not hasattr(draft, "config"):
         raise TypeError(
             "`assistant_model` must be a transformers model, a Hub id or local path, or a hf_specdec.Drafter, "
-            f"got {type(assistant_model).__name__}"
+            f"got {type(draft).__name__}"
         )
-    draft = unwrapped(assistant_model)
+    check_mode(draft, "`assistant_model`", "assistant_model")
     check_draft_model(draft, target, tokenizer, assistant_tokenizer)
     return ModelDrafter(draft, options.assistant_confidence_threshold, options.compiles("draft"))
 

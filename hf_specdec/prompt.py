@@ -53,6 +53,16 @@ def check_not_empty(input_ids: Tensor) -> None:
         )
 
 
+def whole_numbers(input_ids: Tensor) -> Tensor:
+    """Ids as int64, which all new tokens are. Vanilla turns the prompt's into it when it appends the first of them."""
+    if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
+        raise TypeError(
+            f"`input_ids` must hold token ids, but their dtype is {input_ids.dtype}: pass integers, for instance "
+            "`input_ids.long()`, or embeddings as `inputs_embeds`"
+        )
+    return input_ids.long()
+
+
 def read_prompt(
     model: PreTrainedModel,
     input_ids: Tensor,

@@ -36,14 +36,14 @@ from .decoding import SpeculativeDecoding
 from .drafters import Drafter, DraftRequest, ModelDrafter
 from .encoded import EncoderSide, decoder_kwargs, read_encoder, with_later_inputs
 from .forward import CachedModel
-from .host import model_device
+from .host import hidden_parameters, model_device
 from .layers import cache_layers, check_layers
 from .masks import takes_position_ids
 from .options import STATIC_KINDS, Options
 from .outputs import Recorder
 from .prepared import PreparedModel
 from .processors import known, unknown_names
-from .prompt import Prompt, read_prompt
+from .prompt import Prompt, read_prompt, whole_numbers
 from .rope import check_lengths
 from .schedule import make_schedule
 from .states import has_states
@@ -79,7 +79,7 @@ def prepare(
         given: the model inputs that `generate()` was given, by name.
     """
     check_user_cache(model_kwargs.get("past_key_values"), model, generation_config.max_length)
-    encoder = None
+    input_ids, encoder = whole_numbers(input_ids), None
     if model.config.is_encoder_decoder:
         encoder = read_encoder(model, model_kwargs, encoder_inputs, len(input_ids))
         encoder = with_later_inputs(encoder, model, input_ids, model_kwargs)
@@ -134,7 +134,14 @@ def prepare(
         target.encoded.load(user_cache.cross_attention_cache)
     sizes = [getattr(layer, "sliding_window", None) for layer in cache.layers]
     recorder = Recorder(
-        generation_config, context, first, prompt.column_offset, prompt.past, sizes, encoder is not None
+        generation_config,
+        context,
+        first,
+        prompt.column_offset,
+        prompt.past,
+        sizes,
+        encoder is not None,
+        type(model).__name__,
     )
     schedule = make_schedule(
         options.num_assistant_tokens_schedule,
@@ -286,6 +293,8 @@ def _needs_lockstep(
         reason = f"{type(model).__name__} makes its own position ids"
     elif carries_its_own(model):
         reason = f"{type(model).__name__} carries a state of its own from step to step"
+        if hidden := hidden_parameters(model):
+            reason = f"the forward of {type(model).__name__} does not name {hidden[0]}"
     elif windows:
         reason = f"{type(model).__name__} has a window of {windows[0]} tokens that its cache knows nothing of"
     elif not (answer := ragged_rows(model)):

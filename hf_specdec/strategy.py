@@ -90,7 +90,7 @@ def speculative(
         **model_kwargs: Any,
     ) -> Any:
         _refuse_what_was_not_handed_over(sys._getframe(1))
-        check_generation_config(generation_config)
+        check_generation_config(generation_config, sys._getframe(1).f_locals.get("kwargs", {}))
         resolved = resolve_options(options, generation_config, model, assistant_model)
         drafter = make_drafter(assistant_model, model, resolved, tokenizer, assistant_tokenizer)
         decoding = prepare(

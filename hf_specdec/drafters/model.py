@@ -1,5 +1,7 @@
 """A draft model: one tight loop over `forward`, all rows together, with a RaggedCache of its own."""
 
+import math
+
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -155,6 +157,8 @@ class ModelDrafter(Drafter):
             return lengths, last
         chosen = scores[:, 0].gather(-1, drawn) - scores[:, 0].logsumexp(dim=-1, keepdim=True)
         confidence: list[float] = chosen.exp().squeeze(-1).tolist()
+        if any(map(math.isnan, confidence)):
+            return lengths, True  # no distribution, which the loop reports
         unsure = [p < self.confidence_threshold for p in confidence]
         lengths = [min(n, step + 1) if stop else n for n, stop in zip(lengths, unsure)]
         last = step + 1 >= max(lengths)
