@@ -15,6 +15,7 @@ from transformers.utils import logging
 from .host import model_device
 from .masks import probe_inputs, takes_position_ids
 from .probes import is_close
+from .sharding import OwnLayersCache
 from .states import has_states
 
 logger = logging.get_logger(__name__)
@@ -104,7 +105,7 @@ def _takes_blocks(model: PreTrainedModel, before: int) -> bool:
     positions = torch.arange(before + 3, device=ids.device)[None] if takes_position_ids(model) else None
 
     def last_logits(*ends: int) -> tuple[torch.Tensor, int]:
-        cache, start, logits = DynamicCache(config=model.config.get_text_config(decoder=True)), 0, []
+        cache, start, logits = OwnLayersCache(config=model.config.get_text_config(decoder=True)), 0, []
         for end in ends:
             places = None if positions is None else positions[:, start:end]
             logits.append(_logits(model, ids[:, start:end], cache, places))
@@ -172,7 +173,7 @@ def _continues_a_cache(model: PreTrainedModel) -> bool:
     """Whether the second of two tokens behind a cached one gets the logits that it gets when all are fed at once."""
     ids = torch.tensor([[1, 2, 3]], device=model_device(model))
     config = model.config.get_text_config(decoder=True)
-    cache: Cache = DynamicCache(config=config)
+    cache: Cache = OwnLayersCache(config=config)
     if model.config.is_encoder_decoder:
         cache = EncoderDecoderCache(cache, DynamicCache(config=config))
     _logits(model, ids[:, :1], cache)

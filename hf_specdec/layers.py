@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
-from .cache import RaggedLayer
+from .cache import RaggedLayer, entries
 from .host import forward_parameters
 from .states import has_states, is_known, is_recurrent
 from .window import window_layers
@@ -58,7 +58,7 @@ def cached_length(cache: Cache) -> int:
                 "stand for: strategy='spec' cannot continue it. Pass the whole text without a cache"
             )
         return 0
-    return int(cache.get_seq_length())
+    return entries(cache)
 
 
 def carries_its_own(model: PreTrainedModel) -> bool:

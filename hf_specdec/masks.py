@@ -10,6 +10,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from .host import forward_parameters, model_device
+from .sharding import OwnLayersCache
 
 # Layer types whose attention mask is a function of query and key positions.
 _MASKED_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -205,7 +206,7 @@ def _probe_padding(model: PreTrainedModel) -> bool:
     device = model_device(model)
 
     def next_logits(*steps: tuple[list[int], list[int], list[int] | None]) -> Tensor:
-        cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+        cache = OwnLayersCache(config=model.config.get_text_config(decoder=True))
         for step in steps:
             ids, positions, mask = (None if row is None else torch.tensor([row], device=device) for row in step)
             inputs = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}

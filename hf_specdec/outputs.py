@@ -90,10 +90,10 @@ class Recorder:
         for i, (row, count) in enumerate(zip(self._context.rows, counts)):
             begin = skipped[i] if skipped else 0
             own = slice(begin, begin + count)
-            if self.wants_hidden_states and hidden_states is not None:
+            if self.wants_hidden_states and hidden_states:
                 states = [layer[i, own] for layer in hidden_states]
                 self._hidden_states[row].append(torch.stack(states))
-            if self.wants_attentions and attentions is not None:
+            if self.wants_attentions and attentions:  # empty where the implementation keeps no weights
                 weights = [layer[i, :, own] for layer in attentions]
                 self._attentions[row].append(torch.stack(weights))
             if self.wants_attentions and self._has_encoder:
@@ -122,6 +122,7 @@ class Recorder:
         """Per step, per layer: `[batch, queries, width]`; the first step has the prompt's queries."""
         if not self.wants_hidden_states:
             return None
+        _check_returned("hidden_states", self._hidden_states)
         rows = [torch.cat(parts, dim=1) for parts in self._hidden_states]  # each [layers, queries, width]
         result = []
         for begin, end in self._query_columns(steps):
@@ -136,6 +137,7 @@ class Recorder:
         """Per step, per layer: `[batch, heads, queries, columns so far]`; sliding layers show those in their window."""
         if not self.wants_attentions:
             return None
+        _check_returned("attentions", self._attentions)
         layers, heads = self._attentions[0][0].shape[:2]
         rows = []  # each [layers, heads, queries, slots]
         for parts in self._attentions:
@@ -188,3 +190,12 @@ class Recorder:
         low, high = max(begin, origin), min(end, origin + recorded)
         high = max(low, high)
         return slice(low - begin, high - begin), slice(low - origin, high - origin)
+
+
+def _check_returned(name: str, recorded: list[list[Tensor]]) -> None:
+    """Raise a ValueError where a model was asked for something that its forward does not return."""
+    if not all(recorded):
+        raise ValueError(
+            f"`output_{name}` was asked for, but the model's forward returned no `{name}` (as that of a pipeline "
+            "stage, or of an attention implementation that does not keep its weights): leave it out"
+        )
