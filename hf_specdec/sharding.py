@@ -38,9 +38,9 @@ def check_synced_gpus(synced_gpus: bool | None) -> None:
     """Raise a ValueError where a call asks for equal numbers of forwards on all ranks."""
     if synced_gpus:
         raise ValueError(
-            "`synced_gpus=True` asks that all ranks make equally many forwards, which strategy='spec' does not: how "
-            "many a rank needs depends on the drafts that it accepts. Leave it out where each rank has all weights or "
-            "all ranks decode the same prompts (tensor parallel), or drop strategy='spec'"
+            "`synced_gpus` is not supported by strategy='spec': it asks that all ranks make equally many forwards, but "
+            "how many a rank needs depends on the drafts that it accepts. Leave it out where each rank has all weights "
+            "or all ranks decode the same prompts (tensor parallel), or drop strategy='spec'"
         )
 
 

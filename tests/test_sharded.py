@@ -420,7 +420,7 @@ def test_zero3_is_refused(as_one_of_two: None, monkeypatch: pytest.MonkeyPatch) 
 def test_synced_gpus_is_refused_in_both_doors() -> None:
     target, draft = make_pair("llama")
     for door in ({"assistant_model": draft, **SPEC}, {"custom_generate": hf_specdec.speculative(draft)}):
-        with pytest.raises(ValueError, match=r"`synced_gpus=True` asks that all ranks make equally many forwards"):
+        with pytest.raises(ValueError, match=r"`synced_gpus` is not supported.*equally many forwards"):
             target.generate(**make_prompts(1), max_new_tokens=4, synced_gpus=True, **door)
         target.generate(**make_prompts(1), max_new_tokens=4, synced_gpus=False, **door)
 
