@@ -278,7 +278,7 @@ class RaggedCache(Cache):
             source: a cache of transformers whose layers hold `[rows, kv_heads, columns, head_dim]`.
             first: each row's first column that is not padding; it becomes slot 0.
         """
-        past = int(source.get_seq_length())
+        past = entries(source)
         self.lengths = [max(past - f, 0) for f in first]
         self.capacity = max(self.capacity, round_up(past))
         for window in self.windows:
@@ -327,6 +327,15 @@ class RaggedCache(Cache):
         for mine, theirs in zip(self.layers, other.layers):
             if is_recurrent(mine) or mine in self.states.whole:
                 copy_states(mine, theirs)
+
+
+def entries(cache: Cache) -> int:
+    """How many tokens a cache of transformers has keys and values for; 0 if none of its layers holds any.
+
+    Its own `get_seq_length` asks one layer, which a pipeline stage may not own, and which is then empty.
+    """
+    counts = (int(layer.get_seq_length()) for layer in cache.layers if hasattr(layer, "get_seq_length"))
+    return next(filter(None, counts), 0)
 
 
 def _storage(like: Tensor, *shape: int) -> Tensor:

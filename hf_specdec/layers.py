@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import Cache, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
-from .cache import RaggedLayer
+from .cache import RaggedLayer, entries
 from .states import has_states, is_known, is_recurrent
 from .window import window_layers
 
@@ -56,7 +56,7 @@ def cached_length(cache: Cache) -> int:
                 "stand for: strategy='spec' cannot continue it. Pass the whole text without a cache"
             )
         return 0
-    return int(cache.get_seq_length())
+    return entries(cache)
 
 
 def check_layers(cache: Cache, owner: str) -> None:

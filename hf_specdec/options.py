@@ -9,6 +9,9 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import GenerationMode
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 # What holds when nobody says anything.
 DEFAULTS: dict[str, Any] = {
@@ -77,7 +80,11 @@ class Options:
 
 
 def resolve_options(
-    explicit: dict[str, Any], prepared: GenerationConfig, target: PreTrainedModel, draft: object | None
+    explicit: dict[str, Any],
+    prepared: GenerationConfig,
+    target: PreTrainedModel,
+    draft: object | None,
+    together: str | None = None,
 ) -> Options:
     """Decide every option.
 
@@ -86,6 +93,11 @@ def resolve_options(
         prepared: the call's generation config, in which transformers has already filled in its own defaults.
         target: its generation config comes second.
         draft: its generation config, if it has one, comes third.
+        together: which model several processes compute together, and how (`sharding.sharded`). Nothing is then decided
+            by the clock of one of them.
+
+    Raises:
+        TypeError, ValueError: for a value that an option cannot have, or cannot have there.
     """
     host_defaults = GenerationConfig._get_default_generation_params()
     draft_config = getattr(draft, "generation_config", None)
@@ -104,7 +116,21 @@ def resolve_options(
     # Who sets γ and no schedule means that γ.
     if options["num_assistant_tokens_schedule"] is None:
         gamma = options["num_assistant_tokens"] or options["prompt_lookup_num_tokens"]
-        options["num_assistant_tokens_schedule"] = "optimal" if gamma is None else "constant"
+        options["num_assistant_tokens_schedule"] = "optimal" if gamma is None and together is None else "constant"
+        if gamma is None and together is not None:
+            logger.warning_once(
+                f"As {together}, all processes must draft equally many tokens: `num_assistant_tokens_schedule` is "
+                "'constant', and not 'optimal', which goes by the clock of each. Set `num_assistant_tokens` to choose "
+                "how many."
+            )
+    if together is not None:
+        if options["num_assistant_tokens_schedule"] == "optimal":
+            raise ValueError(
+                "`num_assistant_tokens_schedule='optimal'` goes by the clock of each process, but as "
+                f"{together}, all processes must draft equally many tokens: set it to 'constant' or 'heuristic', or "
+                "leave it out"
+            )
+        options["speculation_pack_weights"] = bool(options["speculation_pack_weights"])
     return Options(**options)
 
 

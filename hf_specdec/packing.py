@@ -62,13 +62,17 @@ _gains: dict[tuple[torch.Size, torch.dtype], float] = {}
 
 
 @contextmanager
-def packed_linears(models: Iterable[nn.Module], wanted: bool | None, new_tokens: int) -> Iterator[float]:
+def packed_linears(
+    models: Iterable[nn.Module], wanted: bool | None, new_tokens: int, by_clock: bool = True
+) -> Iterator[float]:
     """Inside, linear layers of `models` compute with packed weights in this thread.
 
     Args:
         wanted: pack those of any model (True), of none (False), or where it pays (None): of models with up to 1 GiB of
             such weights, which do not change, once calls are long or many enough.
         new_tokens: the most tokens that this call may take.
+        by_clock: leave out layers whose products, as measured here, would not be faster. Processes that compute a
+            model together must not measure: each would leave out others.
 
     Yields: seconds that packing took; nearly 0 where an earlier call has done it.
     """
@@ -77,7 +81,7 @@ def packed_linears(models: Iterable[nn.Module], wanted: bool | None, new_tokens:
     if wanted is not False:
         with _lock, torch.no_grad():
             for model in models:
-                layers |= _packed_layers(model, bool(wanted), new_tokens)
+                layers |= _packed_layers(model, bool(wanted), new_tokens, by_clock)
     seconds = perf_counter() - began
     before = _thread.layers, _thread.weights
     _thread.layers, _thread.weights = layers, {pair.own.data_ptr(): pair for pair in layers.values()}
@@ -88,7 +92,7 @@ def packed_linears(models: Iterable[nn.Module], wanted: bool | None, new_tokens:
         _thread.layers, _thread.weights = before
 
 
-def _packed_layers(model: nn.Module, wanted: bool, new_tokens: int) -> dict[nn.Module, _Pair]:
+def _packed_layers(model: nn.Module, wanted: bool, new_tokens: int, by_clock: bool) -> dict[nn.Module, _Pair]:
     """By linear layer of the model, its weight, and it packed; packs what is to be packed."""
     _new_tokens[model] = _new_tokens.get(model, 0) + new_tokens
     modules: Iterable[Any] = model.modules()
@@ -96,7 +100,7 @@ def _packed_layers(model: nn.Module, wanted: bool, new_tokens: int) -> dict[nn.M
     often = _new_tokens[model] >= MIN_NEW_TOKENS
     if not (wanted or often or any(layer in _kept for layer in layers)):
         return {}  # before anything is measured
-    layers = [layer for layer in layers if _gains_by_it(layer.weight)]
+    layers = [layer for layer in layers if not by_clock or _gains_by_it(layer.weight)]
     if any(layer in _kept and not _is_still(layer.weight, _kept[layer]) for layer in layers):
         for layer in layers:  # all of them: what was permuted may have the same sums
             _kept.pop(layer, None)

@@ -22,6 +22,7 @@ from .forward import CachedModel
 from .host import forward_parameters, model_device
 from .layers import cache_layers
 from .masks import hands_positions_on, looks_ahead, probe_inputs
+from .sharding import OwnLayersCache
 from .states import has_states
 
 # Tokens of the rows' prompts. They differ by more than a block, and the first row is longer than most small windows.
@@ -196,7 +197,7 @@ class Vanilla:
         return torch.tensor([list(text)], device=model_device(self.model))
 
     def cache(self) -> Cache:
-        cache: Cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
+        cache: Cache = OwnLayersCache(config=self.model.config.get_text_config(decoder=True))
         return EncoderDecoderCache(cache, DynamicCache()) if self.model.config.is_encoder_decoder else cache
 
     def _forward(self, ids: Tensor, cache: Cache | None, mask: Tensor | None = None, past: int = 0) -> Tensor:

@@ -32,6 +32,7 @@ from .packing import packed_linears
 from .pairs import make_drafter
 from .prompt import check_not_empty
 from .session import finish, prepare
+from .sharding import check_synced_gpus, sharded
 from .stats import SpeculationStats
 from .trace import Trace
 
@@ -91,7 +92,8 @@ def speculative(
     ) -> Any:
         _refuse_what_was_not_handed_over(sys._getframe(1))
         check_generation_config(generation_config, sys._getframe(1).f_locals.get("kwargs", {}))
-        resolved = resolve_options(options, generation_config, model, assistant_model)
+        together = sharded(model, assistant_model)
+        resolved = resolve_options(options, generation_config, model, assistant_model, together)
         drafter = make_drafter(assistant_model, model, resolved, tokenizer, assistant_tokenizer)
         decoding = prepare(
             model,
@@ -110,7 +112,7 @@ def speculative(
         )
         models = [model, drafter.model] if isinstance(drafter, ModelDrafter) else [model]
         new_tokens = decoding.context.max_length - decoding.context.prompt_width
-        packed = packed_linears(models, resolved.speculation_pack_weights, new_tokens)
+        packed = packed_linears(models, resolved.speculation_pack_weights, new_tokens, by_clock=together is None)
         compiles = resolved.compiles("attention") and model_device(model).type == "cpu"
         if compiles:
             decoding.stats.compile_seconds += compile_attention(models)
@@ -143,6 +145,8 @@ def _refuse_what_was_not_handed_over(frame: Any) -> None:
             raise ValueError(
                 f"`generate()` does not hand `{name}` to a custom decoding method: pass it as speculative({name}=...)"
             )
+    if frame.f_code.co_name == "generate":
+        check_synced_gpus(given.get("synced_gpus"))
 
 
 def _generate_speculatively(original: Callable[..., Any], model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
@@ -154,10 +158,8 @@ def _generate_speculatively(original: Callable[..., Any], model: PreTrainedModel
     call = _bind(original, model, *args, **kwargs)
     if call.get("custom_generate") is not None:
         raise ValueError("`strategy='spec'` and `custom_generate` both choose the decoding method: pass one of them")
-    if call.pop("synced_gpus", None):
-        raise ValueError(
-            "`synced_gpus` is not supported by strategy='spec': ranks would need different numbers of forwards"
-        )
+    check_synced_gpus(call.pop("synced_gpus", None))
+    sharded(model, call.get("assistant_model"))  # an encoder would run before we are asked
     prompt = call.get("inputs", call.get("input_ids"))
     if isinstance(prompt, Tensor) and call.get("inputs_embeds") is None:
         check_not_empty(prompt)
