@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from .machine import cache_folder
+
 logger = logging.get_logger(__name__)
 
 _SOURCE = Path(__file__).with_name("decode_attention.cpp")
@@ -123,7 +125,7 @@ def _library() -> Path:
 
     # Predefined macros tell the compiler's version and what the processor can do: homes may be shared by machines.
     kind = hashlib.sha256(_SOURCE.read_bytes() + run("-dM", "-E", "-x", "c++", os.devnull)).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_specdec"
+    folder = cache_folder()
     library = folder / f"decode_attention-{kind}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ is the only one that appends to the context.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 
 import torch
@@ -35,6 +35,23 @@ logger = logging.get_logger(__name__)
 
 # Tokens of a prompt above which one forward more is little beside what reading it takes.
 _LONG = 512
+
+
+class Clock:
+    """Wall time in laps: each begins where the one before ended."""
+
+    def __init__(self) -> None:
+        self._began = perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Of the lap so far."""
+        return perf_counter() - self._began
+
+    def lap(self) -> float:
+        """End the lap. Returns: its seconds."""
+        began, self._began = self._began, perf_counter()
+        return self._began - began
 
 
 @dataclass
@@ -89,17 +106,21 @@ class SpeculativeDecoding:
         """Decode all rows to their end. Returns the columns of the output."""
         self.prefill()
         while self.context.rows:
-            clock = [perf_counter()]
-            forwards = self.drafter.forwards
+            clock, forwards = Clock(), self.drafter.forwards
             draft = self.draft()
-            clock.append(perf_counter())
+            draft_seconds = clock.lap()
             output = self.verify(draft)
             committed = self.accept(draft, output.logits)
-            clock.append(perf_counter())
-            self.record(committed, clock, self.drafter.forwards - forwards)
-            self.commit(committed, output)
-            self.roll_back()
-            self.streamer.advance(self.context, self.output_width)
+            verify_seconds = clock.lap()
+            iteration = self.describe(committed, draft_seconds, verify_seconds, self.drafter.forwards - forwards)
+            try:
+                self.commit(committed, output)
+                self.roll_back()
+                # A streamer takes its time for each token, however many are drafted: no reason to draft more or fewer.
+                self.schedule.update(replace(iteration, other_seconds=clock.seconds))
+                self.streamer.advance(self.context, self.output_width)
+            finally:  # a streamer that raises, raises after the tokens are committed
+                self.record(replace(iteration, other_seconds=clock.seconds))
         self.stats.draft_prefill_forwards += self.drafter.prefill_forwards
         self.drafter.end()
         return self.output_width
@@ -314,8 +335,10 @@ class SpeculativeDecoding:
             "and what the logits processors leave"
         )
 
-    def record(self, committed: Committed, clock: list[float], draft_forwards: int) -> None:
-        """Tell statistics and trace what is about to be committed."""
+    def describe(
+        self, committed: Committed, draft_seconds: float, verify_seconds: float, draft_forwards: int
+    ) -> Iteration:
+        """The iteration up to now, before anything is committed: `other_seconds` is 0."""
         context = self.context
         steps = [
             RowStep(
@@ -328,14 +351,10 @@ class SpeculativeDecoding:
             )
             for slot, row in enumerate(context.rows)
         ]
-        iteration = Iteration(
-            rows=steps,
-            draft_seconds=clock[1] - clock[0],
-            verify_seconds=clock[2] - clock[1],
-            other_seconds=perf_counter() - clock[2],
-            draft_forwards=draft_forwards,
-        )
-        self.schedule.update(iteration)
+        return Iteration(steps, draft_seconds, verify_seconds, other_seconds=0.0, draft_forwards=draft_forwards)
+
+    def record(self, iteration: Iteration) -> None:
+        """Tell statistics and trace what was committed."""
         self.stats.add(iteration)
         if self.trace is not None:
             self.trace.add(iteration)

@@ -2,7 +2,8 @@
 
 On CPUs PyTorch brings bfloat16 weights into that layout again in each product, which for the few tokens of a
 verification takes as long as the product itself; for float32 it takes a library that may be slow at a few rows. With
-weights that are packed once, products are the same (bfloat16: bit for bit) and a good deal faster.
+weights that are packed once, products are a good deal faster and the same: in bfloat16 bit for bit, in float32 but for
+rounding, so that logits may move by as much when packing begins. Which shapes gain by it is measured once per machine.
 
 While calls of `generate(strategy="spec")` run, `nn.Linear.forward` is the function here, which takes packed weights
 only in threads that are inside such a call, for the layers of its models. No model is touched.
@@ -12,6 +13,7 @@ import functools
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from statistics import median
 from time import perf_counter
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from . import machine
 from .swap import Function, Swap, compiles_ours, operators
 
 logger = logging.get_logger(__name__)
@@ -31,6 +34,8 @@ MIN_NEW_TOKENS = 64
 # microseconds too little can be measured to tell more than that they are not slower.
 _MIN_GAIN, _MIN_GAIN_OF_SMALL = 1.1, 0.9
 _SMALL_BYTES = 1 << 20
+# It is measured so many times, or more where some of these are within a margin (a factor) of what would be enough.
+_LEAST_ROUNDS, _MOST_ROUNDS, _MARGIN = 3, 9, 1.05
 # How much of a weight is enough to try it.
 _TRIED_BYTES = 1 << 24
 # Tokens that products are packed for.
@@ -58,7 +63,7 @@ _lock = threading.Lock()
 _kept: "WeakKeyDictionary[nn.Module, _Packed]" = WeakKeyDictionary()
 _changing: "WeakSet[nn.Module]" = WeakSet()  # models whose weights have changed after they were packed
 _new_tokens: "WeakKeyDictionary[nn.Module, int]" = WeakKeyDictionary()  # by model, of all calls
-_gains: dict[tuple[torch.Size, torch.dtype], float] = {}
+_gains: dict[tuple[torch.Size, torch.dtype, int], bool] = {}  # by shape, dtype and threads, whether packing pays
 
 
 @contextmanager
@@ -69,7 +74,8 @@ def packed_linears(
 
     Args:
         wanted: pack those of any model (True), of none (False), or where it pays (None): of models with up to 1 GiB of
-            such weights, which do not change, once calls are long or many enough.
+            such weights, which do not change, once calls are long or many enough. Only shapes whose products are faster
+            for it, which is measured once per machine and kept (`machine.decision`).
         new_tokens: the most tokens that this call may take.
         by_clock: leave out layers whose products, as measured here, would not be faster. Processes that compute a
             model together must not measure: each would leave out others.
@@ -142,22 +148,37 @@ def _packs(dtype: torch.dtype) -> bool:
 
 
 def _gains_by_it(weight: Tensor) -> bool:
-    """Whether products with weights like this one are faster when they are packed, tried once per process."""
-    kind = (weight.shape, weight.dtype)
+    """Whether products with weights like this one are faster when they are packed: decided once per machine."""
+    kind = (weight.shape, weight.dtype, torch.get_num_threads())
     if kind not in _gains:
-        _gains[kind] = _measure_gain(weight)
+        rows, columns = weight.shape
+        name = f"packing-{str(weight.dtype).removeprefix('torch.')}-{rows}x{columns}"
+        _gains[kind] = machine.decision(name, lambda: _decide(weight))
+    return _gains[kind]
+
+
+def _decide(weight: Tensor) -> tuple[bool, dict[str, Any]]:
+    """Whether packing pays, and what was measured: rounds go on until all of them agree, or the median decides."""
     is_small = weight.numel() * weight.element_size() <= _SMALL_BYTES
-    return _gains[kind] >= (_MIN_GAIN_OF_SMALL if is_small else _MIN_GAIN)
-
-
-def _measure_gain(weight: Tensor) -> float:
-    """How many times faster a product with one token and one with five are, of the packed weight (or some MB of it)."""
+    enough = _MIN_GAIN_OF_SMALL if is_small else _MIN_GAIN
     weight = weight.detach()[: max(_TRIED_BYTES // (weight.shape[1] * weight.element_size()), 1)]
-    packed, plain_seconds, packed_seconds = _pack(weight), 0.0, 0.0
+    packed, gains = _pack(weight), list[float]()
+    while len(gains) < _MOST_ROUNDS:
+        gains.append(_measure_gain(weight, packed))
+        is_clear = min(gains) > enough * _MARGIN or max(gains) < enough / _MARGIN
+        if is_clear and len(gains) >= _LEAST_ROUNDS:
+            break
+    gain = median(gains)
+    return gain >= enough, {"gain": round(gain, 3), "enough": enough, "rounds": [round(g, 3) for g in gains]}
+
+
+def _measure_gain(weight: Tensor, packed: Tensor) -> float:
+    """How many times faster a product with one token and one with five are, with the packed weight."""
+    plain_seconds = packed_seconds = 0.0
     for tokens in (1, 5):
         few = weight.new_ones(1, tokens, weight.shape[1])
         plain, ours = [], []
-        for _ in range(8):  # in turns, on a machine that may be busy
+        for _ in range(4):  # in turns, on a machine that may be busy: nothing makes a product faster than it is
             clock = [perf_counter()]
             nn.functional.linear(few, weight)
             clock.append(perf_counter())

@@ -69,8 +69,8 @@ class Iteration:
     Attributes:
         rows: one record per row that took part; finished rows are absent.
         draft_seconds: wall time of drafting.
-        verify_seconds: wall time of the target's verification.
-        other_seconds: wall time of everything else in the iteration.
+        verify_seconds: wall time of the target's verification and of acceptance, processors and criteria included.
+        other_seconds: wall time of the rest of the iteration: commit, roll-back, and the streamer.
         draft_forwards: forwards of the draft model, each for all rows together; 0 for drafters without a model.
         target_forwards: forwards of the target, each for all rows together.
     """
@@ -164,8 +164,8 @@ class SpeculationStats(RowStats):
         packing_seconds: wall time of packing weights (`speculation_pack_weights`), or of finding that they are packed
             already, in none of the others.
         draft_seconds: wall time of drafting.
-        verify_seconds: wall time of the target's verification.
-        other_seconds: wall time of everything else in the iterations.
+        verify_seconds: wall time of the target's verification and of acceptance, processors and criteria included.
+        other_seconds: wall time of the rest of the iterations: commit, roll-back, and the streamer.
         per_row: the same counters for each row of the returned batch.
         iterations: per iteration, the rows that took part ("rows") and how many tokens each of them "drafted" and
             "accepted", three lists of equal length.

@@ -68,7 +68,8 @@ def speculative(
             to have `torch.compile` compile the draft's steps ("draft") or the blocks that the target verifies
             ("target"), or the machine's C++ compiler attention of few queries on CPUs ("attention"), or all (True);
             `speculation_pack_weights`, whether linear layers on the CPU may keep their weights a second time, as its
-            products want them (`None`: where it pays).
+            products want them (`None`: where it pays, once calls may have taken 64 tokens). In float32, logits may move
+            by rounding when packing begins; which shapes it pays for is measured once per machine.
 
     Raises:
         TypeError: for an option of another name, or a record of another type.

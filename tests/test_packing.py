@@ -2,8 +2,12 @@
 
 import copy
 import gc
+import itertools
+import json
 import threading
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +16,7 @@ from conftest import SIZES, make_model, make_prompts, perturbed
 from torch import Tensor, nn
 from transformers import LlamaConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from hf_specdec import SpeculationStats, packing
+from hf_specdec import SpeculationStats, machine, packing
 from hf_specdec.packing import packed_linears
 
 Pair = tuple[PreTrainedModel, PreTrainedModel]
@@ -121,52 +125,25 @@ def test_short_calls_pack_once_there_were_enough(
     pair: Pair, products: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packing, "MIN_NEW_TOKENS", 24)
-    monkeypatch.setattr(packing, "_gains", {})
+    asked: list[Tensor] = []
+    monkeypatch.setattr(packing, "_gains_by_it", lambda weight: not asked.append(weight))
     spec(pair, new_tokens=11)
     spec(pair, new_tokens=12)
     assert not products
-    assert not packing._gains, "measured though nothing could come of it"
+    assert not asked, "measured though nothing could come of it"
     spec(pair, new_tokens=1)
     assert products
 
 
-@pytest.mark.parametrize(("small_bytes", "gain", "gain_of_head"), [(0, 1.0, 1.2), (1 << 20, 0.8, 1.0)])
 def test_products_that_would_not_be_faster_are_left(
-    pair: Pair,
-    products: list[int],
-    monkeypatch: pytest.MonkeyPatch,
-    small_bytes: int,
-    gain: float,
-    gain_of_head: float,
+    pair: Pair, products: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Big weights must gain by it, small ones must not lose."""
-    gains = {(m.weight.shape, m.weight.dtype): gain for m in pair[0].modules() if type(m) is nn.Linear}
     head = pair[0].get_output_embeddings().weight
-    gains[head.shape, head.dtype] = gain_of_head
-    monkeypatch.setattr(packing, "_SMALL_BYTES", small_bytes)
-    monkeypatch.setattr(packing, "_MIN_GAIN", 1.1)
-    monkeypatch.setattr(packing, "_MIN_GAIN_OF_SMALL", 0.9)
-    monkeypatch.setattr(packing, "_gains", gains)
+    monkeypatch.setattr(packing, "_gains_by_it", lambda weight: weight.shape == head.shape)
     stats = SpeculationStats()
     spec(pair, speculation_stats=stats)
     prefills = stats.target_prefill_forwards + stats.draft_prefill_forwards
     assert len(products) == stats.target_forwards + stats.draft_forwards + prefills  # the head's, once in each
-
-
-def test_gains_are_measured_once_per_shape(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    measured: list[torch.Size] = []
-    measure = packing._measure_gain
-
-    def record(weight: Tensor) -> float:
-        measured.append(weight.shape)
-        return measure(weight)
-
-    monkeypatch.setattr(packing, "_gains", {})
-    monkeypatch.setattr(packing, "_measure_gain", record)
-    for _ in range(2):
-        spec(pair)
-    assert sorted(measured) == sorted({m.weight.shape for m in pair[0].modules() if type(m) is nn.Linear})
-    assert all(gain > 0 for gain in packing._gains.values())
 
 
 @pytest.mark.parametrize(
@@ -448,3 +425,179 @@ def test_what_is_compiled_inside_is_compiled_without_it(products: list[int]) -> 
             torch.testing.assert_close(compiled(tokens), expected)
             assert not products
         torch.testing.assert_close(compiled(tokens), expected)
+
+
+# --------------------------------------------------------------------------------------------- what pays, decided once
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Nothing is decided yet; the folder where decisions will be kept."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    forget(monkeypatch)
+    return tmp_path / "hf_specdec"
+
+
+def forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a new process."""
+    monkeypatch.setattr(packing, "_gains_by_it", GAINS_BY_IT)
+    monkeypatch.setattr(packing, "_gains", {})
+
+
+GAINS_BY_IT = packing._gains_by_it
+
+
+def measure(gains: Iterable[float], monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """Let measurements find these gains, one after the other. Returns: the shapes that they are of."""
+    measured: list[torch.Size] = []
+    following = iter(gains)
+
+    def find(weight: Tensor, packed: Tensor) -> float:
+        measured.append(weight.shape)
+        return next(following)
+
+    monkeypatch.setattr(packing, "_measure_gain", find)
+    return measured
+
+
+BIG, SMALL = torch.Size([600, 520]), torch.Size([96, 32])
+
+
+@pytest.mark.parametrize(("shape", "gain", "pays"), [(BIG, 1.2, True), (BIG, 1.0, False), (SMALL, 1.0, True)])
+def test_big_weights_must_gain_and_small_ones_must_not_lose(
+    shape: torch.Size, gain: float, pays: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = measure(itertools.repeat(gain), monkeypatch)
+    assert packing._gains_by_it(torch.ones(shape)) is pays
+    assert measured == [shape] * 3
+
+
+@pytest.mark.parametrize(
+    ("gains", "pays", "rounds"),
+    [
+        ([1.5, 1.6, 1.4], True, 3),
+        ([0.9, 1.0, 0.8], False, 3),
+        ([1.5, 0.5, 1.5, 1.4, 1.5, 1.6, 1.5, 1.5, 1.5], True, 9),  # disturbed once
+        ([1.0, 1.0, 3.0, 1.0, 0.9, 1.0, 1.0, 2.0, 1.0], False, 9),
+        ([1.12, 1.5, 1.5, 1.12, 1.08, 1.11, 1.09, 1.12, 1.3], True, 9),  # near what is enough
+        ([1.12, 1.0, 1.09, 1.12, 1.08, 1.11, 1.09, 1.08, 1.0], False, 9),
+    ],
+)
+def test_single_disturbances_do_not_decide(
+    gains: list[float], pays: bool, rounds: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = measure(gains, monkeypatch)
+    assert packing._gains_by_it(torch.ones(BIG)) is pays
+    assert len(measured) == rounds
+
+
+@pytest.mark.parametrize(("first", "later"), [(1.11, 1.09), (1.09, 1.11), (1.8, 0.5)])
+def test_what_was_decided_once_holds_for_later_processes(
+    first: float, later: float, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = measure(itertools.repeat(first), monkeypatch)
+    pays = packing._gains_by_it(torch.ones(BIG))
+    assert pays is (first > 1.1)
+    rounds = len(measured)
+    packing._gains_by_it(torch.ones(BIG))
+    assert len(measured) == rounds, "measured again in one process"
+    forget(monkeypatch)
+    measured = measure(itertools.repeat(later), monkeypatch)
+    assert packing._gains_by_it(torch.ones(BIG)) is pays
+    assert not measured
+
+
+def test_each_shape_dtype_and_number_of_threads_is_a_question_of_its_own(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = measure(itertools.repeat(1.0), monkeypatch)
+    weights = [torch.ones(shape, dtype=dtype) for shape in (BIG, SMALL, SMALL[::-1]) for dtype in DTYPES]
+    for threads in (1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        for weight in weights:
+            packing._gains_by_it(weight)
+    assert len(measured) == 3 * 2 * len(weights)
+    assert len(list(folder.rglob("*.json"))) == 2 * len(weights)
+    assert len(list(folder.iterdir())) == 2
+    assert not [path for path in folder.rglob("*") if path.is_dir() and path.parent != folder], "scratch is left"
+    kept = json.loads(next(folder.rglob("packing-float32-600x520.json")).read_text())
+    assert (kept["answer"], kept["gain"], kept["threads"]) in [(False, 1.0, 1), (False, 1.0, 2)]
+    assert kept["torch"] == torch.__version__ and kept["cpu"]
+
+
+@pytest.mark.parametrize("other", ["cpu", "torch", "isa"])
+def test_another_machine_decides_for_itself(other: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Homes may be shared, and PyTorch may be replaced."""
+    measure(itertools.repeat(2.0), monkeypatch)
+    assert packing._gains_by_it(torch.ones(BIG))
+    forget(monkeypatch)
+    measured = measure(itertools.repeat(0.5), monkeypatch)
+    if other == "cpu":
+        monkeypatch.setattr(machine, "_cpu", lambda: ("Z80", "no flags at all"))
+    elif other == "torch":
+        monkeypatch.setattr(torch, "__version__", "99.0")
+    else:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "SSE41")
+    assert not packing._gains_by_it(torch.ones(BIG))
+    assert measured
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "{}", '{"answer": "yes"}', '{"answer": 1}', "\udcff"])
+def test_a_file_that_cannot_be_read_is_replaced(content: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure(itertools.repeat(2.0), monkeypatch)
+    packing._gains_by_it(torch.ones(BIG))
+    [path] = folder.rglob("*.json")
+    path.write_text(content, encoding="utf-8", errors="surrogateescape")
+    forget(monkeypatch)
+    measured = measure(itertools.repeat(0.5), monkeypatch)
+    assert not packing._gains_by_it(torch.ones(BIG))
+    assert measured and json.loads(path.read_text())["answer"] is False
+
+
+def test_where_nothing_can_be_kept_each_process_decides(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder.write_text("a file where the folder should be")
+    for gain in (2.0, 0.5):
+        forget(monkeypatch)
+        measure(itertools.repeat(gain), monkeypatch)
+        assert packing._gains_by_it(torch.ones(BIG)) is (gain > 1)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    forget(monkeypatch)
+    measure([2.0] * 3, monkeypatch)
+    assert packing._gains_by_it(torch.ones(BIG))
+    with pytest.raises(FileNotFoundError, match=r"no home.*XDG_CACHE_HOME"):
+        machine.cache_folder()
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["", "without links"])
+def test_who_measures_at_the_same_time_believes_who_was_first(
+    links: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not links:
+        monkeypatch.setattr(machine.os, "link", lambda *paths: (_ for _ in ()).throw(OSError("not here")))
+
+    def another_process() -> tuple[bool, dict[str, Any]]:
+        assert machine.decision("question", lambda: (False, {"gain": 0.5})) is False
+        return True, {"gain": 2.0}
+
+    assert machine.decision("question", another_process) is False
+    assert json.loads(next(folder.rglob("*.json")).read_text())["gain"] == 0.5
+
+
+def test_gains_are_measured_once_per_shape(pair: Pair, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[torch.Size] = []
+    measure_gain = packing._measure_gain
+
+    def record(weight: Tensor, packed: Tensor) -> float:
+        measured.append(weight.shape)
+        gain = measure_gain(weight, packed)
+        assert gain > 0
+        return gain
+
+    monkeypatch.setattr(packing, "_measure_gain", record)
+    for _ in range(2):
+        spec(pair)
+    assert set(measured) == {m.weight.shape for m in pair[0].modules() if type(m) is nn.Linear}
+    assert all(3 <= n <= 9 for n in Counter(measured).values())
