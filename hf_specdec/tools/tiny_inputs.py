@@ -65,7 +65,7 @@ def _media(kind: str) -> Inputs:
         inputs["attention_mask"][:, place.start :] = 1
         inputs["input_ids"][:, place.stop :] = inputs["input_ids"][:, place.stop :].clamp(min=4)
         width = model.config.get_text_config(decoder=True).hidden_size
-        features = _randn(seed, batch, _PLACEHOLDERS, width)
+        features = _randn(model, seed, batch, _PLACEHOLDERS, width)
         for form in (features, tuple(features)):  # classes want the one or the other
             output = BaseModelOutputWithPooling(pooler_output=form)
             output.deepstack_features = [form if isinstance(form, tuple) else features.flatten(0, 1)]
@@ -78,8 +78,8 @@ def _media(kind: str) -> Inputs:
     return make
 
 
-def _randn(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+def _randn(model: PreTrainedModel, seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(model.dtype)
 
 
 def _features(name: str, *shape: str | int, text: bool = False, **more: Callable[[int], Tensor]) -> Inputs:
@@ -88,7 +88,7 @@ def _features(name: str, *shape: str | int, text: bool = False, **more: Callable
     def make(model: PreTrainedModel, batch: int, seed: int) -> dict[str, Any]:
         sizes = [size if isinstance(size, int) else _attribute(model.config, size) for size in shape]
         inputs: dict[str, Any] = dict(prompts(batch, _WIDTH, seed)) if text else {}
-        inputs[name] = _randn(seed, batch, *sizes)
+        inputs[name] = _randn(model, seed, batch, *sizes)
         return inputs | {key: value(batch) for key, value in more.items()}
 
     return make
@@ -103,7 +103,7 @@ def _attribute(config: Any, path: str) -> int:
 def _pixels(model: PreTrainedModel, batch: int, seed: int) -> dict[str, Any]:
     """Pixels beside the text, of the size that the vision tower is made for."""
     size = model.config.vision_config.image_size
-    return {**prompts(batch, _WIDTH, seed), "pixel_values": _randn(seed, batch, 3, size, size)}
+    return {**prompts(batch, _WIDTH, seed), "pixel_values": _randn(model, seed, batch, 3, size, size)}
 
 
 def _with_question(model: PreTrainedModel, batch: int, seed: int) -> dict[str, Any]:
@@ -150,7 +150,7 @@ def _video(model: PreTrainedModel, batch: int, seed: int) -> dict[str, Any]:
 
 
 def _patches(model: PreTrainedModel, batch: int, seed: int) -> dict[str, Any]:
-    patches = _randn(seed, batch, 8, 2 + model.config.vision_config.patch_embed_hidden_size)
+    patches = _randn(model, seed, batch, 8, 2 + model.config.vision_config.patch_embed_hidden_size)
     patches[..., :2] = 1 + torch.arange(8)[:, None]
     return {"flattened_patches": patches, "attention_mask": torch.ones(batch, 8)}
 
