@@ -16,6 +16,7 @@ import contextlib
 import copy
 import functools
 import linecache
+import math
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 import hf_specdec
 
-from .lossless import BUG, Rounding, Row, compare
+from .lossless import BUG, Comparison, Rounding, Row, compare
 from .lossless import TIE as NUMERICAL_TIE
 from .tiny_inputs import Inputs, inputs_of
 from .tiny_models import Entry, NotBuildable, build, perturbed
@@ -37,6 +38,7 @@ OURS, ASSISTED = "ours", "assisted"
 NEW_TOKENS = 24
 GAMMA = 3
 _SEEDS = 4
+_UNKNOWN_NOISE = 16  # units in the last place, where the target's own ways could not be compared
 _MOST_NOISE = 1e-3  # of the logits' deviation, in float32: what differs by more than that does not differ by rounding
 _DELIBERATE = (ValueError, TypeError, NotImplementedError)
 
@@ -47,10 +49,12 @@ class Answer:
 
     Attributes:
         sequences: `[batch, tokens]`, with the prompt where the class returns it.
+        new_tokens: how many were asked for.
         rows: the new tokens with their logits; empty where the class does not tell them.
     """
 
     sequences: Tensor
+    new_tokens: int
     rows: list[Row] = field(default_factory=list)
 
 
@@ -126,9 +130,8 @@ class _Comparison:
             self.expected = expected = _generate(target, inputs, self.new_tokens)
         except Exception as error:
             return case | {"vanilla": _message(error), "where": _where(error)}
-        self.rounding = self._rounding(_one_forward(target, inputs, expected.sequences, self.new_tokens))
-        case["noise"] = self.rounding.noise
-        case["distinct"] = len(set(expected.sequences[0, -self.new_tokens :].tolist()))
+        self.noise = case["noise"] = self._noise()
+        case["distinct"] = len(expected.sequences[0, -self.new_tokens :].unique())
         draft, case["perturbation"], case["agreement"] = self._draft()
         case["drafter"], assistant = "model", {"assistant_model": draft}
         if not _reads_text(draft):
@@ -142,18 +145,27 @@ class _Comparison:
         if stats.target_forwards:
             case["acceptance"] = stats.acceptance_rate
             case["efficiency"] = stats.block_efficiency
+        elif case[OURS]["outcome"] in (IDENTICAL, TIE):
+            case[OURS] = {"outcome": ERROR, "message": "strategy='spec' was ignored: nothing was decoded by it"}
         case["rounding_decides"] = case[OURS].pop("in_blocks_too", False)
         if self.assisted:
             case[ASSISTED] = self._outcome("/transformers/generation/", **assistant)
         return case
 
-    def _rounding(self, *references: Tensor | None) -> Rounding:
-        """How far the target's own ways are from vanilla."""
+    def _noise(self) -> float:
+        """How far rounding can move the target's logits: measured where the target can be asked in another way."""
+        ways = (_one_forward(self.target, self.inputs, self.expected, positions) for positions in (True, False))
+        measured = min((self._off(logits) for logits in ways if logits is not None), default=math.inf)
+        deviation = float(self.expected.rows[0].logits.std()) if self.expected.rows else 0.0
+        if measured == math.inf or (self.dtype is torch.float32 and measured > _MOST_NOISE * deviation):
+            return _UNKNOWN_NOISE * torch.finfo(self.dtype).eps * deviation
+        return measured
+
+    def _off(self, reference: Tensor) -> float:
         rounding = Rounding()
-        for reference in references:
-            for row, logits in zip(self.expected.rows, () if reference is None else reference.float()):
-                rounding.add(row, logits)
-        return rounding
+        for row, logits in zip(self.expected.rows, reference.float()):
+            rounding.add(row, logits)
+        return rounding.noise
 
     def _outcome(self, package: str, **options: Any) -> dict[str, Any]:
         return outcome(lambda: _generate(self.target, self.inputs, self.new_tokens, **options), self.judge, package)
@@ -169,22 +181,24 @@ class _Comparison:
             return {"outcome": IDENTICAL} if same else {"outcome": WRONG, "message": _difference(given, expected)}
         pairs = enumerate(zip(expected.rows, given.rows, strict=True), start=1)
         comparisons = [compare(number, *rows, self.dtype) for number, rows in pairs]
-        noise = self.rounding.noise
-        if self.dtype is torch.float32 and noise > _MOST_NOISE * float(expected.rows[0].logits.std()):
-            noise = 0.0  # vanilla's own ways say different things: that excuses nothing
-        verdicts = [(c, *c.judge(noise)) for c in comparisons]
+        verdicts = [(c, *c.judge(self.noise)) for c in comparisons]
         ties = sum(verdict == NUMERICAL_TIE for _, verdict, _ in verdicts)
         bugs = [(c, why) for c, verdict, why in verdicts if verdict == BUG]
         if not bugs:
             return {"outcome": TIE, "message": f"{ties} rows"} if ties else {"outcome": IDENTICAL}
         first, why = min(bugs, key=lambda bug: bug[0].position or self.new_tokens + 1)
         where = f"differs at new token {first.position}" if first.position else "has other logits"
-        blocks = self._rounding(*_in_blocks(self.target, self.inputs, expected.sequences, self.new_tokens)).noise
         return {
             "outcome": WRONG,
             "message": f"row {first.prompt} {where} ({len(bugs)} rows; {why})",
-            "in_blocks_too": all(c.judge(max(blocks, noise))[0] != BUG for c in comparisons),
+            "in_blocks_too": self._in_blocks_too(comparisons),
         }
+
+    def _in_blocks_too(self, comparisons: list[Comparison]) -> bool:
+        """Whether the target alone, fed in blocks, is as far from vanilla."""
+        blocks = _in_blocks(self.target, self.inputs, self.expected)
+        noise = max([0.0, *map(self._off, blocks)])
+        return all(comparison.judge(noise)[0] != BUG for comparison in comparisons)
 
     def _draft(self) -> tuple[PreTrainedModel, float, float | None]:
         """A perturbed copy that agrees with the target on about half of vanilla's tokens, how, and how often."""
@@ -200,8 +214,9 @@ class _Comparison:
 
     def _agreement(self, model: PreTrainedModel) -> float | None:
         """On how many of vanilla's tokens the model's argmax agrees, in one forward over all."""
-        logits = _one_forward(model, self.inputs, self.expected.sequences, self.new_tokens)
-        if logits is None:
+        ways = (_one_forward(model, self.inputs, self.expected, positions) for positions in (True, False))
+        logits = next((logits for logits in ways if logits is not None), None)
+        if logits is None or len(logits) != len(self.expected.sequences):  # RAG has a row for each document
             return None
         agree = logits.argmax(dim=-1) == self.expected.sequences[:, -self.new_tokens :]
         return float(agree.float().mean())
@@ -225,12 +240,14 @@ def _generate(model: PreTrainedModel, inputs: dict[str, Any], new_tokens: int, *
     sequences = getattr(out, "sequences", out)
     if not isinstance(sequences, Tensor):
         raise TypeError(f"the class returns {type(out).__name__}, which holds no tokens")
-    steps = [getattr(out, name, None) for name in ("logits", "scores")]
-    if not all(isinstance(s, tuple) and s and len(s) == new_tokens and len(s[0]) == len(sequences) for s in steps):
-        return Answer(sequences)
+    steps: list[Any] = [getattr(out, name, None) for name in ("logits", "scores")]
+    if sequences.ndim != 2 or not all(isinstance(s, tuple) and len(s) == new_tokens for s in steps):
+        return Answer(sequences, new_tokens)  # codes of several codebooks, a waveform, or a class that tells no logits
     logits, scores = (torch.stack(s, dim=1).float() for s in steps)
-    tokens = sequences[:, -new_tokens:].tolist()
-    return Answer(sequences, [Row(*row) for row in zip(tokens, logits, scores, strict=True)])
+    tokens = sequences[:, -new_tokens:]
+    if logits.shape != scores.shape or logits.shape[:-1] != tokens.shape or int(tokens.max()) >= logits.shape[-1]:
+        return Answer(sequences, new_tokens)
+    return Answer(sequences, new_tokens, [Row(*row) for row in zip(tokens.tolist(), logits, scores, strict=True)])
 
 
 def outcome(run: Callable[[], Answer], judge: Callable[[Answer], dict[str, Any]], package: str) -> dict[str, Any]:
@@ -250,32 +267,33 @@ def _difference(given: Answer, expected: Answer) -> str:
 
 
 @torch.no_grad()
-def _one_forward(model: PreTrainedModel, inputs: dict[str, Any], sequences: Tensor, new_tokens: int) -> Tensor | None:
-    """`[batch, new tokens, vocab]`: the logits for the new tokens in one forward over all; `None` where it has none."""
-    kwargs = copy.deepcopy(inputs)
-    if model.config.is_encoder_decoder:
-        kwargs["decoder_input_ids"] = sequences[:, :-1]
-    else:
-        mask = kwargs.get("attention_mask")
-        kwargs["input_ids"] = sequences[:, :-1]
-        if mask is not None:
-            kwargs["attention_mask"] = torch.cat([mask, mask.new_ones(len(mask), new_tokens - 1)], dim=1)
-            kwargs["position_ids"] = (kwargs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
+def _one_forward(model: PreTrainedModel, inputs: dict[str, Any], expected: Answer, positions: bool) -> Tensor | None:
+    """`[batch, new tokens, vocab]`: the logits for the new tokens in one forward over all; `None` where it has none.
+
+    Args:
+        positions: whether to tell them, counted from each row's first token.
+    """
+    kwargs, sequences, new_tokens = copy.deepcopy(inputs), expected.sequences, expected.new_tokens
     try:
-        try:
-            logits = model(**kwargs).logits
-        except TypeError:
-            kwargs.pop("position_ids", None)
-            logits = model(**kwargs).logits
+        if model.config.is_encoder_decoder:
+            kwargs["decoder_input_ids"] = sequences[:, :-1]
+        else:
+            mask = kwargs.get("attention_mask")
+            kwargs["input_ids"] = sequences[:, :-1]
+            if mask is not None:
+                mask = kwargs["attention_mask"] = torch.cat([mask, mask.new_ones(len(mask), new_tokens - 1)], dim=1)
+                if positions:
+                    kwargs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        logits = model(**kwargs).logits
     except Exception:
         return None
     # Whisper's own `generate()` returns new tokens alone, without what they follow
     return logits[:, -new_tokens:] if logits.ndim == 3 and logits.shape[1] >= new_tokens else None
 
 
-def _in_blocks(model: PreTrainedModel, inputs: dict[str, Any], sequences: Tensor, new_tokens: int) -> Iterator[Tensor]:
+def _in_blocks(model: PreTrainedModel, inputs: dict[str, Any], expected: Answer) -> Iterator[Tensor]:
     """The same when the model alone is fed in blocks on a cache of transformers, cut in several ways."""
-    mask = inputs.get("attention_mask")
+    mask, sequences, new_tokens = inputs.get("attention_mask"), expected.sequences, expected.new_tokens
     if model.config.is_encoder_decoder or mask is None:
         return
     start = sequences.shape[1] - new_tokens

@@ -125,7 +125,7 @@ def markdown(results: list[dict[str, Any]], batches: Sequence[int], command: str
     for name in names:
         own = [found[name, dtype] for dtype in dtypes if (name, dtype) in found]
         kinds = dict.fromkeys(c["inputs"] for r in own for c in r["cases"] if c["vanilla"] is None)
-        layers = next((r["layer_types"] for r in own if r.get("layer_types")), [])
+        layers: list[str] = next((r["layer_types"] for r in own if r.get("layer_types")), [])
         cells = [_cell(found.get((name, dtype)), method, batch) for dtype, method, batch in columns]
         layer_names = ", ".join(layer.replace("_attention", "") for layer in layers)
         lines.append(f"| {name} | {layer_names} | {', '.join(kinds)} | {' | '.join(cells)} |")

@@ -101,7 +101,7 @@ def _class(entry: Entry) -> Any:
 
 
 def tiny_config(entry: Entry) -> PreTrainedConfig:
-    own = getattr(_class(entry), "config_class", None)
+    own: Any = getattr(_class(entry), "config_class", None)
     known = entry.model_type in CONFIG_MAPPING
     config_class = CONFIG_MAPPING[entry.model_type] if known else own
     config = config_class(**shrink(config_class()))
@@ -196,6 +196,6 @@ def prompts(batch: int, width: int, seed: int, side: str = "left") -> dict[str, 
     mask = torch.ones_like(ids)
     for row, part in enumerate(torch.randperm(batch - 1, generator=generator).tolist(), start=1):
         low, high = (1 + (width - 2) * edge // (batch - 1) for edge in (part, part + 1))
-        padding = int(torch.randint(low, high, (1,), generator=generator))
+        padding = int(torch.randint(low, max(high, low + 1), (1,), generator=generator))
         mask[row, slice(None, padding) if side == "left" else slice(width - padding, None)] = 0
     return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
