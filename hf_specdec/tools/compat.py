@@ -107,7 +107,7 @@ def _quality(case: dict[str, Any]) -> int:
     agreement = case["agreement"]
     if case[OURS]["outcome"] in (WRONG, ERROR, REFUSED):
         return 2
-    return 1 + (case["distinct"] >= 6 and (agreement is None or 0.1 <= agreement <= 0.95))
+    return 1 + (case["distinct"] >= case["new_tokens"] // 4 and (agreement is None or 0.1 <= agreement <= 0.95))
 
 
 @dataclass
@@ -124,7 +124,7 @@ class _Comparison:
 
     def run(self) -> dict[str, Any]:
         self.target = target = build(self.entry, self.seed, self.dtype)
-        case: dict[str, Any] = {"seed": self.seed, "vanilla": None}
+        case: dict[str, Any] = {"seed": self.seed, "new_tokens": self.new_tokens, "vanilla": None}
         try:
             self.inputs = inputs = self.make(target, self.batch, self.seed)
             self.expected = expected = _generate(target, inputs, self.new_tokens)
