@@ -4,17 +4,23 @@
     ./scripts/compat_matrix                                # all classes
     ./scripts/compat_matrix --only 'Llama|Qwen3'           # those whose name matches
     ./scripts/compat_matrix --write docs/COMPATIBILITY.md  # and write the table
+    ./scripts/compat_matrix --dtype float32                # in one dtype (default: float32 and bfloat16)
 
-Of each class a tiny random model is built in float32, from the default config with all its kinds of layers, and a
-perturbed copy as the draft, which agrees with it in part. Prompts are longer than the sliding windows, and uneven in
-batches. Greedy output must be that of vanilla generate(), token by token. Each class runs in a process that is
-stopped when it takes too long. The last line of the output is JSON; the exit code is 1 when ours is wrong anywhere.
+Of each class a tiny random model is built, from the default config with all its kinds of layers, and a perturbed copy
+as the draft, which agrees with it in part. Prompts are longer than the sliding windows, and uneven in batches. Greedy
+output must be that of vanilla generate(), token by token; where a row parts from it, the rule of check_lossless says
+whether rounding explains it. Each class runs in a process that is stopped when it takes too long. The last line of the
+output is JSON; the exit code is 1 when ours is wrong or crashes anywhere.
 """
 
 import argparse
 import json
+import os
+import queue
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +29,9 @@ from rich.progress import Progress
 
 from hf_specdec.tools.arguments import positive, quiet
 from hf_specdec.tools.compat import ERROR, OURS, WRONG
-from hf_specdec.tools.compat_table import counts, markdown, summary
+from hf_specdec.tools.compat_table import by_dtype, counts, markdown, summary
 from hf_specdec.tools.isolated import Worker
-from hf_specdec.tools.tiny_models import entries
+from hf_specdec.tools.tiny_models import Entry, every_entry
 
 SECONDS = 60.0
 
@@ -35,6 +41,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--only", type=re.compile, default=re.compile(""), metavar="REGEX", help="classes whose names contain a match")
     add("--batch", type=positive, nargs="+", default=[1, 4], metavar="N", help="prompts at a time (default: 1 4)")
+    add("--dtype", nargs="+", choices=["float32", "bfloat16", "float16"], default=["float32", "bfloat16"],
+        help="of the models (default: float32 bfloat16)")  # fmt: skip
+    add("--jobs", type=positive, default=os.cpu_count() or 1, metavar="N", help="processes (default: one per core)")
     add("--seed", type=int, default=0, help="of weights and prompts (default: 0)")
     add("--seconds", type=float, default=SECONDS, help="time limit of a class (default: %(default)g)")
     add("--write", type=Path, metavar="FILE", help="write the table, in Markdown")
@@ -43,27 +52,39 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def sweep(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
-    known: dict[str, dict[str, Any]] = {}
+    known: dict[tuple[str, str], dict[str, Any]] = {}
     if args.json and args.json.exists():
-        known = {result["name"]: result for result in json.loads(args.json.read_text())}
-    chosen = [entry for entry in entries() if args.only.search(entry.name)]
-    worker = Worker("hf_specdec.tools.compat_worker")
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("classes", total=len(chosen))
-        for entry in chosen:
-            progress.update(task, advance=1, description=entry.name)
-            if entry.name in known:
-                continue
-            question = {"name": entry.name, "batches": args.batch, "seed": args.seed}
+        known = {(result["name"], result["dtype"]): result for result in json.loads(args.json.read_text())}
+    listed = every_entry()
+    chosen = [(entry, dtype) for dtype in args.dtype for entry in listed if args.only.search(entry.name)]
+    workers: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+    for _ in range(args.jobs):
+        workers.put(Worker("hf_specdec.tools.compat_worker"))
+
+    def ask(entry: Entry, dtype: str) -> dict[str, Any]:
+        question = {"entry": asdict(entry), "batches": args.batch, "seed": args.seed, "dtype": dtype}
+        worker = workers.get()
+        try:
             answer = worker.ask(question, args.seconds)
-            if "crash" in answer:
-                answer = {"name": entry.name, "model_type": entry.model_type, "mappings": list(entry.mappings),
-                          "build": None, "cases": [], **answer}  # fmt: skip
-            known[entry.name] = answer
+        finally:
+            workers.put(worker)
+        if "crash" in answer:
+            about = {"name": entry.name, "model_type": entry.model_type, "mappings": list(entry.mappings)}
+            answer = {**about, "dtype": dtype, "build": None, "cases": [], **answer}
+        return answer
+
+    with Progress(console=Console(stderr=True), transient=True) as progress, ThreadPoolExecutor(args.jobs) as pool:
+        task = progress.add_task("classes", total=len(chosen))
+        missing = [(entry, dtype) for entry, dtype in chosen if (entry.name, dtype) not in known]
+        progress.update(task, advance=len(chosen) - len(missing))
+        for answer in pool.map(lambda question: ask(*question), missing):
+            progress.update(task, advance=1, description=answer["name"])
+            known[answer["name"], answer["dtype"]] = answer
             if args.json:
                 args.json.write_text(json.dumps(list(known.values()), indent=1))
-    worker.stop()
-    return [known[entry.name] for entry in chosen]
+    while not workers.empty():
+        workers.get().stop()
+    return [known[entry.name, dtype] for entry, dtype in chosen]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -76,11 +97,15 @@ def main(arguments: list[str] | None = None) -> int:
         args.write.parent.mkdir(parents=True, exist_ok=True)
         command = "./scripts/compat_matrix --write " + str(args.write)
         args.write.write_text(markdown(results, args.batch, command), encoding="utf-8")
-    bad = [r["name"] for r in results if any(c.get(OURS, {}).get("outcome") in (WRONG, ERROR) for c in r["cases"])]
-    totals = counts(results, args.batch)
+    bad = {
+        dtype: [r["name"] for r in own if any(c.get(OURS, {}).get("outcome") in (WRONG, ERROR) for c in r["cases"])]
+        for dtype, own in by_dtype(results).items()
+    }
+    totals = {dtype: counts(own, args.batch) for dtype, own in by_dtype(results).items()}
     seconds = round(time.perf_counter() - start)
-    print(json.dumps({"classes": len(results), "seconds": seconds, "counts": totals, "bad": bad}))
-    return 1 if bad else 0
+    classes = len({result["name"] for result in results})
+    print(json.dumps({"classes": classes, "seconds": seconds, "counts": totals, "bad": bad}))
+    return 1 if any(bad.values()) else 0
 
 
 if __name__ == "__main__":

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 import transformers
 
-from .compat import ASSISTED, ERROR, IDENTICAL, OURS, REFUSED, WRONG
+from .compat import ASSISTED, ERROR, IDENTICAL, OURS, REFUSED, TIE, WRONG
 
 NOT_BUILT, VANILLA_CANNOT, CRASH = "not built", "vanilla cannot", "crash"
-ORDER = (IDENTICAL, REFUSED, ERROR, WRONG, CRASH)
+ORDER = (IDENTICAL, TIE, REFUSED, ERROR, WRONG, CRASH)
 COLUMNS = {OURS: "hf_specdec", ASSISTED: "HF assisted"}
+_HEADINGS = {TIE: "identical but for ties"}
+_CELLS = {IDENTICAL: "✓", TIE: "✓ tie", REFUSED: REFUSED}
 
 
 def outcome(result: dict[str, Any], method: str, batch: int) -> tuple[str, str]:
@@ -26,7 +28,7 @@ def outcome(result: dict[str, Any], method: str, batch: int) -> tuple[str, str]:
     ran = [case for case in cases if case["vanilla"] is None]
     if not ran:
         return VANILLA_CANNOT, cases[0]["vanilla"] if cases else ""
-    for kind in (WRONG, ERROR, REFUSED):
+    for kind in (WRONG, ERROR, REFUSED, TIE):
         for case in ran:
             if case[method]["outcome"] == kind:
                 return kind, case[method]["message"]
@@ -34,22 +36,32 @@ def outcome(result: dict[str, Any], method: str, batch: int) -> tuple[str, str]:
 
 
 def counts(results: list[dict[str, Any]], batches: Sequence[int]) -> dict[str, dict[str, dict[str, int]]]:
-    """How many classes have each outcome: by batch size, then method."""
+    """How many classes have each outcome: by batch size, then method; of results in one dtype."""
     return {
         str(batch): {m: dict(Counter(outcome(r, m, batch)[0] for r in results)) for m in COLUMNS} for batch in batches
     }
 
 
+def by_dtype(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The results of each dtype, in the order in which they come."""
+    dtypes: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        dtypes.setdefault(result["dtype"], []).append(result)
+    return dtypes
+
+
 def summary(results: list[dict[str, Any]]) -> str:
     """Counts, then the classes grouped by what ours does where it is not identical."""
-    batches = _batches(results)
-    lines = [f"{len(results)} classes"]
-    for rows, methods in counts(results, batches).items():
-        lines += [f"B={rows} {COLUMNS[method]}: {tally}" for method, tally in methods.items()]
-    for batch in batches:
-        lines.append(f"\n## ours, B={batch}, not identical")
-        for (kind, message), names in _groups(results, OURS, batch):
-            lines.append(f"- {kind} ({len(names)}): {message}\n    {', '.join(names)}")
+    lines = []
+    for dtype, own in by_dtype(results).items():
+        batches = _batches(own)
+        lines.append(f"{len(own)} classes in {dtype}")
+        for rows, methods in counts(own, batches).items():
+            lines += [f"B={rows} {COLUMNS[method]}: {tally}" for method, tally in methods.items()]
+        for batch in batches:
+            lines.append(f"\n## ours, {dtype}, B={batch}, not identical")
+            for (kind, message), names in _groups(own, OURS, batch):
+                lines.append(f"- {kind} ({len(names)}): {message}\n    {', '.join(names)}")
     return "\n".join(lines)
 
 
@@ -69,67 +81,99 @@ def _groups(results: list[dict[str, Any]], method: str, batch: int) -> list[tupl
 
 def _pattern(message: str, name: str) -> str:
     """The message without what is particular to one class, so that equal reasons group together."""
-    message = re.sub(r"row \d+ differs.*", "tokens differ", message.replace(name, "CLASS"))
+    message = re.sub(r"row \d+ (differs|has).*", r"tokens or logits differ", message.replace(name, "CLASS"))
+    message = re.sub(r"^\d+ rows$", "rounding decides", message)
     message = re.sub(r" \[\d+(, \d+)*\]", "", message)  # shapes
     return " ".join(message.split())
 
 
 def markdown(results: list[dict[str, Any]], batches: Sequence[int], command: str) -> str:
-    """The page: how it was made, counts, one row per class, and the reasons."""
-    ran = [r for r in results if outcome(r, OURS, batches[0])[0] in ORDER]
-    tallies = counts(ran, batches)
-    where = f"transformers {transformers.__version__}, torch {torch.__version__}, float32, CPU, {date.today()}"
+    """The page: how it was made, counts in each dtype, one row per class, and the reasons."""
+    dtypes = by_dtype(results)
+    ran = {dtype: [r for r in own if _ran(r, batches)] for dtype, own in dtypes.items()}
+    names = list(dict.fromkeys(r["name"] for own in ran.values() for r in own))
+    where = f"transformers {transformers.__version__}, torch {torch.__version__}, CPU, {date.today()}"
     lines = [
         "# Compatibility",
         "",
-        "Every class of transformers' mappings for causal, sequence-to-sequence, speech and multimodal generation,",
+        "Every class of transformers that has the `generate()` of its `GenerationMixin`, whatever it generates,",
         "tried with a tiny random model and a draft that agrees in part: greedy tokens beside those of `generate()`.",
         "",
         "- **identical**: vanilla's tokens, every one, for text and, where such a prompt could be made, images, sound.",
+        "- **identical but for ties**: a row parts from vanilla where its two best logits are closer than the target's",
+        "  own rounding, measured without our code. This is the rule of `scripts/check_lossless`.",
         "- **refused**: an exception raised on purpose, which names what is missing.",
-        "- **error**: another exception. **wrong**: other tokens, without a word.",
+        "- **error**: another exception. **wrong**: other tokens, or logits further off than rounding explains.",
         "",
-        "Configs are the defaults of each class, shrunk, with all their kinds of layers; windows are shorter than the",
-        "prompts, the rows of a batch are uneven. The weights are random and large. Where rounding decides (two logits",
-        "closer than 1e-4, or the target alone, fed in blocks of four, disagrees with itself), other weights are",
-        "drawn, up to four times. The draft is a copy with noise, or look-up where the class cannot be fed text alone.",
+        "Configs are the defaults of each class, shrunk, with all their kinds of layers. Windows are shorter than the",
+        "prompts; the rows of a batch are uneven, and some cross the windows only while they are decoded. The weights",
+        "are random and large. Where the target alone, fed in blocks of four, is as far from vanilla, other weights",
+        "are drawn, up to four times. The draft is a copy with noise, or look-up where it cannot be fed text alone.",
         "",
         f"{where}. Made by",
         f"`{command}`. Classes with which vanilla itself cannot generate, or that cannot be",
         "built here, are at the end.",
         "",
-        f"## {len(ran)} classes that can be built and that vanilla can generate with",
-        "",
+        f"## {len(names)} classes that can be built and that vanilla can generate with",
+    ]
+    for dtype, own in ran.items():
+        lines += ["", f"### {dtype}: {len(own)} classes", "", *_tallies(own, batches)]
+    columns = [(dtype, method, batch) for method in COLUMNS for dtype in ran for batch in batches]
+    headings = [f"{COLUMNS[method]}, {dtype}, {batch}" for dtype, method, batch in columns]
+    lines += ["", f"| class | layers | prompts | {' | '.join(headings)} |", "|---" * (3 + len(columns)) + "|"]
+    found = {(r["name"], dtype): r for dtype, own in dtypes.items() for r in own}
+    for name in names:
+        own = [found[name, dtype] for dtype in dtypes if (name, dtype) in found]
+        kinds = dict.fromkeys(c["inputs"] for r in own for c in r["cases"] if c["vanilla"] is None)
+        layers: list[str] = next((r["layer_types"] for r in own if r.get("layer_types")), [])
+        cells = [_cell(found.get((name, dtype)), method, batch) for dtype, method, batch in columns]
+        layer_names = ", ".join(layer.replace("_attention", "") for layer in layers)
+        lines.append(f"| {name} | {layer_names} | {', '.join(kinds)} | {' | '.join(cells)} |")
+    lines += ["", "## What hf_specdec says where it refuses", ""]
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for own in ran.values():
+        for batch in batches:
+            for (kind, message), refused in _groups(own, OURS, batch):
+                if kind != TIE:
+                    reasons[f"{kind}: {message}"] += refused
+    lines += [f"- {reason}: {', '.join(dict.fromkeys(classes))}" for reason, classes in reasons.items()]
+    for title, kind in (("Vanilla cannot", VANILLA_CANNOT), ("Not built here", NOT_BUILT)):
+        lines += ["", f"## {title}", ""]
+        left: dict[tuple[str, str], list[str]] = defaultdict(list)
+        for dtype, own in dtypes.items():
+            for result in own:
+                what, why = outcome(result, OURS, batches[0])
+                if what == kind:
+                    left[result["name"], _short(why)].append(dtype)
+        for (name, why), where_not in left.items():
+            only = "" if len(where_not) == len(dtypes) else f" (in {', '.join(where_not)})"
+            lines.append(f"- {name}{only}: {why}")
+    return "\n".join(lines) + "\n"
+
+
+def _ran(result: dict[str, Any], batches: Sequence[int]) -> bool:
+    return outcome(result, OURS, batches[0])[0] in ORDER
+
+
+def _tallies(results: list[dict[str, Any]], batches: Sequence[int]) -> list[str]:
+    tallies = counts(results, batches)
+    lines = [
         "| | " + " | ".join(f"{COLUMNS[m]}, {b} row{'s' * (b > 1)}" for b in batches for m in COLUMNS) + " |",
         "|---" * (1 + 2 * len(batches)) + "|",
     ]
     for kind in ORDER:
         tally = [tallies[str(b)][m].get(kind, 0) for b in batches for m in COLUMNS]
         if any(tally):
-            lines.append(f"| {kind} | " + " | ".join(f"{n} ({n / max(len(ran), 1):.0%})" for n in tally) + " |")
-    lines += ["", "| class | layers | prompts | " + " | ".join(
-        f"{COLUMNS[m]}, {b}" for b in batches for m in COLUMNS) + " |",
-        "|---" * (3 + 2 * len(batches)) + "|"]  # fmt: skip
-    for result in ran:
-        kinds = dict.fromkeys(case["inputs"] for case in result["cases"] if case["vanilla"] is None)
-        cells = [_cell(outcome(result, m, b)[0]) for b in batches for m in COLUMNS]
-        layers = ", ".join(layer.replace("_attention", "") for layer in result.get("layer_types", []))
-        lines.append(f"| {result['name']} | {layers} | {', '.join(kinds)} | {' | '.join(cells)} |")
-    lines += ["", "## What hf_specdec says where it refuses", ""]
-    reasons: dict[str, list[str]] = defaultdict(list)
-    for batch in batches:
-        for (kind, message), names in _groups(ran, OURS, batch):
-            reasons[f"{kind}: {message}"] += [name for name in names if name not in reasons[f"{kind}: {message}"]]
-    lines += [f"- {reason}: {', '.join(names)}" for reason, names in reasons.items()]
-    for title, kind in (("Vanilla cannot", VANILLA_CANNOT), ("Not built here", NOT_BUILT)):
-        lines += ["", f"## {title}", ""]
-        left = [(r["name"], outcome(r, OURS, batches[0])) for r in results]
-        lines += [f"- {name}: {_short(why)}" for name, (found, why) in left if found == kind]
-    return "\n".join(lines) + "\n"
+            shares = " | ".join(f"{n} ({n / max(len(results), 1):.0%})" for n in tally)
+            lines.append(f"| {_HEADINGS.get(kind, kind)} | {shares} |")
+    return lines
 
 
-def _cell(kind: str) -> str:
-    return {IDENTICAL: "✓"}.get(kind, kind if kind == REFUSED else f"**{kind}**")
+def _cell(result: dict[str, Any] | None, method: str, batch: int) -> str:
+    if result is None:
+        return ""
+    kind = outcome(result, method, batch)[0]
+    return _CELLS.get(kind, "" if kind in (NOT_BUILT, VANILLA_CANNOT) else f"**{kind}**")
 
 
 def _short(message: str) -> str:

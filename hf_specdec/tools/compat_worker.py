@@ -9,13 +9,13 @@ import torch
 from .arguments import quiet
 from .compat import examine
 from .isolated import serve
-from .tiny_models import entries
+from .tiny_models import Entry
 
 
 def answer(question: dict[str, Any]) -> dict[str, Any]:
     start = time.perf_counter()
-    entry = next(entry for entry in entries() if entry.name == question["name"])
-    result = examine(entry, tuple(question["batches"]), question["seed"])
+    dtype = getattr(torch, question["dtype"])
+    result = examine(Entry(**question["entry"]), tuple(question["batches"]), question["seed"], dtype=dtype)
     return result | {"seconds": round(time.perf_counter() - start, 2)}
 
 

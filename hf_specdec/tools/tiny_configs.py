@@ -104,7 +104,6 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "qwen2_5_omni_thinker": {"vision_start_token_id": 120},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 120},
     "xmod": {"default_language": "en_XX"},
-    "reformer": {"axial_pos_shape": [8, 64], "axial_pos_embds_dim": [8, 24], "is_decoder": True},
     "florence_vision": {"embed_dim": [8, 16, 16, 32], "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 4],
                         "num_groups": [1, 2, 2, 4], "window_size": 4},
     "speecht5": {"num_feat_extract_layers": 7},
@@ -146,12 +145,18 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "instructblipvideo": {"video_token_index": 100},
     "qwen3_asr": {"eos_token_id": 127},
     "vibevoice": {"eos_token_id": 127},
+    **{kind: {"block_size": 512} for kind in ("semantic", "coarse_acoustics", "fine_acoustics")},
+    "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 32},
+    "mistral3": {"text_config": {"sliding_window": None}},
+    "gpt_neo": {"window_size": WINDOW},
+    "reformer": {"axial_pos_shape": [8, 64], "axial_pos_embds_dim": [8, 24], "is_decoder": True},
+    "deepseek_v4": {"compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8}},
     "xlstm": {"hidden_size": 64, "embedding_dim": 64, "num_heads": 2, "qk_dim_factor": 1.0},
     "glm4v_moe_text": {"rope_parameters": {**_MROPE, "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}},
     "glm_ocr_text": {"rope_parameters": {**_MROPE, "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}},
     **{t: {"rope_parameters": _MROPE} for t in (
         "qwen2_vl_text", "qwen2_5_vl_text", "paddleocr_vl_text", "glm46v_text", "glm4v_text",
-        "qwen3_vl_text", "qwen3_vl_moe_text", "cosmos3_edge_text", "cosmos3_omni_text",
+        "qwen3_vl_text", "qwen3_vl_moe_text", "cosmos3_edge_text", "cosmos3_omni_text", "glm_image_text",
         "qwen2_5_omni_text", "qwen3_omni_moe_text", "qwen2_5_omni_talker", "glm46v", "glmga_text")},
 }  # fmt: skip
 

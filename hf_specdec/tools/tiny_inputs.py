@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.bark.generation_configuration_bark import BarkSemanticGenerationConfig
 
 from .tiny_models import prompts
 
@@ -26,7 +27,7 @@ _PLACEHOLDERS = 4  # tokens that stand for an image or a sound
 def inputs_of(model: PreTrainedModel) -> dict[str, Inputs]:
     """The kinds of prompts that are tried with a model, by name."""
     config = model.config
-    for key in (f"{config.model_type}/{model.main_input_name}", config.model_type):
+    for key in (type(model).__name__, f"{config.model_type}/{model.main_input_name}", config.model_type):
         if key in _OWN:
             return _OWN[key]
     if config.is_encoder_decoder:
@@ -65,7 +66,7 @@ def _media(kind: str) -> Inputs:
         inputs["attention_mask"][:, place.start :] = 1
         inputs["input_ids"][:, place.stop :] = inputs["input_ids"][:, place.stop :].clamp(min=4)
         width = model.config.get_text_config(decoder=True).hidden_size
-        features = _randn(seed, batch, _PLACEHOLDERS, width)
+        features = _randn(model, seed, batch, _PLACEHOLDERS, width)
         for form in (features, tuple(features)):  # classes want the one or the other
             output = BaseModelOutputWithPooling(pooler_output=form)
             output.deepstack_features = [form if isinstance(form, tuple) else features.flatten(0, 1)]
@@ -78,8 +79,8 @@ def _media(kind: str) -> Inputs:
     return make
 
 
-def _randn(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+def _randn(model: PreTrainedModel, seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(model.dtype)
 
 
 def _features(name: str, *shape: str | int, text: bool = False, **more: Callable[[int], Tensor]) -> Inputs:
@@ -88,7 +89,7 @@ def _features(name: str, *shape: str | int, text: bool = False, **more: Callable
     def make(model: PreTrainedModel, batch: int, seed: int) -> dict[str, Any]:
         sizes = [size if isinstance(size, int) else _attribute(model.config, size) for size in shape]
         inputs: dict[str, Any] = dict(prompts(batch, _WIDTH, seed)) if text else {}
-        inputs[name] = _randn(seed, batch, *sizes)
+        inputs[name] = _randn(model, seed, batch, *sizes)
         return inputs | {key: value(batch) for key, value in more.items()}
 
     return make
@@ -103,7 +104,7 @@ def _attribute(config: Any, path: str) -> int:
 def _pixels(model: PreTrainedModel, batch: int, seed: int) -> dict[str, Any]:
     """Pixels beside the text, of the size that the vision tower is made for."""
     size = model.config.vision_config.image_size
-    return {**prompts(batch, _WIDTH, seed), "pixel_values": _randn(seed, batch, 3, size, size)}
+    return {**prompts(batch, _WIDTH, seed), "pixel_values": _randn(model, seed, batch, 3, size, size)}
 
 
 def _with_question(model: PreTrainedModel, batch: int, seed: int) -> dict[str, Any]:
@@ -150,11 +151,61 @@ def _video(model: PreTrainedModel, batch: int, seed: int) -> dict[str, Any]:
 
 
 def _patches(model: PreTrainedModel, batch: int, seed: int) -> dict[str, Any]:
-    patches = _randn(seed, batch, 8, 2 + model.config.vision_config.patch_embed_hidden_size)
+    patches = _randn(model, seed, batch, 8, 2 + model.config.vision_config.patch_embed_hidden_size)
     patches[..., :2] = 1 + torch.arange(8)[:, None]
     return {"flattened_patches": patches, "attention_mask": torch.ones(batch, 8)}
 
 
+def _unconditional(model: PreTrainedModel, batch: int, seed: int) -> dict[str, Any]:
+    return dict(model.get_unconditional_inputs(batch))
+
+
+def _codebooks(model: PreTrainedModel, batch: int, seed: int) -> dict[str, Any]:
+    """Musicgen's decoder: one row for each codebook of each prompt."""
+    return {"input_ids": prompts(batch * model.config.num_codebooks, 4, seed)["input_ids"].clamp(min=4)}
+
+
+def _before_sound(model: PreTrainedModel, batch: int, seed: int) -> dict[str, Any]:
+    """Text whose last token says that sound follows."""
+    inputs = _text(model, batch, seed)
+    inputs["input_ids"][:, -1] = model.config.audio_bos_token_id
+    return inputs
+
+
+def _first_codebook(model: PreTrainedModel, batch: int, seed: int) -> dict[str, Any]:
+    """CSM's depth decoder: the state of the backbone, and the token of the first codebook."""
+    states = _randn(model, seed, batch, model.config.backbone_hidden_size)
+    return {"input_ids": prompts(batch, 4, seed)["input_ids"][:, :2].clamp(min=4), "backbone_last_hidden_state": states}
+
+
+def _semantic(model: PreTrainedModel, batch: int, seed: int) -> dict[str, Any]:
+    config = BarkSemanticGenerationConfig(
+        text_encoding_offset=1, text_pad_token=100, semantic_infer_token=101, semantic_vocab_size=90,
+        semantic_pad_token=90, max_input_semantic_length=_WIDTH, eos_token_id=90, max_new_tokens=None,
+    )  # fmt: skip
+    return {**prompts(batch, _WIDTH, seed), "semantic_generation_config": config}
+
+
+def _with_documents(model: PreTrainedModel, batch: int, seed: int) -> dict[str, Any]:
+    """RAG: what the retriever would have found."""
+    documents = prompts(batch * model.config.n_docs, _WIDTH, seed, side="right")
+    scores = _randn(model, seed, batch, model.config.n_docs)
+    context = {"context_input_ids": documents["input_ids"], "context_attention_mask": documents["attention_mask"]}
+    return {**_encoder_text(model, batch, seed), **context, "doc_scores": scores, "n_docs": model.config.n_docs}
+
+
+def _into_speech(make: Inputs) -> Inputs:
+    """SeamlessM4T: the language to speak."""
+
+    def made(model: PreTrainedModel, batch: int, seed: int) -> dict[str, Any]:
+        for name in ("text_decoder_lang_to_code_id", "t2u_lang_code_to_id", "vocoder_lang_code_to_id"):
+            setattr(model.generation_config, name, {"eng": 5})
+        return {**make(model, batch, seed), "tgt_lang": "eng", "return_intermediate_token_ids": True}
+
+    return made
+
+
+_FRAMES = _features("input_features", 64, "encoder_config.num_mel_bins")
 _IMAGE16 = {"image": _features("pixel_values", 3, 16, 16)}
 # What is fed to classes that a general rule does not fit, by model type.
 _OWN: dict[str, dict[str, Inputs]] = {
@@ -166,8 +217,30 @@ _OWN: dict[str, dict[str, Inputs]] = {
     "speech-encoder-decoder": {"audio": _features("inputs", 4000)},
     "seamless_m4t/input_features": {"audio": _features("input_features", 40, "feature_projection_input_dim")},
     "seamless_m4t_v2/input_features": {"audio": _features("input_features", 40, "feature_projection_input_dim")},
-    "canary": {"audio": _features("input_features", 64, "encoder_config.num_mel_bins")},
-    "cohere_asr": {"audio": _features("input_features", 64, "encoder_config.num_mel_bins")},
+    **{
+        kind: {"audio": _FRAMES}
+        for kind in (
+            "canary",
+            "cohere_asr",
+            "parakeet_ctc",
+            "parakeet_rnnt",
+            "parakeet_tdt",
+            "lasr_ctc",
+            "granite_speech5_ctc",
+            "nemotron3_5_asr",
+            "nemotron_asr_streaming",
+        )
+    },
+    "MoshiForConditionalGeneration": {"audio": _unconditional},
+    "musicgen_decoder": {"audio": _codebooks},
+    "musicgen_melody_decoder": {"audio": _codebooks},
+    "pocket_tts": {"text": _before_sound},
+    "gradium_phonon_tts": {"text": _before_sound},
+    "csm_depth_decoder_model": {"audio": _first_codebook},
+    "semantic": {"text": _semantic},
+    "rag": {"text": _with_documents},
+    "SeamlessM4TForTextToSpeech": {"text": _into_speech(_encoder_text)},
+    "SeamlessM4Tv2ForTextToSpeech": {"text": _into_speech(_encoder_text)},
     "pix2struct": {"image": _patches},
     "vision-encoder-decoder": _IMAGE16,
     "pp_formulanet": _IMAGE16,

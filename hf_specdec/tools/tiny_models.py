@@ -2,12 +2,18 @@
 
 import contextlib
 import copy
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
+import transformers.models
 from torch import Tensor
-from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from .tiny_configs import FIRST_SPECIAL, shrink
@@ -22,21 +28,23 @@ class NotBuildable(Exception):
 
 @dataclass(frozen=True)
 class Entry:
-    """A class of a mapping.
+    """A class that has a `generate()`.
 
     Attributes:
         name: of the class.
         model_type: the config's.
-        mappings: the mappings of transformers that list it.
+        mappings: the mappings of transformers that list it; none for a class that only its own module names.
+        module: where it is defined, if `transformers` does not export it.
     """
 
     name: str
     model_type: str
-    mappings: tuple[str, ...]
+    mappings: tuple[str, ...] = ()
+    module: str = "transformers"
 
 
 def entries() -> list[Entry]:
-    """Every class of the mappings once, in alphabetical order."""
+    """Every class of the mappings for text once, in alphabetical order; they are listed without an import."""
     found: dict[str, dict[str, list[str]]] = {}
     for mapping in _MAPPINGS:
         names = getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES", {})
@@ -47,27 +55,57 @@ def entries() -> list[Entry]:
     for name, types in found.items():
         mappings = tuple(dict.fromkeys(m for ms in types.values() for m in ms))
         result.append(Entry(name, _own_type(name, list(types)), mappings))
-    return sorted(result, key=lambda entry: entry.name.lower())
+    return _sorted(result)
+
+
+def every_entry() -> list[Entry]:
+    """`entries()` and every other class of transformers that has a `generate()`. Imports all modeling files."""
+    found = {entry.name: entry for entry in entries()}
+    for model_class in _generating_classes():
+        name, config_class = model_class.__name__, getattr(model_class, "config_class", None)
+        if name not in found:
+            module = "transformers" if hasattr(transformers, name) else model_class.__module__
+            found[name] = Entry(name, getattr(config_class, "model_type", ""), module=module)
+    return _sorted(list(found.values()))
+
+
+def _sorted(found: list[Entry]) -> list[Entry]:
+    return sorted(found, key=lambda entry: entry.name.lower())
+
+
+def _generating_classes() -> Iterator[Any]:
+    for package in pkgutil.iter_modules(transformers.models.__path__, "transformers.models."):
+        for module in pkgutil.iter_modules(importlib.import_module(package.name).__path__, f"{package.name}."):
+            if not module.name.rpartition(".")[2].startswith("modeling_"):
+                continue
+            try:
+                members = vars(importlib.import_module(module.name))
+            except ImportError:  # of a package that is not here; no class that generates is in such a file today
+                continue
+            for member in list(members.values()):
+                own = inspect.isclass(member) and member.__module__ == module.name
+                if own and issubclass(member, PreTrainedModel) and hasattr(member, "generate"):
+                    yield member
 
 
 def _own_type(name: str, types: list[str]) -> str:
     """Of several config types that lead to a class, the one that the class names as its own."""
     if len(types) == 1:
         return types[0]
-    own = getattr(_class(name), "config_class", None)
+    own = getattr(getattr(transformers, name), "config_class", None)
     return next((t for t in types if t in CONFIG_MAPPING and CONFIG_MAPPING[t] is own), types[0])
 
 
-def _class(name: str) -> Any:
-    import transformers
-
-    return getattr(transformers, name)
+def _class(entry: Entry) -> Any:
+    return getattr(importlib.import_module(entry.module), entry.name)
 
 
 def tiny_config(entry: Entry) -> PreTrainedConfig:
-    config_class = CONFIG_MAPPING[entry.model_type]
+    own: Any = getattr(_class(entry), "config_class", None)
+    known = entry.model_type in CONFIG_MAPPING
+    config_class = CONFIG_MAPPING[entry.model_type] if known else own
     config = config_class(**shrink(config_class()))
-    own = getattr(_class(entry.name), "config_class", None) or type(config)
+    own = own or type(config)
     if not isinstance(config, own):  # the class is the decoder of a larger model
         config = next((c for c in vars(config).values() if isinstance(c, own)), config)
     if entry.mappings == ("CAUSAL_LM",) and hasattr(config, "is_decoder"):
@@ -75,21 +113,23 @@ def tiny_config(entry: Entry) -> PreTrainedConfig:
     return config
 
 
-def build(entry: Entry, seed: int = 0, **kwargs: Any) -> PreTrainedModel:
-    """A tiny random model in float32 without an EOS token, whose argmax gaps are real."""
+def build(entry: Entry, seed: int = 0, dtype: torch.dtype = torch.float32, **kwargs: Any) -> PreTrainedModel:
+    """A tiny random model without an EOS token, whose argmax gaps are real."""
     try:
-        model_class = _class(entry.name)
+        model_class = _class(entry)
+        if not issubclass(model_class, GenerationMixin):
+            raise NotBuildable("its `generate()` is not that of GenerationMixin, so no decoding method can be chosen")
         config = tiny_config(entry)
         if kwargs:
             config._attn_implementation = kwargs["attn_implementation"]
         with torch.device("meta"):
-            size = model_class._from_config(copy.deepcopy(config), dtype=torch.float32)
+            size = model_class._from_config(copy.deepcopy(config), dtype=dtype)
         parameters = sum(p.numel() for p in size.parameters())
         if parameters > _MOST_PARAMETERS:
             large = sorted(((p.numel(), n, tuple(p.shape)) for n, p in size.named_parameters()), reverse=True)[:4]
             raise NotBuildable(f"not shrunk: {parameters / 1e6:.0f}M parameters, {large}")
         torch.manual_seed(seed)
-        model = model_class._from_config(config, dtype=torch.float32).eval()
+        model = model_class._from_config(config, dtype=dtype).eval()
     except NotBuildable:
         raise
     except Exception as error:
@@ -112,7 +152,8 @@ def _enlarge(model: PreTrainedModel) -> None:
             embedding = getattr(model.get_input_embeddings(), "weight", None)
         if head is not None and isinstance(getattr(head, "weight", None), Tensor):
             if head.weight is embedding or model.config.is_encoder_decoder:
-                head.weight = torch.nn.Parameter(0.2 * torch.randn(head.weight.shape, generator=generator))
+                random = 0.2 * torch.randn(head.weight.shape, generator=generator)
+                head.weight = torch.nn.Parameter(random.to(head.weight.dtype))
             head.weight[FIRST_SPECIAL:] = 0
         for parameter in model.parameters():
             if parameter.ndim < 2 or not parameter.is_floating_point():
@@ -146,11 +187,15 @@ def perturbed(model: PreTrainedModel, noise: float, seed: int = 1) -> PreTrained
 
 
 def prompts(batch: int, width: int, seed: int, side: str = "left") -> dict[str, Tensor]:
-    """`batch` prompts of uneven lengths, padded to `width`; the first one fills it."""
+    """`batch` prompts of uneven lengths, padded to `width`; the first one fills it.
+
+    The others have lengths from equal parts of the range, so that some start within a window and some beyond it.
+    """
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(4, FIRST_SPECIAL, (batch, width), generator=generator)
     mask = torch.ones_like(ids)
-    for row in range(1, batch):
-        padding = int(torch.randint(1, width - 1, (1,), generator=generator))
+    for row, part in enumerate(torch.randperm(batch - 1, generator=generator).tolist(), start=1):
+        low, high = (1 + (width - 2) * edge // (batch - 1) for edge in (part, part + 1))
+        padding = int(torch.randint(low, max(high, low + 1), (1,), generator=generator))
         mask[row, slice(None, padding) if side == "left" else slice(width - padding, None)] = 0
     return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
