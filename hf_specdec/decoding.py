@@ -78,7 +78,6 @@ class SpeculativeDecoding:
     Attributes:
         in_order: logits processors and stopping criteria are called as vanilla calls them, step by step.
         lockstep: all rows commit equally many tokens per iteration.
-        pending_embeds: `[batch, columns, width]` when the prompt is embeddings, whose last one no token stands for.
         make_target: makes the target as it was before anything was fed to it.
     """
 
@@ -95,7 +94,6 @@ class SpeculativeDecoding:
     in_order: bool
     lockstep: bool
     prefill_chunk_size: int | None = None
-    pending_embeds: Tensor | None = None
     stats: SpeculationStats = field(default_factory=SpeculationStats)
     trace: Trace | None = None
     _done_at: dict[int, int] = field(default_factory=dict)  # row -> column behind which it met a criterion
@@ -133,14 +131,12 @@ class SpeculativeDecoding:
         start = perf_counter()
         self.drafter.start(self.request, self.context)
         chunks: list[tuple[list[int], ModelOutput]] = []
-        equal = len(set(self.target.missing(self.context))) == 1
-        is_special = self.prefill_chunk_size or self.pending_embeds is not None or self.recorder.forward_kwargs
+        unlike = len(set(self.target.missing(self.context))) > 1 or any(self.target.prompt_left(self.context))
+        is_special = self.prefill_chunk_size or self.recorder.forward_kwargs
         if self.target.prompt_is_unread:
             pass  # that is the first verification
-        elif not equal or is_special or self.target.cache.states:
-            chunks = self.target.prefill(
-                self.context, self.prefill_chunk_size, embeds=self.pending_embeds, **self.recorder.forward_kwargs
-            )
+        elif unlike or is_special or self.target.cache.states:
+            chunks = self.target.prefill(self.context, self.prefill_chunk_size, **self.recorder.forward_kwargs)
         for counts, output in chunks:
             self.recorder.layers(output, counts)
         self.stats.add_prefill(perf_counter() - start, len(chunks), self.drafter.compile_seconds)
@@ -149,7 +145,7 @@ class SpeculativeDecoding:
         """Up to γ tokens for each active row, but never so many that the target's own would not fit behind them."""
         context = self.context
         room = [max(context.max_length - end - 1, 0) for end in context.active_ends]
-        reads_prompt = self.pending_embeds is not None or self.target.prompt_is_unread or self._is_first_of_long()
+        reads_prompt = self.target.prompt_is_unread or any(self.target.prompt_left(context)) or self._is_first_of_long()
         gamma = 0 if reads_prompt else self.schedule.plan(len(context.rows))
         if self.target.cache.states and not reads_prompt:
             room = [min(space, most) for space, most in zip(room, self._beside_pending(gamma))]
@@ -194,10 +190,9 @@ class SpeculativeDecoding:
         missing = target.missing(context)
         width = max(n + proposed for n, proposed in zip(missing, draft.row_lengths))
         begin = [n - 1 for n in missing]  # the query of each row that is about its next token
-        output = target.forward(
-            context, width, keep=width - min(begin), embeds=self.pending_embeds, **self.recorder.forward_kwargs
-        )
-        self.pending_embeds = None
+        of_prompt = begin if any(target.prompt_left(context)) else []
+        output = target.forward(context, width, keep=width - min(begin), **self.recorder.forward_kwargs)
+        self.recorder.layers(output, of_prompt)
         count = draft.tokens.shape[1] + 1
         if min(begin) != max(begin) or output.logits.shape[1] != count:
             at = to_device(begin, output.logits.device)[:, None] - min(begin)

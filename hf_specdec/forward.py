@@ -37,6 +37,7 @@ class CachedModel:
         position_offset: by row of the batch, position id minus slot.
         prompt_positions: `[batch, columns]` position ids of the first columns, where that offset does not give them.
         axes: `[axes, batch, 1]`, what to add for each axis where a token has a position on several.
+        prompt_embeds: `[batch, columns, width]`, what the first columns are fed as, where the prompt is embeddings.
         first_forward: reads the prompt, where that is more than tokens; see `read_prompt`.
         max_slot: by row of the batch, the last slot that will ever be committed; positions are not asked for beyond it.
         static: runs short forwards with fixed shapes; for the ragged layout, and a cache whose capacity never grows.
@@ -54,6 +55,7 @@ class CachedModel:
         position_offset: list[int] | None = None,
         prompt_positions: Tensor | None = None,
         axes: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
         first_forward: FirstForward | None = None,
         max_slot: list[int] | None = None,
         static: StaticForwards | None = None,
@@ -70,6 +72,11 @@ class CachedModel:
         self.position_offset = position_offset or [0] * len(first)
         self.prompt_positions = None if prompt_positions is None else prompt_positions.to(self.device)
         self.axes = None if axes is None else axes.to(self.device)
+        self.prompt_embeds = prompt_embeds
+        # Recurrent layers are told padding in forwards over several tokens only: a single one is never padding to them.
+        self._reads_as_vanilla = padding_mask is not None and bool(cache.states)
+        special = prompt_embeds if prompt_embeds is not None else padding_mask if self._reads_as_vanilla else None
+        self._prompt_columns = 0 if special is None else special.shape[1]
         self.first_forward = first_forward
         self.prompt_is_tokens = first_forward is None
         self.later_inputs: dict[str, Any] = {}  # what each forward is given besides
@@ -97,18 +104,27 @@ class CachedModel:
         """How many committed tokens of each active row the cache does not hold yet."""
         return [context.ends[row] + self.slot_offset[row] - self.cache.lengths[row] for row in context.rows]
 
+    def prompt_left(self, context: Context) -> list[int]:
+        """How many columns of a prompt that needs forwards of its own the cache of each active row does not hold yet.
+
+        Such a prompt is embeddings, or has padding that recurrent layers must be told as in vanilla.
+        """
+        end = self._prompt_columns - self.column_offset
+        return [max(end + self.slot_offset[row] - self.cache.lengths[row], 0) for row in context.rows]
+
     def prefill(
         self, context: Context, chunk_size: int | None = None, **kwargs: Any
     ) -> list[tuple[list[int], ModelOutput]]:
         """Feed all committed tokens but the last one, which the next `forward` will feed. No logits are wanted.
 
+        If a prompt must be read as vanilla reads it, the next `forward` will feed its last chunk.
+
         Returns: for each chunk, how many of its tokens were each row's own, and the output.
         """
         outputs = []
-        while (todo := max(self.missing(context)) - 1) > 0:
-            own = [max(n - 1, 0) for n in self.missing(context)]
-            if self.cache.states:  # no row may be fed what is not its own
-                todo = min(n for n in own if n)
+        while any(own := self._next_own(context, chunk_size)):
+            # With states no row may be fed what is not its own.
+            todo = min(n for n in own if n) if self.cache.states else max(own)
             width = min(chunk_size or todo, todo)
             if self.at_once is not None:
                 width = self.at_once if self.cache.get_seq_length() else todo
@@ -121,6 +137,13 @@ class CachedModel:
                 self.cache.roll_back(context.rows, most)
         self.commit(context)
         return outputs
+
+    def _next_own(self, context: Context, chunk_size: int | None) -> list[int]:
+        """How many tokens of each active row `prefill` has to feed before anything else."""
+        missing, left = self.missing(context), self.prompt_left(context)
+        last = (chunk_size or max(left)) if self._reads_as_vanilla and missing == left else 1
+        own = [max((n - 1) // last * last, 0) for n in missing]
+        return [min(pair) for pair in zip(own, left)] if any(left) else own
 
     def read_prompt(self, **kwargs: Any) -> ModelOutput:
         """Vanilla's first forward, over all rows and the whole prompt. Later forwards are as usual.
@@ -162,7 +185,8 @@ class CachedModel:
         """
         keep = keep or width
         self.forwards += 1
-        static, is_plain = self.static, all(value is None for value in kwargs.values())
+        is_plain = not any(self.prompt_left(context)) and all(value is None for value in kwargs.values())
+        static = self.static
         with self.no_bookkeeping():
             if static is not None and is_plain and static.takes(len(context.rows), width):
                 return CausalLMOutputWithPast(logits=self._feed_static(static, context, width, ids)[:, -keep:])
@@ -210,7 +234,6 @@ class CachedModel:
         keep: int,
         ids: Tensor | None = None,
         prefill: bool = False,
-        embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> ModelOutput:
         cache, rows = self.cache, context.rows
@@ -220,7 +243,8 @@ class CachedModel:
 
         slots = to_device(starts, self.device)[:, None] + torch.arange(width, device=self.device)
         inputs: dict[str, Any] = {self.cache_name: cache, "use_cache": True, "attention_mask": self._mask(slots)}
-        if embeds is not None:
+        embeds = self.prompt_embeds
+        if embeds is not None and any(self.prompt_left(context)):
             first = to_device([self.column_offset - self.slot_offset[row] for row in rows], self.device)
             columns = (slots + first[:, None]).clamp(max=embeds.shape[1] - 1)
             inputs["inputs_embeds"] = (
@@ -264,15 +288,20 @@ class CachedModel:
         return torch.where(columns < known.shape[1], given, positions)
 
     def _mask(self, slots: Tensor) -> Mask | None:
-        rows, used = self.cache.rows, self.cache.get_seq_length() + slots.shape[1]
+        rows, held = self.cache.rows, self.cache.get_seq_length()
+        used = held + slots.shape[1]
         if not self.cache.has_entries:  # recurrent layers alone: which of these tokens are real
-            prompt = None if self.padding_mask is None else self.padding_mask[rows, used - slots.shape[1] : used]
-            return None if prompt is None or prompt.shape[1] < slots.shape[1] else prompt.long()
+            told = self._told_padding(rows, used)
+            return None if told is None or held >= self._prompt_columns else told[:, held:]
         if not self.cache.sees_one_span:
             first = None if self._first_real is None else self._first_real[rows]
             held = {window.layer_type: window.slots(self.device) for window in self.cache.windows}
             return ragged_mask(self.model, slots, used, held, first)
-        if self.padding_mask is not None:
-            prompt = self.padding_mask[rows, :used]
-            return torch.cat([prompt, prompt.new_ones(len(prompt), used - prompt.shape[1])], dim=1).long()
-        return None  # plain causal attention: transformers builds it, or skips it
+        return self._told_padding(rows, used)  # for plain causal attention transformers builds the rest
+
+    def _told_padding(self, rows: list[int], used: int) -> Tensor | None:
+        """`[rows, used]`, which of the first `used` columns are real, as vanilla tells it; `None` where all are."""
+        if self.padding_mask is None:
+            return None
+        prompt = self.padding_mask[rows, :used]
+        return torch.cat([prompt, prompt.new_ones(len(prompt), used - prompt.shape[1])], dim=1).long()

@@ -111,8 +111,10 @@ def read_prompt(
         first_forward = first_forward if first_forward.is_needed else None
     mask = torch.ones(batch, columns, dtype=torch.bool, device=input_ids.device) if mask is None else mask.bool()
     outside = (input_ids < 0) | (input_ids >= vocab_size)
-    # Placeholders of images need not be tokens: the model knows.
-    outside &= mask[:, columns - width :] & (embeds is None and first_forward is None)
+    if embeds is None and first_forward is None:
+        outside &= mask[:, columns - width :]
+    else:  # the ids are not fed: placeholders of images, or as many as the user likes
+        outside = torch.zeros_like(outside)
     first, real, wrong = torch.stack([mask.long().argmax(dim=1), mask.sum(dim=1), outside.sum(dim=1)]).tolist()
     if 0 in real:
         raise ValueError(f"The prompt of row {real.index(0)} is empty: its `attention_mask` is all zeros")

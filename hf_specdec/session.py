@@ -176,7 +176,6 @@ def prepare(
         in_order=bool(unknown),
         lockstep=lockstep,
         prefill_chunk_size=generation_config.prefill_chunk_size,
-        pending_embeds=prompt.embeds,
         stats=stats,
         trace=trace,
     )
@@ -238,7 +237,7 @@ def hand_back_cache(decoding: SpeculativeDecoding, width: int, cache: Cache) -> 
     for row, offset in enumerate(target.slot_offset):
         held = min(target.cache.lengths[row], width + offset - 1)
         target.cache.lengths[row] = min(shortest, held) if decoding.lockstep else held
-    target.prefill(context)
+    target.prefill(context, decoding.prefill_chunk_size)
     cache.reset()
     first = [target.column_offset - offset for offset in target.slot_offset]
     own = getattr(cache, "self_attention_cache", cache)
@@ -360,6 +359,7 @@ def _cached_target(
         position_offset=position_offset,
         prompt_positions=prompt.positions,
         axes=prompt.axes,
+        prompt_embeds=prompt.embeds,
         first_forward=prompt.first_forward,
         max_slot=[columns - 2 - f for f in first],
         static=static,
