@@ -288,11 +288,11 @@ class CachedModel:
         return torch.where(columns < known.shape[1], given, positions)
 
     def _mask(self, slots: Tensor) -> Mask | None:
-        rows, held = self.cache.rows, self.cache.get_seq_length()
-        used = held + slots.shape[1]
+        rows, past = self.cache.rows, self.cache.get_seq_length()
+        used = past + slots.shape[1]
         if not self.cache.has_entries:  # recurrent layers alone: which of these tokens are real
             told = self._told_padding(rows, used)
-            return None if told is None or held >= self._prompt_columns else told[:, held:]
+            return None if told is None or past >= self._prompt_columns else told[:, past:]
         if not self.cache.sees_one_span:
             first = None if self._first_real is None else self._first_real[rows]
             held = {window.layer_type: window.slots(self.device) for window in self.cache.windows}
