@@ -72,7 +72,10 @@ def carries_its_own(model: PreTrainedModel) -> bool:
         return True
     if not model._supports_default_dynamic_cache():
         return True
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    try:
+        cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    except AttributeError:  # a config without layers
+        return True
     if any(hasattr(layer, "set_prefill_length") for layer in cache.layers):  # prompts are kept apart
         return True
     return not ask(model, "keeps a cache", lambda seed: _keep_a_cache(model, seed))

@@ -106,8 +106,9 @@ class PreparedModel(CachedModel):
         super().__init__(model, columns, first=[0] * len(input_ids))
         if model_kwargs.get("inputs_embeds") is not None:
             raise ValueError(
-                f"{type(model).__name__} keeps no cache that strategy='spec' knows, so the prompt must be tokens: pass "
-                "`input_ids` instead of `inputs_embeds`"
+                f"The prompt of {type(model).__name__} comes as `inputs_embeds` (given, or made by its own "
+                "`generate()`), but what the model carries from step to step is its own, so strategy='spec' can only "
+                "read tokens: pass `input_ids`, or drop the strategy"
             )
         if any(isinstance(value, Iterator) for value in model_kwargs.values()):
             raise ValueError(

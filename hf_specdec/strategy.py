@@ -91,7 +91,9 @@ def speculative(
         inputs_tensor: Tensor | None = None,
         **model_kwargs: Any,
     ) -> Any:
+        vars(decode)["asked"] = True
         _refuse_what_was_not_handed_over(sys._getframe(1))
+        _check_decoding_method(model)
         check_generation_config(generation_config, sys._getframe(1).f_locals.get("kwargs", {}))
         together = sharded(model, assistant_model)
         resolved = resolve_options(options, generation_config, model, assistant_model, together)
@@ -181,7 +183,34 @@ def _generate_speculatively(original: Callable[..., Any], model: PreTrainedModel
             criteria = StoppingCriteriaList([*criteria, StopStringCriteria(arguments["tokenizer"], stop_strings)])
         call["stopping_criteria"] = criteria
     method = speculative(**arguments, **{name: value for name, value in options.items() if value is not None})
-    return original(model, custom_generate=method, **call)
+    return _call(original, model, method, call)
+
+
+def _call(original: Callable[..., Any], model: PreTrainedModel, method: DecodingMethod, call: dict[str, Any]) -> Any:
+    """Call `generate()` with our decoding method, and see that it was asked.
+
+    Raises:
+        ValueError: if a `generate()` of the model's own has no use for a decoding method.
+    """
+    own = f"strategy='spec' cannot be used with {type(model).__name__}: its own `generate()`"
+    try:
+        result = original(model, custom_generate=method, **call)
+    except ValueError as error:
+        if hasattr(method, "asked") or "custom_generate" not in str(error):
+            raise
+        raise ValueError(f"{own} takes no decoding method (`custom_generate`). Drop the strategy") from error
+    if not hasattr(method, "asked"):
+        raise ValueError(f"{own} does not decode token by token, so there is nothing to draft. Drop the strategy")
+    return result
+
+
+def _check_decoding_method(model: PreTrainedModel) -> None:
+    """Our loop stands in for transformers' own; one that does more than choose tokens cannot be replaced by it."""
+    if getattr(model._sample, "__func__", None) is not GenerationMixin._sample:
+        raise ValueError(
+            f"strategy='spec' cannot be used with {type(model).__name__}: it decodes by a method of its own (`_sample`), "
+            "which does more at each step than choose a token. Drop the strategy"
+        )
 
 
 def _bind(original: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
