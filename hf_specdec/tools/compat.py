@@ -8,6 +8,7 @@ Each method's outcome is one of
     error       any other exception
     wrong       other tokens, or logits that are further off than rounding explains
 
+Logits beside identical tokens may also be as far off as those of the target alone, fed in blocks.
 Where the target alone, fed in blocks, is as far from vanilla as what is called wrong, the comparison is drawn again
 with other weights (experts or keys that are chosen differently spoil it); it stays wrong if that goes on.
 """
@@ -186,12 +187,15 @@ class _Comparison:
         bugs = [(c, why) for c, verdict, why in verdicts if verdict == BUG]
         if not bugs:
             return {"outcome": TIE, "message": f"{ties} rows"} if ties else {"outcome": IDENTICAL}
+        in_blocks_too = self._in_blocks_too(comparisons)
+        if in_blocks_too and all(comparison.position is None for comparison, _ in bugs):
+            return {"outcome": TIE, "message": f"{ties} rows"} if ties else {"outcome": IDENTICAL}
         first, why = min(bugs, key=lambda bug: bug[0].position or self.new_tokens + 1)
         where = f"differs at new token {first.position}" if first.position else "has other logits"
         return {
             "outcome": WRONG,
             "message": f"row {first.prompt} {where} ({len(bugs)} rows; {why})",
-            "in_blocks_too": self._in_blocks_too(comparisons),
+            "in_blocks_too": in_blocks_too,
         }
 
     def _in_blocks_too(self, comparisons: list[Comparison]) -> bool:
