@@ -206,9 +206,10 @@ def _call(original: Callable[..., Any], model: PreTrainedModel, method: Decoding
 
 def _check_decoding_method(model: PreTrainedModel) -> None:
     """Our loop stands in for transformers' own; one that does more than choose tokens cannot be replaced by it."""
+    name = type(model).__name__
     if getattr(model._sample, "__func__", None) is not GenerationMixin._sample:
         raise ValueError(
-            f"strategy='spec' cannot be used with {type(model).__name__}: it decodes by a method of its own (`_sample`), "
+            f"strategy='spec' cannot be used with {name}: it decodes by a method of its own (`_sample`), "
             "which does more at each step than choose a token. Drop the strategy"
         )
 
