@@ -160,11 +160,16 @@ def spoil_logits(monkeypatch):
     monkeypatch.setattr(CachedModel, "forward", spoiled)
 
 
+SOUND: dict[str, dict[str, Any]] = {}  # by dtype, what the script says of sound code
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mutant", [keep_a_rejected_token, accept_everything, shift_positions])
 def test_wrong_tokens_are_a_bug(check, monkeypatch, mutant, dtype):
     """In bfloat16 too: what the bug does to our logits cannot excuse it, since the noise is measured without us."""
-    sound = check(*SMALL, "--dtype", dtype, "--batch-size", "2")[1]
+    if dtype not in SOUND:
+        SOUND[dtype] = check(*SMALL, "--dtype", dtype, "--batch-size", "2")[1]
+    sound = SOUND[dtype]
     mutant(monkeypatch)
     code, result = check(*SMALL, "--dtype", dtype, "--batch-size", "2")
     assert code == 1 and not result["lossless"] and "rounding" in result["failures"][0]

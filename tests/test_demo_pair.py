@@ -27,23 +27,28 @@ def prompts(pair: Pair) -> torch.Tensor:
     return torch.tensor(long_enough[:50])
 
 
-def test_fifty_held_out_prompts_of_a_hundred_tokens(pair: Pair, prompts: torch.Tensor) -> None:
-    """One by one, and in batches of 10; the card's acceptance rate holds."""
+@pytest.mark.parametrize("alone", [5, pytest.param(50, marks=pytest.mark.slow)])
+def test_fifty_held_out_prompts_of_a_hundred_tokens(pair: Pair, prompts: torch.Tensor, alone: int) -> None:
+    """In batches of 10, and so many of them one by one; the card's acceptance rate holds."""
     target, draft, _ = pair
     assert prompts.shape == (50, 100)
     options = {"attention_mask": torch.ones(10, 100, dtype=torch.long), "max_new_tokens": 64, "do_sample": False}
     single, batched = hf_specdec.SpeculationStats(), hf_specdec.SpeculationStats()
-    for group in prompts.split(10):
+    accepted = 0  # in batches, of the rows that are also decoded one by one
+    for begin, group in zip(range(0, 50, 10), prompts.split(10)):
+        before = [row.accepted_tokens for row in batched.per_row] or [0] * 10
         expected = target.generate(group, **options)
         spec = {"assistant_model": draft, "strategy": "spec", "num_assistant_tokens": 4}
         assert torch.equal(target.generate(group, **options, **spec, speculation_stats=batched), expected)
-        for row, tokens in zip(group, expected):
-            alone = {**options, "attention_mask": options["attention_mask"][:1]}
-            out = target.generate(row[None], **alone, **spec, speculation_stats=single)[0]
+        for i, (row, tokens) in enumerate(zip(group[: max(alone - begin, 0)], expected)):
+            accepted += batched.per_row[i].accepted_tokens - before[i]
+            one = {**options, "attention_mask": options["attention_mask"][:1]}
+            out = target.generate(row[None], **one, **spec, speculation_stats=single)[0]
             # Alone a row ends where it ends; in the batch padding follows.
             assert torch.equal(out, tokens[: len(out)])
-    assert batched.accepted_tokens == single.accepted_tokens
-    assert single.acceptance_rate > 0.6  # the aim is 0.65, over 100 new tokens: see the card
+    assert accepted == single.accepted_tokens > 0
+    # The aim is 0.65, over 100 new tokens: see the card.
+    assert (batched if alone < 50 else single).acceptance_rate > 0.6
 
 
 def test_uneven_prompts_in_one_batch(pair: Pair) -> None:

@@ -25,8 +25,12 @@ def vanilla(name: str, batch: int) -> torch.Tensor:
     return pair(name)[0].generate(**make_prompts(batch, seed=batch), max_new_tokens=NEW_TOKENS, do_sample=False)
 
 
+# Long: what other batches show, a single row and five uneven ones show.
+BATCHES = [1, 5, *(pytest.param(batch, marks=pytest.mark.slow) for batch in (2, 8))]
+
+
 @pytest.mark.core
-@pytest.mark.parametrize("batch", [1, 2, 5, 8])
+@pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture_says_what_it_said(name: str, batch: int) -> None:
     target, draft = pair(name)

@@ -43,7 +43,7 @@ def speculate(target: PreTrainedModel, inputs: Inputs, draft: Any, gamma: int = 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_says_what_it_said(name: str, rows: str) -> None:
     target, draft = pair(name)
-    for gamma in (3,) if rows == "text" else (1, 3, 6):
+    for gamma in (3,) if rows == "text" else (1, 5):
         assert torch.equal(speculate(target, prompts(name, rows), draft, gamma), vanilla(name, rows)), f"γ = {gamma}"
 
 

@@ -246,7 +246,7 @@ def samples(case: Case, models: dict[str, PreTrainedModel]) -> tuple[np.ndarray,
 
 
 # Long: what these would show, others show together.
-LONG = ("repetition penalty", "confidence threshold", "random drafts, q one-hot")
+LONG = ("cold, top-k", "top-p", "repetition penalty", "confidence threshold", "random drafts, q one-hot")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LONG)) for n in CASES])
@@ -319,7 +319,12 @@ CHAINS: dict[str, Case] = {
     ),
     "step by step": Case(options={"num_assistant_tokens": 3, "logits_processor": [Rotate()]}),
 }
-ALONE_OR_TOGETHER = [(name, 1) for name in CHAINS] + [("step by step", 4), ("heuristic, threshold", 4)]
+ALONE_OR_TOGETHER = [("γ=3", 1), ("look-up, top-p", 1), ("heuristic, threshold", 1), ("step by step", 4)]
+# Long, as above: with one row or four the same goes on in them.
+ALONE_OR_TOGETHER += [
+    pytest.param(name, rows, marks=pytest.mark.slow)
+    for name, rows in (("γ=1, cold", 1), ("step by step", 1), ("heuristic, threshold", 4))
+]
 
 
 @pytest.fixture(scope="module")

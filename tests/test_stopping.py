@@ -45,7 +45,7 @@ def some_ends(new: Rows, at: int = 5) -> list[int]:
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("gamma", [1, 4, 7])
+@pytest.mark.parametrize("gamma", [1, 5])
 def test_eos_ends_a_row_at_every_position_of_a_block(small_pair, batch, gamma):
     """The target drafts for itself, so that every draft holds and blocks are as long as they can be."""
     target, inputs = small_pair[0], prompts(batch)
