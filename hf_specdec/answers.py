@@ -134,7 +134,7 @@ def tolerance(model: PreTrainedModel, noise: float | None = None) -> float:
     """
     half = max(torch.finfo(dtype).eps for dtype in (model.dtype, _autocast(model)) if dtype is not None)
     is_half = half > 1e-4
-    least = max(_LEAST, 8 * half)
+    least = max(_LEAST, 4 * half)
     if noise is None:
         return 0.1 if is_half else least
     return max(least, _FACTOR * noise) if is_rounding(model, noise) else least
