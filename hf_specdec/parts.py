@@ -18,8 +18,8 @@ from .host import is_hooked, model_device
 
 _PLAIN = frozenset({bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size})
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial)
-# What every module has and what says nothing about a forward. (`is_hooked` asks for hooks.)
-_OF_EVERY_MODULE = vars(nn.Module()).keys() - {"training", "_parameters", "_buffers", "_modules"}
+# Other private attributes of modules are bookkeeping: `generate()` notes there how long its longest cache was.
+_PRIVATE = frozenset({"_parameters", "_buffers", "_modules"})
 
 
 class Parts(NamedTuple):
@@ -64,7 +64,10 @@ def parts_of(model: PreTrainedModel) -> Parts:
         return type(value)
 
     modules = [
-        (type(module), [(name, kind(value)) for name, value in vars(module).items() if name not in _OF_EVERY_MODULE])
+        (
+            type(module),
+            [(name, kind(value)) for name, value in vars(module).items() if name[0] != "_" or name in _PRIVATE],
+        )
         for module in numbers
     ]
     return Parts((modules, _modes(model_device(model).type)), tuple(places), is_hooked(model))

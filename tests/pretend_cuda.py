@@ -85,6 +85,8 @@ class Device(TorchFunctionMode):
         self.current.pop()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.device:
+            return func(*args, **kwargs or {})
         leaves = tree_leaves((args, kwargs or {}))
         asked = [torch.device(leaf) for leaf in leaves if _is_device(leaf)]
         given = any(isinstance(leaf, CudaTensor) for leaf in leaves)
