@@ -207,14 +207,14 @@ def _has_adapters(model: PreTrainedModel) -> bool:
 
 
 def _compile_options(exact: bool) -> dict[str, Any]:
-    """What to tell `torch.compile`, of what this version of it takes."""
-    taken: dict[str, Any] = {"options": {"emulate_precision_casts": exact}}
-    if hasattr(torch.compiler, "keep_tensor_guards_unsafe"):  # older ones keep all guards: they compile more often
-        guards = _of_the_model if exact else torch.compiler.keep_tensor_guards_unsafe
-        taken["options"]["guard_filter_fn"] = guards
+    """What to tell `torch.compile`, as far as this version of it can be told."""
+    if not hasattr(torch.compiler, "keep_tensor_guards_unsafe"):  # with all guards, version 2.6 fails to compile
+        raise RuntimeError(f"PyTorch {torch.__version__} cannot leave out guards of compiled code, newer ones can")
+    guards = _of_the_model if exact else torch.compiler.keep_tensor_guards_unsafe
+    told: dict[str, Any] = {"options": {"guard_filter_fn": guards, "emulate_precision_casts": exact}}
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
-        taken["isolate_recompiles"] = True  # from other models, which would count against the same limit
-    return taken
+        told["isolate_recompiles"] = True  # from other models, which would count against the same limit
+    return told
 
 
 def _of_the_model(guards: Sequence[Any]) -> list[bool]:
