@@ -23,12 +23,24 @@ def no_bookkeeping(model: torch.nn.Module, device: torch.device) -> Callable[[],
 
     Not for models with forward hooks, which may keep tensors for a backward pass of their own.
     """
-    return nullcontext if is_hooked(model) or device.type != "cpu" else torch.inference_mode
+    return nullcontext if is_hooked(model, inside=True) or device.type != "cpu" else torch.inference_mode
 
 
-def is_hooked(model: torch.nn.Module) -> bool:
-    """Whether somebody else's code runs in a forward."""
-    return any(m._forward_hooks or (m._forward_pre_hooks and m is not model) for m in model.modules())
+def is_hooked(model: torch.nn.Module, inside: bool = False) -> bool:
+    """Whether somebody else's code runs in a forward, accelerate's among it, and must run in every one.
+
+    Args:
+        inside: leave out what only sees the inputs of the whole model.
+    """
+    everywhere = torch.nn.modules.module
+    if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
+        return True
+    return any(
+        module._forward_hooks
+        or "_hf_hook" in vars(module)
+        or (module._forward_pre_hooks and not (inside and module is model))
+        for module in model.modules()
+    )
 
 
 def model_device(model: PreTrainedModel) -> torch.device:

@@ -7,6 +7,7 @@ rounded up to a few, so that a step of the same rows is the same kernels on the 
 with the model for the next call. On other devices the same code runs without graphs.
 """
 
+import inspect
 import re
 import weakref
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ from .attention import folded_attention
 from .cache import RaggedCache
 from .host import is_hooked, no_bookkeeping
 from .masks import ragged_mask
+from .parts import Parts, parts_of
 from .swap import compiling_ours
 
 logger = logging.get_logger(__name__)
@@ -53,16 +55,18 @@ class StaticForwards:
         cache: its storage must stay where it is.
         compiles: the widths, STEPS or BLOCKS, that `torch.compile` compiles, over all rows of the cache. What steps say
             need not be exact; blocks are rounded as uncompiled ones, and compiled again when the model has changed.
+        parts: what the model consists of. Its forwards are not captured if it is hooked.
     """
 
-    def __init__(self, cache: RaggedCache, compiles: Sequence[int] = ()):
+    def __init__(self, cache: RaggedCache, compiles: Sequence[int] = (), parts: Parts | None = None):
         self.compiles = compiles
+        self.parts = parts or Parts()
         self.compile_seconds = 0.0
         self._cache = cache
         self._compiled: Callable[[PreTrainedModel, _Step], Tensor] | None = None
         self._failed = False
         self._steps: dict[tuple[int, int], _Step] = {}
-        self._captures = cache.device.type == "cuda"
+        self._captures = cache.device.type == "cuda" and not self.parts.hooked
 
     def __call__(self, model: PreTrainedModel, ids: Tensor, places: Tensor) -> Tensor:
         """`[rows, width, vocab]` logits, valid until the next call.
@@ -90,6 +94,16 @@ class StaticForwards:
         fits = width <= WIDTHS[-1]
         return fits and (self._captures or not self.compiles or self._is_compiled(rows, width))
 
+    def is_for(self, parts: Parts, compiles: Sequence[int]) -> bool:
+        """Whether storage and compiled code suit a model of these parts."""
+        return self.compiles == compiles and self.parts == parts._replace(places=self.parts.places)
+
+    def read_from(self, parts: Parts) -> None:
+        """The weights of the model may lie elsewhere now: graphs would go on reading the old ones."""
+        if self.parts.places != parts.places:
+            self._steps.clear()
+        self.parts = parts
+
     def _filled_up(self, rows: int, width: int) -> int:
         if self._is_compiled(rows, width):
             width = max(width, self.compiles[0])
@@ -114,11 +128,8 @@ class StaticForwards:
         if not self.compiles or self._compiled is not None or self._failed:
             return
         exact = self.compiles is BLOCKS
-        guards = _of_the_model if exact else torch.compiler.keep_tensor_guards_unsafe
-        options: dict[str, Any] = {"guard_filter_fn": guards, "emulate_precision_casts": exact}
-        alone: dict[str, Any] = {"isolate_recompiles": True}  # of other models, which count against one limit
         try:
-            compiled = torch.compile(self._run, dynamic=False, options=options, **alone)
+            compiled = torch.compile(self._run, dynamic=False, **_compile_options(exact))
             with no_bookkeeping(model, self._cache.device)(), folded_attention(), packing.exchanged(), compiling_ours():
                 self._run(model, self._step(rows, 1))  # storage is made
                 for width in BLOCKS[3:4] if exact else self.compiles:
@@ -150,17 +161,18 @@ class StaticForwards:
         return is_compiled and max(width, self.compiles[0]) in self.compiles
 
     def _capture(self, model: PreTrainedModel, step: _Step) -> None:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
         try:
-            with torch.cuda.stream(stream):
-                for _ in range(2):  # libraries allocate their workspaces the first time
-                    self._forward(step)(model, step)
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                step.logits = self._forward(step)(model, step)
-            step.graph = graph
+            with torch.cuda.device(self._cache.device):  # whose streams these are
+                stream = torch.cuda.Stream()
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    for _ in range(2):  # libraries allocate their workspaces the first time
+                        self._forward(step)(model, step)
+                torch.cuda.current_stream().wait_stream(stream)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    step.logits = self._forward(step)(model, step)
+                step.graph = graph
         except RuntimeError as error:
             self._captures = False
             logger.warning_once(
@@ -176,15 +188,33 @@ def compilable(model: PreTrainedModel, widths: Sequence[int], is_fixed: bool, do
         is_fixed: whether forwards keep their shapes.
         does: what the model does with them, for the message.
     """
-    # Adapters may be switched in between, and hooks must see every forward, accelerate's too.
-    is_moved = any("_hf_hook" in vars(module) for module in model.modules())
-    is_changed = hasattr(model, "peft_config") or is_hooked(model) or bool(model._forward_pre_hooks) or is_moved
-    if is_fixed and not is_changed:
+    reason = "" if is_fixed else "its forwards change their shapes here"
+    if is_hooked(model):
+        reason = _HOOKED
+    elif _has_adapters(model):
+        reason = "it has adapters, which may be switched between calls"
+    if not reason:
         return widths
-    logger.warning_once(
-        f"{type(model).__name__} {does} uncompiled: its forwards change their shapes here, or it has adapters or hooks."
-    )
+    logger.warning_once(f"{type(model).__name__} {does} uncompiled: {reason}.")
     return ()
+
+
+_HOOKED = "it has hooks (or accelerate moves its weights), which must see every forward"
+
+
+def _has_adapters(model: PreTrainedModel) -> bool:
+    return hasattr(model, "peft_config")
+
+
+def _compile_options(exact: bool) -> dict[str, Any]:
+    """What to tell `torch.compile`, as far as this version of it can be told."""
+    if not hasattr(torch.compiler, "keep_tensor_guards_unsafe"):  # with all guards, version 2.6 fails to compile
+        raise RuntimeError(f"PyTorch {torch.__version__} cannot leave out guards of compiled code, newer ones can")
+    guards = _of_the_model if exact else torch.compiler.keep_tensor_guards_unsafe
+    told: dict[str, Any] = {"options": {"guard_filter_fn": guards, "emulate_precision_casts": exact}}
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+        told["isolate_recompiles"] = True  # from other models, which would count against the same limit
+    return told
 
 
 def _of_the_model(guards: Sequence[Any]) -> list[bool]:
@@ -205,25 +235,28 @@ def borrow(
     model: PreTrainedModel, rows: int, device: torch.device, capacity: int, compiles: Sequence[int] = ()
 ) -> tuple[RaggedCache, StaticForwards]:
     """An empty cache of at least `capacity` slots and a block, and the forwards on it: those of an earlier call where
-    they fit. They are compiled, if they are to be.
+    they fit, and the model is still what they were made for. They are compiled, if they are to be.
     """
     capacity += WIDTHS[-1]
-    kept = _kept.pop(model, None)  # nobody else may use them meanwhile
-    if kept is not None and kept[0].is_reusable(rows, device, capacity) and kept[1].compiles == compiles:
+    parts, kept = parts_of(model), _kept.pop(model, None)  # nobody else may use them meanwhile
+    if parts.hooked and device.type == "cuda":
+        logger.warning_once(f"{type(model).__name__} runs without CUDA graphs: {_HOOKED}.")
+    if kept is not None and kept[0].is_reusable(rows, device, capacity) and kept[1].is_for(parts, compiles):
         cache, forwards = kept
         cache.clear()
+        forwards.read_from(parts)
     else:
         if compiles:
             step = max(256, 1 << capacity.bit_length() - 3)  # a somewhat longer call shall find it compiled
             capacity = -(-capacity // step) * step
         cache = RaggedCache(rows, device, capacity, capacity)
-        forwards = StaticForwards(cache, compiles)
+        forwards = StaticForwards(cache, compiles, parts)
     forwards.compile(model)
     return cache, forwards
 
 
 def give_back(model: PreTrainedModel, cache: RaggedCache, forwards: StaticForwards) -> None:
     """The call is over: keep them for the next one."""
-    if hasattr(model, "peft_config"):  # adapters may be switched in between, which captured graphs would not notice
+    if _has_adapters(model):  # these may be switched between calls, which captured graphs would not notice
         return
     _kept[model] = cache, forwards

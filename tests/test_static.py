@@ -314,7 +314,7 @@ def test_a_draft_whose_forwards_change_their_shapes_is_not_compiled(monkeypatch,
     given, stats = compiled(pair, prompts)
     assert given.equal(pair[0].generate(**prompts, do_sample=False, max_new_tokens=24))
     assert stats.compile_seconds == 0
-    assert "BloomForCausalLM drafts uncompiled: its forwards change their shapes here, or it has" in caplog.text
+    assert "BloomForCausalLM drafts uncompiled: its forwards change their shapes here." in caplog.text
 
 
 def test_without_a_draft_model_there_is_nothing_to_compile(llama_pair):
