@@ -59,9 +59,12 @@ def find_pair(
         arguments: of `from_pretrained`; those about the Hub are used.
 
     Raises:
-        OSError: for a Hub repository that does not exist or may not be read.
+        OSError: for a Hub repository that does not exist or may not be read; or for a file.
         ValueError: for a pair file that cannot be understood.
     """
+    if Path(name).is_file():
+        hint = f": pass {str(Path(name).parent)!r} with gguf_file={Path(name).name!r}" * name.endswith(".gguf")
+        raise OSError(f"{name} is a file, expected a folder or Hub id{hint}")
     if Path(name).is_dir():
         if not (Path(name) / FILE_NAME).is_file():
             return None
@@ -145,10 +148,6 @@ def _commit(file: Path, name: str) -> str:
 def _check_gguf_file(reference: ModelReference) -> None:
     """Raise a FileNotFoundError unless a local folder has the file that the reference names."""
     place = Path(reference.name_or_path)
-    if place.is_file():
-        raise FileNotFoundError(
-            f"{place} is a file, expected a folder or Hub id: pass {str(place.parent)!r} with gguf_file={place.name!r}"
-        )
     if reference.gguf_file is None or not place.is_dir() or (place / reference.gguf_file).is_file():
         return
     others = ", ".join(sorted(path.name for path in place.glob("*.gguf"))) or "no GGUF file at all"
