@@ -46,6 +46,7 @@ from hf_specdec.tools.arguments import (
     quiet,
 )
 from hf_specdec.tools.lossless import BUG, IDENTICAL, GreedyResult, Way, check_greedy
+from hf_specdec.tools.report import fitted
 from hf_specdec.tools.two_sample import ALARM, NEW_TOKENS, POWER, PROMPT_TOKENS, ROWS, SampledResult, check_sampled
 
 SAMPLED_PROMPTS = 4
@@ -76,7 +77,7 @@ def show_greedy(console: Console, results: list[GreedyResult]) -> None:
             f"({r.near_ties:.1%} of positions have such a gap)"
         )
     table.caption = "\n".join(lines)
-    console.print(table)
+    console.print(fitted(table))
 
 
 def show_divergences(console: Console, results: list[GreedyResult], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -103,7 +104,7 @@ def show_divergences(console: Console, results: list[GreedyResult], tokenizer: P
     if len(found) > SHOWN:
         lines.append(f"and {len(found) - SHOWN} more rows, in the JSON below")
     table.caption = "\n".join(lines)
-    console.print(table)
+    console.print(fitted(table))
 
 
 def show_sampled(console: Console, results: list[SampledResult]) -> None:
@@ -123,7 +124,7 @@ def show_sampled(console: Console, results: list[SampledResult]) -> None:
         f"p below {ALARM / results[0].tests:.2g} ({ALARM:g} / {results[0].tests} tests) is a difference\n"
         f"finds: bias (total variation) found with probability {POWER:g}\n" + "; ".join(rates)
     )
-    console.print(table)
+    console.print(fitted(table))
 
 
 def find_failures(greedy: list[GreedyResult], sampled: list[SampledResult]) -> list[str]:

@@ -280,7 +280,7 @@ def show(measured: dict[str, Any], prompts: int) -> None:
     for step, figures in measured.items():
         shown = [(figures[way]["acceptance_rate"], figures[way]["block_efficiency"]) for way in ("greedy", "sampled")]
         table.add_row("before" if step == "0" else step, *(cell for a, t in shown for cell in (f"{a:.3f}", f"{t:.2f}")))
-    Console(highlight=False).print(table)
+    Console(highlight=False).print(report.fitted(table))
 
 
 def main() -> int:

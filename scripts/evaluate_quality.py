@@ -33,7 +33,7 @@ from rich.text import Text
 import hf_specdec
 from hf_specdec.pairs import SpecPair
 from hf_specdec.schedule import SCHEDULES
-from hf_specdec.tools import bootstrap, quality
+from hf_specdec.tools import bootstrap, quality, report
 from hf_specdec.tools.arguments import (
     add_pair_arguments,
     add_prompt_arguments,
@@ -102,7 +102,7 @@ def show(
     console: Console, title: str, figures: dict[str, dict[str, Any]], missing: dict[str, str], sampled: bool
 ) -> None:
     intervals = any("interval" in row for row in figures.values())
-    table = Table("metric", title=title, title_justify="left")
+    table = Table("metric", title=title, title_justify="left", padding=0)
     for heading in "vanilla", "speculative", "difference, 95 % interval" if intervals else "difference":
         table.add_column(heading, justify="right")
     table.add_column("verdict")
@@ -123,7 +123,7 @@ def show(
     if sampled and not all("interval" in row for row in figures.values()):
         captions.append(f"no interval where there are fewer than {bootstrap.LEAST} prompts: it would be too narrow")
     table.caption, table.caption_justify = "\n".join(captions), "left"
-    console.print(table)
+    console.print(report.fitted(table))
 
 
 def show_acceptance(console: Console, accepted: dict[str, Any]) -> None:

@@ -65,7 +65,7 @@ def show(console: Console, contenders: list[tuning.Contender], setting: str) -> 
         stats, rounds = contender.record.stats, len(contender.record.rounds)
         rates = f"{stats.acceptance_rate:.2f}", f"{stats.block_efficiency:.2f}"
         table.add_row(contender.name, report.spread(asdict(contender.speedup)), str(rounds), *rates)
-    console.print(table)
+    console.print(report.fitted(table))
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""Pairs whose models are in GGUF: loaded as transformers does, saved as plain weights, and errors that say what to do."""
+"""Pairs whose models are in GGUF: loaded as transformers does, saved as plain weights, errors that say what to do."""
 
 import importlib.util
 import json
@@ -148,11 +148,13 @@ def test_a_pair_file_names_the_files_and_loads_them(folder: Path, tmp_path: Path
 
 
 def test_a_file_that_is_not_there_is_named_with_those_that_are(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="`gguf_file`: .* has no file 'q4.gguf'; it has draft.gguf, target-q8.gguf, tar"):
+    with pytest.raises(OSError, match=r"`gguf_file`: .* has no file 'q4.gguf'; it has draft.gguf, target-q8.gguf, tar"):
         load(folder, "q4.gguf")
-    with pytest.raises(OSError, match="`gguf_file`: .* has no file 'q4.gguf'"):
+    with pytest.raises(OSError, match=r"`gguf_file`: .* has no file 'q4.gguf'"):
         load(folder, draft="q4.gguf")
-    with pytest.raises(OSError, match="target.gguf is a file, expected a folder or Hub id: pass .*gguf_file='target.g"):
+    with pytest.raises(
+        OSError, match=r"target.gguf is a file, expected a folder or Hub id: pass .*gguf_file='target.g"
+    ):
         SpecPair.from_pretrained(folder / "target.gguf", folder)
     with pytest.raises(ValueError, match="`draft_gguf_file` is about `draft`, which was not named"):
         SpecPair.from_pretrained(folder, gguf_file="target.gguf", draft_gguf_file="draft.gguf")
