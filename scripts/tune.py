@@ -102,11 +102,9 @@ def main() -> int:
     failed = differing > 0 and pair.target.dtype == torch.float32
     if failed:
         console.print(f"[bold red]{differing} rows are not vanilla's[/]: in float32 that is a bug; nothing is written")
-    elif doubt:
-        pass
-    elif args.write:
+    elif args.write and not doubt:
         console.print(f"Written to {after.save(args.write)}: SpecPair.from_pretrained({args.write!r}).generate(...)")
-    else:
+    elif not doubt:
         console.print("Nothing is written; --write FOLDER keeps this in a pair file.")
     result = {"speculate": after.speculate, "recommended": after.recommended, "measured": after.measured[-1]}
     if doubt:

@@ -134,10 +134,8 @@ def doubt(best: Contender, setting: Setting) -> str:
     """Why the prompts or tokens are too few to say whether speculation pays, and how well; empty if they are enough."""
     batches = len(setting.batches)
     if best.interval is None:
-        rows = "" if setting.batch_size == 1 else f" batches of {setting.batch_size}"
-        return (
-            f"{batches} prompts{rows} do not tell how much speed-ups vary, {bootstrap.LEAST}{rows} do: more --prompts"
-        )
+        unit = "prompts" if setting.batch_size == 1 else f"batches of {setting.batch_size} prompts"
+        return f"{batches} {unit} do not tell how much speed-ups vary, {bootstrap.LEAST} {unit} do: more --prompts"
     low, high = best.interval
     found = f"with other prompts the speed-up may be {low:.2f} to {high:.2f} (95 % interval over {batches} batches)"
     if not (low > 1 and best.pays) and not (high < 1 and not best.pays):
