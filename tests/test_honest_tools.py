@@ -259,10 +259,10 @@ def test_a_log_file_gets_a_line_now_and_then_and_a_terminal_a_bar(monkeypatch: p
 
 
 def test_the_noise_leaves_room_for_what_other_positions_show() -> None:
-    """Measured at 48 positions or at 768, it is above all differences of ten times as many; the largest of 48 is not.
+    """Measured at 48 positions or at 768, twice the noise is far above all differences at ten times as many.
 
-    Each difference is the largest of 20 normal ones. Over 50 seeds the largest of ten times as many passes twice the
-    noise in none, and the noise itself about as often as not.
+    Each difference is the largest of 20 normal ones. Over 50 draws these reach at most 0.57 of twice the noise, and
+    would reach 0.74 of twice the largest difference measured.
     """
     draw = np.random.default_rng(0)
     for count in (48, 768):
@@ -272,7 +272,7 @@ def test_the_noise_leaves_room_for_what_other_positions_show() -> None:
             noise = Rounding(measured.tolist()).noise
             assert noise >= measured.max()
             margins.append(others.max() / (2 * noise))
-        assert max(margins) < 0.75 and np.mean(margins) == pytest.approx(0.5, abs=0.08)
+        assert max(margins) < 0.6 and np.mean(margins) < 0.5
     assert Rounding().noise == 0 and Rounding([0.5]).noise == 0.5
 
 
