@@ -89,9 +89,10 @@ class SpecPair:
         reference = replace(reference, gguf_file=gguf_file or reference.gguf_file)
         source = pin(reference, **kwargs)  # first, so that a target out of reach is the error that is reported
         if draft in (None, "auto"):
-            for name, value in (("draft_revision", draft_revision), ("draft_gguf_file", draft_gguf_file)):
-                if value is not None:
-                    raise ValueError(f"`{name}` is about `draft`, which was not named: name both")
+            if draft_revision is not None:
+                raise ValueError("`draft_revision` is the revision of `draft`, which was not named: name both")
+            if draft_gguf_file is not None:
+                raise ValueError("`draft_gguf_file` is the GGUF file of `draft`, which was not named: name both")
             draft_reference = found.draft if found else _find_draft("auto", str(target), revision, **kwargs)
             config = found.config if found else PairConfig(reference, draft_reference)
         else:
