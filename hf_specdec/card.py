@@ -4,6 +4,7 @@ Owns the text. Where models come from and how they are saved is `pairs.py`'s.
 """
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ def write_card(folder: Path, name: str, config: PairConfig, licenses: dict[str, 
 
 def card_text(name: str, config: PairConfig, licenses: dict[str, str | None]) -> str:
     references = {"target": config.target, "draft": config.draft}
-    on_the_hub = [r.name_or_path for r in references.values() if not r.name_or_path.startswith(".")]
+    names = [r.name_or_path for r in references.values()]
+    on_the_hub = [name for name in names if not name.startswith(".") and not Path(name).is_absolute()]
     license = licenses["target"] if licenses["target"] == licenses["draft"] else None
     data = ModelCardData(
         base_model=list(dict.fromkeys(on_the_hub)) or None,
@@ -42,7 +44,12 @@ def card_text(name: str, config: PairConfig, licenses: dict[str, str | None]) ->
         tags=["speculative-decoding"],
     )
     rows = [
-        [role, f"`{r.name_or_path}`", f"`{r.revision}`" if r.revision else "", licenses[role] or "not stated"]
+        [
+            role,
+            f"`{_portable(r.name_or_path)}`",
+            f"`{r.revision}`" if r.revision else "",
+            licenses[role] or "not stated",
+        ]
         for role, r in references.items()
     ]
     return f"""---
@@ -61,7 +68,7 @@ Loaded with `hf_specdec`.
 ```python
 from hf_specdec import SpecPair
 
-pair = SpecPair.from_pretrained({json.dumps(name)})
+pair = SpecPair.from_pretrained({json.dumps(_portable(name))})
 inputs = pair.tokenizer("Once upon a time", return_tensors="pt").to(pair.target.device)
 ids = pair.generate(**inputs, max_new_tokens=64)
 print(pair.tokenizer.decode(ids[0], skip_special_tokens=True))
@@ -101,7 +108,7 @@ def _measured(measured: list[dict[str, Any]]) -> str:
         return "Nothing yet: `scripts/tune` measures a pair and writes the result here."
     columns = [name for name in dict.fromkeys(name for entry in measured for name in entry) if name != "command"]
     text = _table(columns, [[_cell(entry.get(name)) for name in columns] for entry in measured])
-    commands = dict.fromkeys(str(entry["command"]) for entry in measured if "command" in entry)
+    commands = dict.fromkeys(_portable_command(str(entry["command"])) for entry in measured if "command" in entry)
     return text + ("\n\n```bash\n" + "\n".join(commands) + "\n```" if commands else "")
 
 
@@ -112,7 +119,22 @@ def _cell(value: Any) -> str:
         return ", ".join(map(_cell, value))
     if isinstance(value, float):
         return f"{value:.4g}"
-    return "" if value is None else str(value).replace("|", "\\|").replace("\n", " ")
+    return "" if value is None else _portable(str(value)).replace("|", "\\|").replace("\n", " ")
+
+
+def _portable(text: str) -> str:
+    """An absolute path's last part, since the rest says something about the writer's machine alone; others as is."""
+    return Path(text).name if Path(text).is_absolute() else text
+
+
+def _portable_command(command: str) -> str:
+    """A command without absolute paths, those of `--option=PATH` included."""
+    try:
+        words = shlex.split(command)
+    except ValueError:  # an apostrophe: no command line, but still text
+        words = command.split()
+    parts = (word.rpartition("=") for word in words)
+    return shlex.join(option + equals + _portable(value) for option, equals, value in parts)
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:

@@ -2,6 +2,7 @@
 
     hf-specdec suggest Qwen/Qwen3-8B          # which draft suits this target?
     hf-specdec check PAIR                     # do target and draft fit? one table
+    hf-specdec check --target T --draft D     # the same for two models
     hf-specdec export PAIR --to vllm DIR      # or sglang, custom-generate: take a pair elsewhere
 
 PAIR is a folder or Hub repository with specdec_pair.json; --target T --draft D instead names two models. The last line

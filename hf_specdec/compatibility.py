@@ -19,6 +19,7 @@ from .layers import check_layers
 from .states import has_states
 
 if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
     from rich.table import Table
 
 Tokenizer: TypeAlias = PreTrainedTokenizerBase
@@ -134,23 +135,37 @@ class Compatibility:
         """What is worth knowing, and no obstacle."""
         return tuple(finding for finding in self.findings if finding.verdict == "note")
 
-    def __rich__(self) -> "Table":
+    def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
+        """One table; where that is too wide, the advice comes in lines of its own after it."""
+        from rich.measure import Measurement
+        from rich.text import Text
+
+        whole = self._table(with_advice=True)
+        if Measurement.get(console, options.update(max_width=10**6), whole).maximum <= options.max_width:
+            yield whole
+            return
+        yield self._table(with_advice=False)
+        for finding in self.findings:
+            if finding.advice:
+                verdict = (finding.verdict, COLOURS[finding.verdict])
+                yield Text.assemble(verdict, f" {finding.property}: {finding.advice}")
+
+    def _table(self, with_advice: bool) -> "Table":
         from rich.table import Table
         from rich.text import Text
 
         table = Table(title="Target and draft", title_justify="left")
-        for header in ("", "target", "draft", ""):
-            table.add_column(header, no_wrap=True)
-        table.add_column("what to know or do", overflow="fold")
+        for header in ("", "target", "draft", "", "what to know or do")[: 4 + with_advice]:
+            table.add_column(header, overflow="fold")
         for finding in self.findings:
             # Text, because tokens such as [/INST] would be read as markup.
             cells = (finding.property, finding.target, finding.draft)
             verdict = Text(finding.verdict, COLOURS[finding.verdict])
-            table.add_row(*map(Text, cells), verdict, Text(finding.advice))
+            table.add_row(*map(Text, cells), verdict, *[Text(finding.advice)][:with_advice])
         return table
 
-    def to_text(self, width: int = 120) -> str:
-        """The table in plain text, `width` columns wide at most."""
+    def to_text(self, width: int = 80) -> str:
+        """The report in plain text, `width` columns wide at most."""
         from rich.console import Console
 
         console = Console(file=io.StringIO(), width=width, color_system=None)

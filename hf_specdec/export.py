@@ -88,6 +88,11 @@ def pair_to_export(name: str | None, target: str | None, draft: str | None, revi
 
 def _absolute(reference: ModelReference) -> ModelReference:
     path = Path(reference.name_or_path)
+    if reference.gguf_file is not None:
+        raise ValueError(
+            f"{path} has its weights in GGUF ({reference.gguf_file}), which exports cannot name: save the pair with "
+            "`SpecPair.save_pretrained(FOLDER, weights=True)`, which writes plain weights, and export that"
+        )
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ValueError(f"Expected a model in {path}, found no config.json")

@@ -3,11 +3,13 @@
 Decides where a name leads and loads from there; comparing what was loaded is `compatibility.py`'s.
 """
 
+import copy
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import torch
 import transformers
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
@@ -57,9 +59,12 @@ def find_pair(
         arguments: of `from_pretrained`; those about the Hub are used.
 
     Raises:
-        OSError: for a Hub repository that does not exist or may not be read.
+        OSError: for a Hub repository that does not exist or may not be read; or for a file.
         ValueError: for a pair file that cannot be understood.
     """
+    if Path(name).is_file():
+        hint = f": pass {str(Path(name).parent)!r} with gguf_file={Path(name).name!r}" * name.endswith(".gguf")
+        raise OSError(f"{name} is a file, expected a folder or Hub id{hint}")
     if Path(name).is_dir():
         if not (Path(name) / FILE_NAME).is_file():
             return None
@@ -81,7 +86,7 @@ def _beside(folder: Path, reference: ModelReference) -> ModelReference:
     """What a reference in a local folder's pair file means."""
     name = reference.name_or_path
     if name.startswith(".") or (folder / name).is_dir():
-        return ModelReference(str((folder / name).resolve()))
+        return replace(reference, name_or_path=str((folder / name).resolve()))
     return reference
 
 
@@ -94,11 +99,11 @@ def _inside(repo: str, snapshot: Path, reference: ModelReference, hub: dict[str,
     if name.is_absolute() or ".." in name.parts:
         raise ValueError(f"{FILE_NAME} of {repo} names {name}, expected a Hub id or a folder inside the repository")
     if not name.parts:
-        return ModelReference(repo, commit)
+        return replace(reference, name_or_path=repo, revision=commit)
     is_folder = reference.name_or_path.startswith(".")
     if not is_folder:
         try:
-            is_folder = hub_file(repo, f"{name}/config.json", commit, **hub) is not None
+            is_folder = hub_file(repo, f"{name}/{reference.gguf_file or 'config.json'}", commit, **hub) is not None
         except LocalEntryNotFoundError:
             is_folder = False
     if not is_folder:
@@ -107,7 +112,7 @@ def _inside(repo: str, snapshot: Path, reference: ModelReference, hub: dict[str,
         snapshot_download(repo, revision=commit, allow_patterns=[f"{name}/*"], **hub)
     except Exception as error:
         raise OSError(explain(error, repo, commit)) from error
-    return ModelReference(str(snapshot / name))
+    return replace(reference, name_or_path=str(snapshot / name))
 
 
 def pin(reference: ModelReference, **arguments: Any) -> ModelReference:
@@ -117,6 +122,7 @@ def pin(reference: ModelReference, **arguments: Any) -> ModelReference:
         OSError: if there is no such model, or it may not be read, or it is neither in reach nor in the cache.
         ValueError: for a revision of a local folder.
     """
+    _check_gguf_file(reference)
     if Path(reference.name_or_path).is_dir():
         if reference.revision is not None:
             raise ValueError(
@@ -125,17 +131,41 @@ def pin(reference: ModelReference, **arguments: Any) -> ModelReference:
             )
         return reference
     try:
-        file = hub_file(reference.name_or_path, "config.json", reference.revision, **_hub(arguments))
+        wanted = reference.gguf_file or "config.json"
+        file = hub_file(reference.name_or_path, wanted, reference.revision, **_hub(arguments))
     except LocalEntryNotFoundError as error:
         raise OSError(explain(error, reference.name_or_path, reference.revision)) from error
-    return reference if file is None else ModelReference(reference.name_or_path, file.parent.name)
+    if file is None and reference.gguf_file is not None:
+        raise OSError(f"`gguf_file`: {reference.name_or_path} has no file {reference.gguf_file} on the Hub")
+    return reference if file is None else replace(reference, revision=_commit(file, wanted))
+
+
+def _commit(file: Path, name: str) -> str:
+    """Of a file in the local cache, where `name` is a path below a folder that is named after the commit."""
+    return file.parents[len(PurePosixPath(name).parts) - 1].name
+
+
+def _check_gguf_file(reference: ModelReference) -> None:
+    """Raise a FileNotFoundError unless a local folder has the file that the reference names."""
+    place = Path(reference.name_or_path)
+    if reference.gguf_file is None or not place.is_dir() or (place / reference.gguf_file).is_file():
+        return
+    others = ", ".join(sorted(path.name for path in place.glob("*.gguf"))) or "no GGUF file at all"
+    raise FileNotFoundError(f"`gguf_file`: {place} has no file {reference.gguf_file!r}; it has {others}")
 
 
 def load_model(reference: ModelReference, **arguments: Any) -> PreTrainedModel:
-    """The language model, in evaluation mode; `arguments` are `from_pretrained`'s."""
-    name, revision = reference.name_or_path, reference.revision
+    """The language model, in evaluation mode; `arguments` are `from_pretrained`'s.
+
+    Raises:
+        OSError: if it cannot be loaded.
+        ImportError: if it is in GGUF, and a package to read that is missing.
+    """
+    name, options = reference.name_or_path, _options(reference)
     try:
-        return _model_class(name, revision, **arguments).from_pretrained(name, revision=revision, **arguments).eval()
+        return _model_class(name, options, **arguments).from_pretrained(name, **options, **arguments).eval()
+    except ImportError as error:
+        raise _explained(error, reference) from error
     except OSError as error:
         cause: BaseException = error
         while cause.__context__ is not None:
@@ -145,10 +175,26 @@ def load_model(reference: ModelReference, **arguments: Any) -> PreTrainedModel:
         raise OSError(f"{name} could not be loaded: {error}{reason}") from error
 
 
-def _model_class(name: str, revision: str | None, **arguments: Any) -> Any:
+def _options(reference: ModelReference) -> dict[str, Any]:
+    """What `from_pretrained` is to be told beside the name."""
+    gguf = {} if reference.gguf_file is None else {"gguf_file": reference.gguf_file}
+    return {"revision": reference.revision, **gguf}
+
+
+def _explained(error: ImportError, reference: ModelReference) -> ImportError:
+    """For a model in GGUF, the error with what to do about it."""
+    if reference.gguf_file is None:
+        return error
+    return ImportError(
+        f"`gguf_file`: {reference.gguf_file} cannot be read: {error} `pip install gguf accelerate` (or the extra "
+        "hf_specdec[gguf]) has what is needed"
+    )
+
+
+def _model_class(name: str, options: dict[str, Any], **arguments: Any) -> Any:
     """What to load a model with: encoder-decoders keep their encoder, which they would lose as causal models."""
     understood = {key: value for key, value in arguments.items() if key in TOKENIZER_ARGUMENTS}
-    config = AutoConfig.from_pretrained(name, revision=revision, **understood)
+    config = AutoConfig.from_pretrained(name, **options, **understood)
     if not config.is_encoder_decoder:
         return AutoModelForCausalLM
     return getattr(transformers, (config.architectures or [""])[0], AutoModelForSeq2SeqLM)
@@ -159,13 +205,51 @@ def load_tokenizer(reference: ModelReference, **arguments: Any) -> PreTrainedTok
 
     Raises:
         OSError: if there is none, or it cannot be loaded.
+        ImportError: if it is in GGUF, and a package to read that is missing.
     """
     understood = {name: value for name, value in arguments.items() if name in TOKENIZER_ARGUMENTS}
     name = reference.name_or_path
     try:
-        return AutoTokenizer.from_pretrained(name, revision=reference.revision, **understood)
+        return AutoTokenizer.from_pretrained(name, **_options(reference), **understood)
+    except ImportError as error:
+        raise _explained(error, reference) from error
     except (OSError, ValueError) as error:
         raise OSError(f"No tokenizer could be loaded from {name}: {error}") from error
+
+
+def save_model(model: PreTrainedModel, folder: Path) -> None:
+    """`model.save_pretrained`, also for one whose weights were quantized in the file and are plain numbers in memory.
+
+    transformers saves nothing whose quantizer cannot write its format, although a GGUF model that was dequantized on
+    loading has no trace of that format left.
+
+    Raises:
+        ValueError: if the weights are still quantized, in a format that cannot be saved.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None or quantizer.is_serializable():
+        model.save_pretrained(folder)
+        return
+    config = copy.deepcopy(model.config)
+    del config.quantization_config
+    with torch.device("meta"):
+        plain = type(model)(config).to(model.dtype)
+    weights, expected = model.state_dict(), plain.state_dict()
+    if {name: _kind(w) for name, w in weights.items()} != {name: _kind(w) for name, w in expected.items()}:
+        method = getattr(quantizer.quantization_config.quant_method, "value", "quantized")
+        raise ValueError(
+            f"The weights of {type(model).__name__} are quantized ({method}), and transformers cannot save them: load "
+            "the model dequantized (GGUF: `quantization_config=GgufConfig(dequantize=True)`)"
+        )
+    plain.load_state_dict(weights, assign=True)
+    plain.tie_weights()
+    plain.generation_config = copy.deepcopy(model.generation_config)
+    plain.save_pretrained(folder)
+
+
+def _kind(weight: torch.Tensor) -> tuple[torch.Size, bool]:
+    """Shape, and whether it holds plain numbers: floats of 8 bits are a quantized format."""
+    return weight.shape, weight.is_floating_point() and weight.element_size() > 1
 
 
 def hub_file(repo: str, name: str, revision: str | None = None, **hub: Any) -> Path | None:

@@ -22,10 +22,16 @@ class ModelReference:
         name_or_path: a Hub id, or a folder relative to the pair file's own ("." is that one, "./draft" one inside it; a
             name without the dot is a folder if there is such a folder, else a Hub id).
         revision: a branch, tag or commit on the Hub.
+        gguf_file: the file there that holds the weights, where these are in GGUF.
     """
 
     name_or_path: str
     revision: str | None = None
+    gguf_file: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a pair file has it: without `gguf_file` for the usual model, so that older versions read it too."""
+        return {name: value for name, value in asdict(self).items() if name != "gguf_file" or value is not None}
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,8 @@ class PairConfig:
             raise ValueError(f"A pair can recommend {', '.join(OPTION_NAMES)}, not {', '.join(unknown)}")
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+        models = {"target": self.target.to_dict(), "draft": self.draft.to_dict()}
+        return json.dumps(asdict(self) | models, indent=2, ensure_ascii=False) + "\n"
 
     def save(self, folder: str | Path) -> Path:
         """Write the file into `folder`, which is made if need be."""
@@ -96,8 +103,10 @@ class PairConfig:
 
 def _reference(content: Any, where: str) -> ModelReference:
     entries = content if isinstance(content, dict) else {}
-    name, revision = entries.get("name_or_path"), entries.get("revision")
-    known = entries.keys() <= {"name_or_path", "revision"}
-    if not known or not isinstance(name, str) or not name or not isinstance(revision, (str, type(None))):
-        raise ValueError(f"{where} must be an object with `name_or_path` and, at most, `revision`, got {content!r}")
-    return ModelReference(name, revision)
+    known = {f.name for f in fields(ModelReference)}
+    texts = all(value is None or isinstance(value, str) for value in entries.values())
+    if not entries.keys() <= known or not texts or not entries.get("name_or_path"):
+        raise ValueError(
+            f"{where} must be an object with `name_or_path` and, at most, `revision` and `gguf_file`, got {content!r}"
+        )
+    return ModelReference(**entries)

@@ -22,7 +22,7 @@ from .catalogue import suggest_draft
 from .compatibility import Compatibility, check_draft_model, compare, vocabulary_check
 from .drafters import Drafter, ModelDrafter, PromptLookupDrafter
 from .host import model_device
-from .loading import find_pair, load_model, load_tokenizer, pin
+from .loading import find_pair, load_model, load_tokenizer, pin, save_model
 from .options import OPTION_NAMES, Options
 from .pair_file import FILE_NAME, ModelReference, PairConfig
 
@@ -60,6 +60,8 @@ class SpecPair:
         *,
         revision: str | None = None,
         draft_revision: str | None = None,
+        gguf_file: str | None = None,
+        draft_gguf_file: str | None = None,
         **kwargs: Any,
     ) -> "SpecPair":
         """Load both models and the tokenizer, and check that they fit.
@@ -70,24 +72,32 @@ class SpecPair:
                 the one that the catalogue (`hf_specdec.suggest_draft`) knows for the target.
             revision: branch, tag or commit of what `target` names on the Hub.
             draft_revision: of what `draft` names on the Hub.
+            gguf_file: the file in the target's folder or Hub repository that holds its weights and tokenizer in GGUF
+                (needs the extra `gguf`).
+            draft_gguf_file: the same for `draft`.
             kwargs: `from_pretrained`'s, for both models: `dtype`, `device_map`, `attn_implementation`, `token`,
                 `cache_dir`, `trust_remote_code`... The tokenizers get those that they understand.
 
         Raises:
             OSError: if something cannot be loaded.
+            ImportError: if a package that reads GGUF is missing.
             ValueError: if the two do not fit, with the table of what does not; or no draft is known.
         """
         roles = ("target", "draft") if draft in (None, "auto") else ("target",)
         found = find_pair(str(target), revision, roles=roles, **kwargs)
         reference = found.target if found else ModelReference(str(target), revision)
+        reference = replace(reference, gguf_file=gguf_file or reference.gguf_file)
         source = pin(reference, **kwargs)  # first, so that a target out of reach is the error that is reported
         if draft in (None, "auto"):
             if draft_revision is not None:
                 raise ValueError("`draft_revision` is the revision of `draft`, which was not named: name both")
+            if draft_gguf_file is not None:
+                raise ValueError("`draft_gguf_file` is the GGUF file of `draft`, which was not named: name both")
             draft_reference = found.draft if found else _find_draft("auto", str(target), revision, **kwargs)
             config = found.config if found else PairConfig(reference, draft_reference)
         else:
             draft_reference = _find_draft(str(draft), str(target), draft_revision, **kwargs)
+            draft_reference = replace(draft_reference, gguf_file=draft_gguf_file or draft_reference.gguf_file)
             # What was measured with another draft says nothing about this one.
             config = PairConfig(reference, draft_reference, tokenizer=found.config.tokenizer if found else {})
         sources = (source, pin(draft_reference, **kwargs))
@@ -139,10 +149,12 @@ class SpecPair:
         Args:
             folder: made if need be. A README.md that hf_specdec has not written is kept.
             weights: None saves models that came from local folders or memory, with the tokenizer, in `target/` and
-                `draft/`, and refers to those from the Hub by id and commit. True saves both; False saves neither.
+                `draft/`, and refers to those from the Hub by id and commit. True saves both; False saves neither. What
+                was loaded from GGUF is saved as plain weights in the dtype that it has in memory.
 
         Raises:
-            ValueError: for `weights=False` with a model that is not on the Hub.
+            ValueError: for `weights=False` with a model that is not on the Hub; or for weights that are quantized in
+                memory, in a format that transformers cannot save.
         """
         self._save(Path(folder), str(folder), weights)
 
@@ -180,7 +192,7 @@ class SpecPair:
                 continue
             if weights is False:
                 raise ValueError(f"The {role} is not on the Hub, so a pair without its weights would be of no use")
-            model.save_pretrained(folder / role)
+            save_model(model, folder / role)
             tokenizer.save_pretrained(folder / role)
             references.append(ModelReference(f"./{role}"))
         config = replace(

@@ -21,6 +21,7 @@ import argparse
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ from hf_specdec.tools.bare import BareForwards
 from hf_specdec.tools.settings import OWN, Setting, check_positions, make_setting
 
 POOL = 200  # prompts that longer contexts are made of
+SPEEDS = 4  # columns of the first table; the others are in the second
+CATEGORIES = 3  # columns of a table
 
 
 def parse() -> argparse.Namespace:
@@ -110,33 +113,33 @@ def make_settings(args: argparse.Namespace, pair: SpecPair) -> list[Setting]:
 
 
 def show(console: Console, result: dict[str, Any]) -> None:
-    """One setting's table."""
-    caption = report.bare_forwards(result["bare"])
-    table = Table(title=result["label"], caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.title_justify = table.caption_justify = "left"
-    table.add_column("method", no_wrap=True)
-    for heading in report.COLUMNS:
-        table.add_column(heading, justify="right")
+    """One setting's tables, none wider than 80 columns."""
+    rows = {name: report.cells(figures) for name, figures in result["methods"].items()}
+    for at, until in ((0, SPEEDS), (SPEEDS, len(report.COLUMNS))):
+        show_table(console, result["label"], report.COLUMNS[at:until], {k: row[at:until] for k, row in rows.items()})
+    console.print(report.bare_forwards(result["bare"]))
     for name, figures in result["methods"].items():
-        table.add_row(name, *report.cells(figures))
         if "refused" in figures:
-            table.caption = f"{table.caption}\n{name} refused: {figures['refused']}"
-    console.print(table)
+            console.print(f"{name} refused: {figures['refused']}", markup=False)
     names, cells = report.categories(result)
-    if names:
-        table = Table("method", title=f"speed-up by category: {result['label']}", box=box.SIMPLE_HEAD)
-        table.title_justify = "left"
-        for name in names:
-            table.add_column(name, justify="right")
-        for name, shown in cells.items():
-            table.add_row(name, *shown)
-        console.print(table)
+    for at in range(0, len(names), CATEGORIES):
+        chosen = {name: shown[at : at + CATEGORIES] for name, shown in cells.items()}
+        show_table(console, f"speed-up by category: {result['label']}", names[at : at + CATEGORIES], chosen)
+
+
+def show_table(console: Console, title: str, headings: Sequence[str], rows: dict[str, list[str]]) -> None:
+    table = Table("method", title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for name, cells in rows.items():
+        table.add_row(name, *cells)
+    console.print(report.fitted(table))
 
 
 def main() -> int:
     args = parse()
     arguments.quiet()
-    console = Console(highlight=False, width=max(Console().width, 132))
+    console = Console(highlight=False)
     pair = synthetic.load(args)
     chosen, settings = make_methods(args, pair), make_settings(args, pair)
     result = report.surroundings(pair, shlex.join(["./scripts/benchmark_speed", *sys.argv[1:]]))

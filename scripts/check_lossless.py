@@ -11,7 +11,8 @@ and once by prompt look-up, in batches of each size. Where a row first parts fro
   a tie   if each path chose the best token of its own scores, and both the gap between the two tokens, summed over the
           two paths, and the difference between the paths' logits up to there, are within the bound: the larger of two
           units in the last place of the dtype, and twice what vanilla's logits and those of one plain forward of the
-          target differ by, at most, on these texts (no speculation takes part in measuring that);
+          target differ by on texts like these, at most at one position of ten times as many (no speculation takes
+          part in measuring that);
   a BUG   otherwise. Rows with the same tokens whose logits are further apart than the bound are BUGs as well.
 
 Sampled: continuations of four tokens are drawn both ways, and each token, and each two in a row, compared by a
@@ -45,6 +46,7 @@ from hf_specdec.tools.arguments import (
     quiet,
 )
 from hf_specdec.tools.lossless import BUG, IDENTICAL, GreedyResult, Way, check_greedy
+from hf_specdec.tools.report import fitted
 from hf_specdec.tools.two_sample import ALARM, NEW_TOKENS, POWER, PROMPT_TOKENS, ROWS, SampledResult, check_sampled
 
 SAMPLED_PROMPTS = 4
@@ -68,12 +70,14 @@ def show_greedy(console: Console, results: list[GreedyResult]) -> None:
         )
     lines = ["off by: the largest difference from vanilla's logits"]
     for size, r in {result.way.batch_size: result for result in results}.items():
+        found = r.rounding.differences
         lines.append(
-            f"batch {size}: plain forwards are off by {r.rounding.noise:.2g}, so gaps up to {r.bound:.2g} can be ties "
+            f"batch {size}: at {len(found)} positions plain forwards are off by {max(found):.2g} at most, which makes "
+            f"{r.rounding.noise:.2g} for ten times as many; so gaps up to {r.bound:.2g} can be ties "
             f"({r.near_ties:.1%} of positions have such a gap)"
         )
     table.caption = "\n".join(lines)
-    console.print(table)
+    console.print(fitted(table))
 
 
 def show_divergences(console: Console, results: list[GreedyResult], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -100,7 +104,7 @@ def show_divergences(console: Console, results: list[GreedyResult], tokenizer: P
     if len(found) > SHOWN:
         lines.append(f"and {len(found) - SHOWN} more rows, in the JSON below")
     table.caption = "\n".join(lines)
-    console.print(table)
+    console.print(fitted(table))
 
 
 def show_sampled(console: Console, results: list[SampledResult]) -> None:
@@ -120,7 +124,7 @@ def show_sampled(console: Console, results: list[SampledResult]) -> None:
         f"p below {ALARM / results[0].tests:.2g} ({ALARM:g} / {results[0].tests} tests) is a difference\n"
         f"finds: bias (total variation) found with probability {POWER:g}\n" + "; ".join(rates)
     )
-    console.print(table)
+    console.print(fitted(table))
 
 
 def find_failures(greedy: list[GreedyResult], sampled: list[SampledResult]) -> list[str]:
@@ -136,7 +140,7 @@ def find_failures(greedy: list[GreedyResult], sampled: list[SampledResult]) -> l
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_pair_arguments(parser)
-    add_prompt_arguments(parser, prompts=8, prompt_tokens=None)
+    add_prompt_arguments(parser, prompts=12, prompt_tokens=None)
     add = parser.add_argument_group("check").add_argument
     add("--new-tokens", type=positive, default=64, help="tokens to generate greedily per prompt (default: 64)")
     add("--gamma", type=positive, nargs="+", default=[1, 4, 8], metavar="γ", help="draft lengths (default: 1 4 8)")

@@ -28,6 +28,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import hf_specdec
+from hf_specdec.tools.report import fitted
 
 PROMPTS = resources.files("hf_specdec") / "assets" / "demo_pair" / "heldout_prompts.jsonl"
 EMBEDDED, ASSISTED = "embedded", "HF assisted"
@@ -127,7 +128,7 @@ def show_table(console: Console, title: str, methods: list[Method], figures: dic
         speed, ratio, forwards, alpha, tau, same = figures[method.name].values()
         shown = f"{speed:.1f}", f"{ratio:.2f}x", str(forwards), "-" if alpha is None else f"{alpha:.3f}", f"{tau:.2f}"
         table.add_row(method.name, *shown, Text("identical", "green") if same else Text(method.difference, "bold red"))
-    console.print(table)
+    console.print(fitted(table))
 
 
 def parse() -> argparse.Namespace:

@@ -12,7 +12,9 @@ draft/ and specdec_pair.json, which names the target. training/ inside it keeps 
 
 --dataset is the text, by default the sources of Python's standard library; of a Hub dataset the split `train`, unless
 --split names another. --prompts pieces of it (by default those of the embedded pair) are held out to measure acceptance
-with and never trained on; --prompt-tokens is the length of these and of what the target continues.
+with and never trained on; --prompt-tokens is the length of these and of what the target continues. With
+--chat-template each text is what a user says: its first --prompt-tokens tokens are put into the template, which stays
+whole, so that the target always answers.
 
 The exit code is 1 if greedy acceptance on them did not rise, 130 after Ctrl-C. The last line of the output is JSON.
 """
@@ -33,7 +35,6 @@ import datasets
 import torch
 from datasets import Dataset, DatasetDict, load_from_disk
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -50,6 +51,7 @@ from hf_specdec.tools.arguments import (
     positive,
     quiet,
 )
+from hf_specdec.tools.progress import progress
 from hf_specdec.tools.tuning import pair_file_for
 
 FREE = {"output", "resume", "threads", "device"}  # what a resumed run may have different
@@ -76,9 +78,11 @@ def parser() -> argparse.ArgumentParser:
         "embedded pair; fine-tuning a good draft wants less)")  # fmt: skip
     add("--argmax-weight", type=float, default=0.5, metavar="W",
         help="weight of cross-entropy on the target's choice, for greedy use (default: 0.5)")  # fmt: skip
+    add("--completion-only-loss", action="store_true", help="learn what the target wrote, not the prompts before it")
     add("--examples", type=positive, default=320, metavar="N",
         help="pieces of text, and of each kind of continuation (default: 320)")  # fmt: skip
-    add("--block-tokens", type=positive, default=256, metavar="N", help="longest piece of text (default: 256)")
+    add("--block-tokens", type=positive, default=256, metavar="N", help="longest piece of text, without "
+        "--chat-template (default: 256)")  # fmt: skip
     add("--new-tokens", type=positive, default=96, metavar="N", help="longest continuation (default: 96)")
     add("--temperature", type=float, default=1.0, metavar="T", help="of all sampling (default: 1.0)")
     add("--mixed-precision", choices=("no", "bf16", "fp16"), default="no", help="of the forwards (default: no)")
@@ -105,7 +109,7 @@ def parse() -> argparse.Namespace:
     its.set_defaults(**stored)
     args = its.parse_args()
     changed = [f"{name} was {stored[name]!r}, now {value!r}" for name, value in settings(args).items()
-        if value != stored[name]]  # fmt: skip
+        if value != stored.get(name, value)]  # fmt: skip
     if changed:
         its.error(f"a resumed run keeps its settings, but {'; '.join(changed)}")
     return args
@@ -141,7 +145,8 @@ def load_start(args: argparse.Namespace) -> SpecPair:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     options = {"dtype": DTYPES[args.dtype], "device_map": device, "trust_remote_code": args.trust_remote_code}
     found = find_pair(name, args.revision, roles=("target",), **options)
-    source = pin(found.target if found else ModelReference(name, args.revision), **options)
+    reference = found.target if found else ModelReference(name, args.revision)
+    source = pin(dataclasses.replace(reference, gguf_file=args.gguf_file or reference.gguf_file), **options)
     target = load_model(source, **options)
     if args.random is not None:
         draft = distillation.random_layers(target, args.random)
@@ -162,11 +167,14 @@ def read_text(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> t
         held = [ids[: args.prompt_tokens] for ids in tokenizer(prompts, **special)["input_ids"]]
         return training, held
     path = Path(args.dataset)
-    if path.is_file() and path.suffix == ".txt":
+    if path.is_file() and path.suffix == ".txt" and not args.chat_template:
         documents = [path.read_text(encoding="utf-8")]  # its lines are no texts of their own
     else:
-        everything = argparse.Namespace(**vars(args) | {"prompts": sys.maxsize, "prompt_tokens": None})
+        length = args.prompt_tokens if args.chat_template else None
+        everything = argparse.Namespace(**vars(args) | {"prompts": sys.maxsize, "prompt_tokens": length})
         documents = [prompt.text for prompt in load_prompts(everything, tokenizer)]
+    if args.chat_template:  # shortened before they were templated; cut now they would lose the assistant's turn
+        return distillation.hold_out(tokenizer(documents, **special)["input_ids"], args.prompts)
     training, held = distillation.hold_out(
         distillation.cut(documents, tokenizer, args.block_tokens, **special), args.prompts
     )
@@ -190,15 +198,15 @@ class Run:
             before = self.measure(0, start.draft)
             drafts = distillation.pays(before["greedy"], start.draft, start.target)
             data = distillation.examples(
-                start.target, start.draft if drafts else None, pieces, args.examples, args.prompt_tokens,
-                args.new_tokens, args.temperature, args.seed,
+                start.target, start.draft if drafts else None, pieces, args.examples,
+                None if args.chat_template else args.prompt_tokens, args.new_tokens, args.temperature, args.seed,
             )  # fmt: skip
             unfinished = self.folder / "texts.unfinished"
             DatasetDict(train=data, heldout=Dataset.from_dict({"input_ids": self.held})).save_to_disk(unfinished)
             unfinished.rename(texts)
         stored = load_from_disk(texts)
         self.held = stored["heldout"]["input_ids"][:]
-        names = ("steps", "rows", "accumulate", "argmax_weight", "mixed_precision", "seed")
+        names = ("steps", "rows", "accumulate", "argmax_weight", "completion_only_loss", "mixed_precision", "seed")
         lr = 1 / start.draft.config.get_text_config(decoder=True).hidden_size if args.lr is None else args.lr
         recipe = distillation.Recipe(lr=lr, **{name: getattr(args, name) for name in names})
         self.training = distillation.Distillation(start.draft, start.target, stored["train"], recipe)
@@ -221,11 +229,10 @@ class Run:
     def train(self) -> bool:
         """Take the remaining steps, with checkpoints and measurements between; False if Ctrl-C came first."""
         training, steps = self.training, self.args.steps
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with distillation.interruptible() as interrupted, Progress(*columns, console=self.console) as progress:
-            bar = progress.add_task("training", total=steps, completed=training.step)
+        shown = progress(self.console, "training", steps, training.step)
+        with distillation.interruptible() as interrupted, shown as advance:
             for loss in training.train():
-                progress.update(bar, completed=training.step, description=f"training, loss {loss:.3f}")
+                advance(training.step, f"loss {loss:.3f}")
                 last = training.step == steps
                 due = training.step % self.args.checkpoint_every == 0
                 if due or last or interrupted:
@@ -273,7 +280,7 @@ def show(measured: dict[str, Any], prompts: int) -> None:
     for step, figures in measured.items():
         shown = [(figures[way]["acceptance_rate"], figures[way]["block_efficiency"]) for way in ("greedy", "sampled")]
         table.add_row("before" if step == "0" else step, *(cell for a, t in shown for cell in (f"{a:.3f}", f"{t:.2f}")))
-    Console(highlight=False).print(table)
+    Console(highlight=False).print(report.fitted(table))
 
 
 def main() -> int:

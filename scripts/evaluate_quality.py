@@ -5,12 +5,16 @@
     ./scripts/evaluate_quality --target Qwen/Qwen3-4B --draft Qwen/Qwen3-0.6B --dtype bfloat16 --chat-template \\
         --dataset openai/gsm8k --dataset-config main --reference-column answer --metrics rouge ./my_metric
 
-Greedy outputs must be identical in float32: the exit code is 1 if they are not. Sampled outputs have the same
-distribution but are not the same, so each metric is averaged over --seeds runs of both methods, and the difference is
-given with a 95 % interval (bootstrap over prompts, both methods' values of a prompt together). An interval with 0 in it
-shows no difference beyond noise; one without 0 happens to 1 metric in 20 though nothing differs, more often with fewer
-than about 30 prompts. This compares quality; the test whether distributions are equal is ./scripts/check_lossless. The
-last line of the output is JSON.
+Greedy outputs must be identical in float32: the exit code is 1 if they are not. It is 1 as well if no draft was ever
+accepted, since nothing is shown then. Sampled outputs have the same distribution but are not the same, so each metric
+is averaged over --seeds runs of both methods, and the difference is given with a 95 % interval (bootstrap over prompts,
+both methods' values of a prompt together); fewer than 8 prompts give no interval. An interval with 0 in it shows no
+difference beyond noise; one without 0 happens to 1 metric in 20 though nothing differs, more often with fewer than
+about 30 prompts. This compares quality; the test whether distributions are equal is ./scripts/check_lossless. The last
+line of the output is JSON.
+
+The draft length is constant, unless the pair file or --schedule says otherwise: the library's own schedule goes by the
+clock, so that two runs would draft differently.
 
 Perplexity is under the target's own distribution, without logits processors. Modules of `evaluate` score each
 continuation on its own; shown is the mean. References for the embedded prompts are what follows them in the standard
@@ -28,7 +32,8 @@ from rich.text import Text
 
 import hf_specdec
 from hf_specdec.pairs import SpecPair
-from hf_specdec.tools import quality
+from hf_specdec.schedule import SCHEDULES
+from hf_specdec.tools import bootstrap, quality, report
 from hf_specdec.tools.arguments import (
     add_pair_arguments,
     add_prompt_arguments,
@@ -55,12 +60,21 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--seeds", type=positive, default=4, metavar="N", help="sampled runs of each method (default: 4)")
     add("--temperature", type=float, default=1.0, help="of the sampled runs (default: 1.0)")
     add("--batch-size", type=positive, default=20, metavar="N", help="prompts per call (default: 20)")
+    add("--gamma", type=positive, metavar="γ", help="draft length (default: the pair file's, else the library's)")
+    add("--schedule", choices=SCHEDULES, help="of the draft length (default: the pair file's, else constant)")
     add("--metrics", nargs="*", default=["rouge", "bleu", "sacrebleu"], metavar="NAME", help="modules of `evaluate` "
         "that compare a text with its reference, by name or path (default: rouge bleu sacrebleu)")  # fmt: skip
     args = parser.parse_args(arguments)
     if args.seeds < 2:
         parser.error(f"expected at least 2 --seeds, so that vanilla can be compared with itself, got {args.seeds}")
     return args
+
+
+def drafting(args: argparse.Namespace, pair: SpecPair) -> dict[str, Any]:
+    """The options of drafting: what the command line says, else the pair file, else a constant draft length."""
+    given = {"num_assistant_tokens": args.gamma, "num_assistant_tokens_schedule": args.schedule}
+    given = {name: value for name, value in given.items() if value is not None}
+    return {"num_assistant_tokens_schedule": "constant", **pair.config.recommended, **given}
 
 
 def measure(
@@ -70,8 +84,8 @@ def measure(
     sampling = {"do_sample": True, "temperature": args.temperature} if mode == "sampled" else {"do_sample": False}
     options = sampling | {"max_new_tokens": args.new_tokens}
     stats = hf_specdec.SpeculationStats()
-    spec = {"assistant_model": pair.draft, "strategy": "spec", "speculation_stats": stats}
-    methods = {"vanilla": options, "speculative": {**pair.config.recommended, **options, **spec}}
+    spec = {"assistant_model": pair.draft, "strategy": "spec", "speculation_stats": stats, **drafting(args, pair)}
+    methods = {"vanilla": options, "speculative": options | spec}
     count = args.seeds if mode == "sampled" else 1
     runs: dict[str, list[quality.Run]] = {name: [] for name in methods}
     with Progress(console=console, transient=True) as progress:
@@ -84,36 +98,57 @@ def measure(
     return runs["vanilla"], runs["speculative"], stats
 
 
-def show(console: Console, title: str, figures: dict[str, dict[str, Any]], missing: dict[str, str]) -> None:
+def show(
+    console: Console, title: str, figures: dict[str, dict[str, Any]], missing: dict[str, str], sampled: bool
+) -> None:
     intervals = any("interval" in row for row in figures.values())
-    table = Table("metric", title=title, title_justify="left")
+    table = Table("metric", title=title, title_justify="left", padding=0)
     for heading in "vanilla", "speculative", "difference, 95 % interval" if intervals else "difference":
         table.add_column(heading, justify="right")
     table.add_column("verdict")
     for name, row in figures.items():
         difference = f"{row['difference']:+.3f}"
-        if intervals:
+        if "interval" in row:
             low, high = row["interval"]
             difference += f" [{low:+.3f}, {high:+.3f}]"
             verdict = Text("contains 0", "green") if row["contains_0"] else Text("excludes 0", "yellow")
+        elif sampled:
+            verdict = Text("too few prompts", "dim")
         else:
             verdict = Text("identical", "green") if row["equal"] else Text("differs", "bold red")
         table.add_row(name, f"{row['vanilla']:.3f}", f"{row['speculative']:.3f}", Text(difference), verdict)
     for name in missing:
         table.add_row(name, "-", "-", "-", Text("not available", "dim"))
-    if intervals:
-        table.caption, table.caption_justify = CAPTION, "left"
-    console.print(table)
+    captions = [CAPTION] if intervals else []
+    if sampled and not all("interval" in row for row in figures.values()):
+        captions.append(f"no interval where there are fewer than {bootstrap.LEAST} prompts: it would be too narrow")
+    table.caption, table.caption_justify = "\n".join(captions), "left"
+    console.print(report.fitted(table))
 
 
 def show_acceptance(console: Console, accepted: dict[str, Any]) -> None:
-    low, high = accepted["acceptance_rate_interval"]
     positions = ", ".join(f"{rate:.2f}" for rate in accepted["acceptance_by_position"])
+    interval = ""
+    if "acceptance_rate_interval" in accepted:
+        interval = " (95 % interval {:.3f} to {:.3f})".format(*accepted["acceptance_rate_interval"])
     console.print(
-        f"acceptance rate α = {accepted['acceptance_rate']:.3f} (95 % interval {low:.3f} to {high:.3f}), "
-        f"block efficiency τ = {accepted['block_efficiency']:.2f}; drafts accepted by position: {positions}\n",
-        soft_wrap=True,
+        f"acceptance rate α = {accepted['acceptance_rate']:.3f}{interval}, "
+        f"block efficiency τ = {accepted['block_efficiency']:.2f}; drafts accepted by position: {positions}\n"
     )
+
+
+def find_failures(result: dict[str, Any]) -> list[str]:
+    """What speaks against equal quality, or against this run having shown it."""
+    failures = []
+    for mode in MODES:
+        accepted = result[mode]["acceptance"]
+        if not accepted["accepted_tokens"]:
+            what = f"none of {accepted['drafted_tokens']} drafts was accepted"
+            what = what if accepted["drafted_tokens"] else "nothing was ever drafted"
+            failures.append(f"{mode}: {what}, so nothing is shown: check that target and draft fit")
+    if result["dtype"] == "float32" and not result["identical"]:
+        failures.append("Greedy outputs differ, which in float32 is a bug: see ./scripts/check_lossless.")
+    return failures
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -146,24 +181,26 @@ def main(arguments: list[str] | None = None) -> int:
                 )
             figures = {comparison.name: comparison.to_dict(mode == "sampled") for comparison in comparisons}
             accepted = quality.acceptance(stats)
-        show(console, f"{mode}, {len(prompts)} prompts, runs per method: {len(vanilla)}", figures, missing)
+        if len(prompts) < bootstrap.LEAST:
+            del accepted["acceptance_rate_interval"]
+        title = f"{mode}, {len(prompts)} prompts, runs per method: {len(vanilla)}"
+        show(console, title, figures, missing, mode == "sampled")
         show_acceptance(console, accepted)
         result[mode] = {"metrics": figures, "acceptance": accepted}
 
     for name, why in missing.items():
-        console.print(f"{name} is not available ({why})", soft_wrap=True)
+        console.print(f"{name} is not available ({why})")
     if references < len(prompts):
         console.print(
             f"{references} of {len(prompts)} prompts have a reference to compare with; at least 2 are needed."
         )
-    failed = result["dtype"] == "float32" and not result["identical"]
-    if not result["identical"]:
-        why = "which in float32 is a bug" if failed else f"as near-ties may in {result['dtype']}"
-        console.print(
-            Text(f"Greedy outputs differ, {why}: see ./scripts/check_lossless.", "bold red" if failed else "")
-        )
-    print(json.dumps(result))
-    return 1 if failed else 0
+    if not result["identical"] and result["dtype"] != "float32":
+        console.print(f"Greedy outputs differ, as near-ties may in {result['dtype']}: see ./scripts/check_lossless.")
+    failures = find_failures(result)
+    for failure in failures:
+        console.print(Text(failure, "bold red"))
+    print(json.dumps(result | {"failures": failures}))
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Find the draft length and schedule that suit a pair on your prompts, and keep them in its pair file.
 
-    ./scripts/tune                                       # the embedded pair: about two minutes, nothing written
+    ./scripts/tune                                       # the embedded pair: some minutes, nothing written
     ./scripts/tune --target Qwen/Qwen3-4B --draft Qwen/Qwen3-0.6B --dtype bfloat16 --dataset mine.jsonl --write my-pair
     ./scripts/tune --pair my-pair --batch 8 --write my-pair
 
@@ -9,8 +9,11 @@ All candidates run against vanilla generate() in turns; after each round the slo
 over. What wins is written into the pair file in the folder --write, so that
 `SpecPair.from_pretrained(FOLDER).generate(...)` uses it. Speculation does not pay if the winner was slower than vanilla
 in more than a quarter of the rounds: the pair file then says so, and its `generate` decodes without. A folder without a
-pair file gets one that refers to the models where they are. Greedy; in float32 all tokens must be vanilla's, or the
-exit code is 1 and nothing is written. The last line is JSON.
+pair file gets one that refers to the models where they are.
+
+Nothing is written, and the exit code is 1, where prompts or tokens are too few to conclude: fewer than 8 batches, or a
+95 % interval of the speed-up (bootstrap over batches) that has 1 in it or is wider than 20 % to either side. Greedy; in
+float32 all tokens must be vanilla's, or the exit code is 1 and nothing is written. The last line is JSON.
 """
 
 import argparse
@@ -38,7 +41,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_pair_arguments(parser)
     synthetic.add_arguments(parser)
-    arguments.add_prompt_arguments(parser, prompts=4)
+    arguments.add_prompt_arguments(parser, prompts=8)
     add = parser.add_argument_group("search").add_argument
     gammas = [1, 2, 3, 4, 5, 6, 8, 12]
     add("--gamma", nargs="+", type=arguments.positive, default=gammas, metavar="γ",
@@ -62,7 +65,7 @@ def show(console: Console, contenders: list[tuning.Contender], setting: str) -> 
         stats, rounds = contender.record.stats, len(contender.record.rounds)
         rates = f"{stats.acceptance_rate:.2f}", f"{stats.block_efficiency:.2f}"
         table.add_row(contender.name, report.spread(asdict(contender.speedup)), str(rounds), *rates)
-    console.print(table)
+    console.print(report.fitted(table))
 
 
 def main() -> int:
@@ -85,7 +88,10 @@ def main() -> int:
     best = contenders[0]
     about = report.surroundings(pair, shlex.join(["./scripts/tune", *sys.argv[1:]]))
     after = tuning.outcome(before, best, tuning.measured_entry(best, bare, setting, about))
-    if after.speculate:
+    doubt = tuning.doubt(best, setting)
+    if doubt:
+        console.print(f"[bold]No conclusion[/], and nothing is written: {doubt}.")
+    elif after.speculate:
         console.print(f"Speculation pays: [bold]{best.name}[/], {report.spread(asdict(best.speedup))} vanilla's speed.")
     else:
         console.print(
@@ -96,14 +102,16 @@ def main() -> int:
     failed = differing > 0 and pair.target.dtype == torch.float32
     if failed:
         console.print(f"[bold red]{differing} rows are not vanilla's[/]: in float32 that is a bug; nothing is written")
-    elif args.write:
+    elif args.write and not doubt:
         console.print(f"Written to {after.save(args.write)}: SpecPair.from_pretrained({args.write!r}).generate(...)")
-    else:
+    elif not doubt:
         console.print("Nothing is written; --write FOLDER keeps this in a pair file.")
     result = {"speculate": after.speculate, "recommended": after.recommended, "measured": after.measured[-1]}
+    if doubt:
+        result |= {"speculate": None, "recommended": {}}
     result["tried"] = {c.name: asdict(c.speedup) | {"rounds": len(c.record.rounds)} for c in contenders}
-    print(json.dumps(result | {"differing_rows": differing}))
-    return 1 if failed else 0
+    print(json.dumps(result | {"differing_rows": differing, "doubt": doubt}))
+    return 1 if failed or doubt else 0
 
 
 if __name__ == "__main__":

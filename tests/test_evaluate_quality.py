@@ -259,7 +259,7 @@ def test_references_of_embedded_prompts_follow_them_in_the_standard_library(
 
 
 def test_the_embedded_pair_passes(script: Script, tmp_path: Path) -> None:
-    code, printed, result = script("--metrics", text_metric(tmp_path, "bleu", "bleu"), "rouge")
+    code, printed, result = script("--prompts", "8", "--metrics", text_metric(tmp_path, "bleu", "bleu"), "rouge")
     assert code == 0 and result["identical"] is True
     assert all(row["equal"] for row in result["greedy"]["metrics"].values())
     rows = result["sampled"]["metrics"]

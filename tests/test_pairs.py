@@ -410,9 +410,11 @@ def test_weights_that_are_only_here_must_be_saved(loaded, tmp_path):
         loaded.save_pretrained(tmp_path, weights=False)
 
 
-def test_the_example_on_the_card_runs(saved):
+def test_the_example_on_the_card_runs(saved, monkeypatch):
+    """Beside the folder, which it names without the path to it."""
+    monkeypatch.chdir(saved.parent)
     card = (saved / "README.md").read_text(encoding="utf-8")
-    assert f'SpecPair.from_pretrained("{saved}")' in card
+    assert f'SpecPair.from_pretrained("{saved.name}")' in card
     example = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
     names: dict[str, Any] = {}
     exec(example.replace("Once upon a time", "w5").replace("max_new_tokens=64", "max_new_tokens=4"), names)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ..pair_file import FILE_NAME
 from ..pairs import DEMO_PAIR, SpecPair
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
@@ -43,6 +44,8 @@ def add_pair_arguments(parser: argparse.ArgumentParser) -> None:
     add("--pair", metavar="PAIR", help="Hub id or folder of a pair (specdec_pair.json); default: the embedded pair")
     add("--target", help="Hub id or path of the target, instead of --pair")
     add("--draft", help='Hub id or path of the draft for --target; "auto" (default) looks it up in the catalogue')
+    add("--gguf-file", metavar="NAME", help="GGUF file in the folder or repository of --target that holds its weights")
+    add("--draft-gguf-file", metavar="NAME", help="the same for --draft")
     add("--dtype", choices=DTYPES, default="float32", help="dtype of both models (default: float32)")
     add("--device", help="where the models run, such as cuda:0 (default: cuda where there is one, else cpu)")
     add("--revision", help="revision of --pair, or of the target")
@@ -58,15 +61,34 @@ def load_pair(args: argparse.Namespace) -> SpecPair:
         raise SystemExit("expected --pair, or --target with --draft, got both")
     if args.draft is not None and args.target is None:
         raise SystemExit("expected --target beside --draft, got none")
+    if args.pair is not None:
+        check_is_pair(args.pair)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     source = args.pair or args.target or str(DEMO_PAIR)
     return SpecPair.from_pretrained(
         source,
         args.draft,
         revision=args.revision,
+        gguf_file=args.gguf_file,
+        draft_gguf_file=args.draft_gguf_file,
         dtype=DTYPES[args.dtype],
         device_map=device,
         trust_remote_code=args.trust_remote_code,
+    )
+
+
+def check_is_pair(name: str) -> None:
+    """Raise a ValueError that says what to do, if `name` is a local folder without a pair file."""
+    folder = Path(name)
+    if not folder.is_dir() or (folder / FILE_NAME).is_file():
+        return
+    gguf = sorted(path.name for path in folder.glob("*.gguf"))
+    if not gguf and not (folder / "config.json").is_file():
+        raise ValueError(f"{name} holds neither a pair ({FILE_NAME}) nor a model (config.json)")
+    option = "" if (folder / "config.json").is_file() else f" --gguf-file {gguf[0]}"
+    raise ValueError(
+        f"{name} is a model, not a pair: it has no {FILE_NAME}. Name a draft for it: --target {name}{option} "
+        "--draft DRAFT"
     )
 
 

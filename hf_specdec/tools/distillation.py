@@ -9,7 +9,7 @@ import shutil
 import signal
 import sysconfig
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from accelerate import Accelerator, skip_first_batches
 from datasets import Dataset, DatasetDict, load_dataset
 from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -27,6 +26,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_linear_schedule_with_warmup
 
 from ..stats import SpeculationStats
+from .progress import progress
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 # Not prose-like code, or not shipped by every system.
@@ -134,7 +134,7 @@ def write(
     """Let the target continue the prompts, greedily if `temperature` is None, drafted by `draft` if there is one.
 
     Args:
-        what: describes the progress bar; None shows none.
+        what: says on stderr what is being done, and how far it is; None says nothing.
 
     Returns:
         Prompt and continuation of each row, up to and with its end token; and what speculation did.
@@ -150,18 +150,20 @@ def write(
     if draft is not None:
         options |= {"assistant_model": draft, "strategy": "spec", "speculation_stats": stats}
         options |= {"num_assistant_tokens": GAMMA, "num_assistant_tokens_schedule": "constant"}
-    starts: Any = range(0, len(prompts), ROWS_WRITTEN)
+    written: list[list[int]] = []
+    shown: Any = nullcontext(lambda done: None)
     if what is not None:
-        starts = track(starts, what, console=Console(stderr=True))
-    written = []
-    for start in starts:
-        rows = [torch.tensor(prompt) for prompt in prompts[start : start + ROWS_WRITTEN]]
-        ids = pad_sequence(rows, batch_first=True, padding_value=padding, padding_side="left")
-        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
-        out = target.generate(ids.to(target.device), attention_mask=mask.to(target.device), **options)
-        for row, tokens in zip(rows, out[:, ids.shape[1] :].tolist()):
-            length = next((at for at, token in enumerate(tokens, 1) if token in ends), len(tokens))
-            written.append(row.tolist() + tokens[:length])
+        shown = progress(Console(stderr=True, highlight=False), what, len(prompts))
+    with shown as advance:
+        for start in range(0, len(prompts), ROWS_WRITTEN):
+            rows = [torch.tensor(prompt) for prompt in prompts[start : start + ROWS_WRITTEN]]
+            ids = pad_sequence(rows, batch_first=True, padding_value=padding, padding_side="left")
+            mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+            out = target.generate(ids.to(target.device), attention_mask=mask.to(target.device), **options)
+            for row, tokens in zip(rows, out[:, ids.shape[1] :].tolist()):
+                length = next((at for at, token in enumerate(tokens, 1) if token in ends), len(tokens))
+                written.append(row.tolist() + tokens[:length])
+            advance(len(written))
     return written, stats
 
 
@@ -175,7 +177,7 @@ def examples(
     draft: PreTrainedModel | None,
     pieces: list[list[int]],
     count: int,
-    prompt_tokens: int,
+    prompt_tokens: int | None,
     new_tokens: int,
     temperature: float,
     seed: int,
@@ -185,16 +187,23 @@ def examples(
     The continuations are the target's own, since that is the text which drafts are verified along. A draft changes
     how fast they are written, not what they are.
 
+    Args:
+        prompt_tokens: the length of what the target continues; None: the pieces are prompts, which must stay whole.
+
     Returns:
-        `kind` ("text", "greedy", "sampled") and `input_ids`, all of different pieces while these last.
+        `kind` ("text", "greedy", "sampled"), `input_ids`, all of different pieces while these last, and
+        `completion_mask`: 0 for the tokens of a prompt, 1 for all others.
     """
     torch.manual_seed(seed)
     chosen = [pieces[i] for i in draws(len(pieces), 3 * count, seed)]
     prompts = [piece[:prompt_tokens] for piece in chosen[count:]]
+    lengths = [len(piece) if prompt_tokens is None else 0 for piece in chosen[:count]] + list(map(len, prompts))
     greedy, _ = write(target, prompts[:count], new_tokens, None, draft, "target writes, greedily")
     sampled, _ = write(target, prompts[count:], new_tokens, temperature, draft, "target writes, sampling")
     kinds = [kind for kind in ("text", "greedy", "sampled") for _ in range(count)]
-    return Dataset.from_dict({"kind": kinds, "input_ids": chosen[:count] + greedy + sampled})
+    rows = chosen[:count] + greedy + sampled
+    masks = [[0] * length + [1] * (len(row) - length) for row, length in zip(rows, lengths)]
+    return Dataset.from_dict({"kind": kinds, "input_ids": rows, "completion_mask": masks})
 
 
 # ------------------------------------------------------------------------------------------------------------ loss
@@ -244,6 +253,7 @@ class Recipe:
         accumulate: forwards of one step.
         lr: peak learning rate of AdamW, reached after a tenth of the steps, then falling linearly to zero.
         argmax_weight: see `distillation_loss`.
+        completion_only_loss: the draft learns what the target wrote, not the prompts (as TRL's option of that name).
         mixed_precision: "no", "bf16" or "fp16", of both models' forwards; the draft's weights are float32.
         seed: of the order of the examples.
     """
@@ -253,6 +263,7 @@ class Recipe:
     accumulate: int = 1
     lr: float = 1e-3
     argmax_weight: float = 0.5
+    completion_only_loss: bool = False
     mixed_precision: str = "no"
     seed: int = 0
 
@@ -282,11 +293,10 @@ class Distillation:
         draft = draft.float()
         optimizer = torch.optim.AdamW(draft.parameters(), lr=recipe.lr, betas=(0.9, 0.95), weight_decay=0.01)
         schedule = get_linear_schedule_with_warmup(optimizer, recipe.steps // 10, recipe.steps)
-        order = draws(len(examples), recipe.steps * recipe.accumulate * recipe.rows, recipe.seed)
+        rows: Any = _with_masks(examples, recipe.completion_only_loss)
+        order = draws(len(rows), recipe.steps * recipe.accumulate * recipe.rows, recipe.seed)
         # Its own generator: a loader draws a seed whenever it is iterated, which a resumed run does once more.
-        loader = DataLoader(
-            examples["input_ids"], recipe.rows, sampler=order, collate_fn=_collate, generator=torch.Generator()
-        )
+        loader: Any = DataLoader(rows, recipe.rows, sampler=order, collate_fn=_collate, generator=torch.Generator())
         prepared = self._accelerator.prepare(draft, optimizer, loader, schedule)
         self._draft, self._optimizer, self._loader, self._schedule = prepared
 
@@ -310,10 +320,11 @@ class Distillation:
                 total = 0.0
 
     def _loss(self, batch: dict[str, Tensor]) -> Tensor:
+        batch, counted = {k: v for k, v in batch.items() if k != "counted"}, batch["counted"]
         with torch.no_grad(), self._accelerator.autocast():
             target_logits = self.target(**batch, use_cache=False).logits
         draft_logits = self._draft(**batch, use_cache=False).logits
-        return distillation_loss(draft_logits, target_logits, self.recipe.argmax_weight, batch["attention_mask"])
+        return distillation_loss(draft_logits, target_logits, self.recipe.argmax_weight, counted)
 
     def draft(self) -> PreTrainedModel:
         """The draft as it is now, in the target's dtype: what gets measured and saved. The next call changes it."""
@@ -336,13 +347,29 @@ class Distillation:
             self.step = int(saved.name.removeprefix("checkpoint-"))
 
 
-def _collate(rows: list[list[int]]) -> dict[str, Tensor]:
-    """Right-padded `input_ids` and `attention_mask`, `[rows, tokens]`."""
-    tensors = [torch.tensor(row) for row in rows]
-    mask = [torch.ones_like(row) for row in tensors]
+def _with_masks(examples: Dataset, completion_only: bool) -> list[tuple[list[int], list[int]]]:
+    """By row the tokens, and 1 for each that the draft learns to write; rows without any such token are left out."""
+    rows = examples["input_ids"][:]
+    if not completion_only:
+        return [(row, [1] * len(row)) for row in rows]
+    learned = [(row, mask) for row, mask in zip(rows, examples["completion_mask"][:]) if any(mask)]
+    if not learned:
+        raise ValueError("`completion_only_loss` leaves nothing to learn from: no example has a token after its prompt")
+    return learned
+
+
+def _collate(rows: list[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
+    """Right-padded `input_ids`, `attention_mask` and `counted`, `[rows, tokens]`.
+
+    `counted`: the positions whose logits count. Those that come before a learned token do, since they predict it; the
+    last one of a row, whatever it predicts, goes with the last token.
+    """
+    tensors = [torch.tensor(row) for row, _ in rows]
+    counted = [torch.tensor([*mask[1:], mask[-1]]) for _, mask in rows]
     return {
         "input_ids": pad_sequence(tensors, batch_first=True),
-        "attention_mask": pad_sequence(mask, batch_first=True),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in tensors], batch_first=True),
+        "counted": pad_sequence(counted, batch_first=True),
     }
 
 

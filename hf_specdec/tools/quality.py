@@ -23,10 +23,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..pairs import DEMO_PAIR
 from ..stats import SpeculationStats
+from . import bootstrap
 from .arguments import Prompt
 
 METRICS = Path(__file__).parents[1] / "metrics"
-RESAMPLES = 5000
 
 Run = list[list[int]]
 Batch = dict[str, Tensor]
@@ -63,21 +63,22 @@ class Comparison:
         return bool(np.array_equal(self.vanilla, self.speculative))
 
     def to_dict(self, interval: bool) -> dict[str, Any]:
-        """What tables show, as plain JSON types; with the interval of the difference or without."""
+        """What tables show, as plain JSON types; with the interval of the difference, if there are enough prompts."""
         vanilla, speculative = self.means
         shown = {"vanilla": vanilla, "speculative": speculative, "difference": self.difference, "equal": self.equal}
-        if not interval:
+        if not interval or len(self.vanilla) < bootstrap.LEAST:
             return shown
         low, high = self.interval()
         return shown | {"interval": [low, high], "contains_0": low <= 0 <= high}
 
     def interval(self) -> tuple[float, float]:
         """The 95 % percentile bootstrap interval of the difference; prompts are drawn, with both methods' values."""
-        count = len(self.vanilla)
-        drawn = np.random.default_rng(0).integers(count, size=(RESAMPLES, count))
-        vanilla, speculative = (self.scale(v[drawn].mean(axis=1)) for v in (self.vanilla, self.speculative))
-        low, high = np.quantile(speculative - vanilla, [0.025, 0.975])
-        return float(low), float(high)
+
+        def difference(drawn: np.ndarray) -> np.ndarray:
+            vanilla, speculative = (self.scale(v[drawn].mean(axis=1)) for v in (self.vanilla, self.speculative))
+            return np.asarray(speculative - vanilla)
+
+        return bootstrap.interval(len(self.vanilla), difference)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from rich.table import Table
 
 from ..pairs import SpecPair
 from .measure import OURS, VANILLA
@@ -37,6 +38,14 @@ def cells(figures: dict[str, Any]) -> list[str]:
         "" if figures["peak_bytes"] is None else f"{figures['peak_bytes'] / 2**20:.0f} MB",
         "same" if same == rows else f"{rows - same}/{rows} differ",
     ]
+
+
+def fitted(table: Table) -> Table:
+    """The table, made to fit narrow terminals: words go on in the next line, nothing is cut, numbers stay whole."""
+    for column in table.columns:
+        column.overflow = "fold"
+        column.no_wrap = column.justify == "right"
+    return table
 
 
 def bare_forwards(bare: dict[str, Any]) -> str:

@@ -10,10 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..compatibility import vocabulary_check
 from ..loading import find_pair
 from ..pair_file import FILE_NAME, ModelReference, PairConfig
 from ..pairs import SpecPair
+from . import bootstrap
 from .bare import BareForwards
 from .measure import Comparison, Record
 from .methods import ours, vanilla
@@ -21,6 +24,9 @@ from .settings import Setting
 from .summary import Spread, ratio
 
 LEAST_ROUNDS, MOST_ROUNDS = 3, 20  # of the winner: fewer have no quartiles to speak of, more say nothing new
+# How far the speed-up with other prompts may be from the one measured: neighbours among the draft lengths tried differ
+# by about 5 to 10 %, so that a figure less certain than twice that does not tell which of them to choose.
+MOST_SPREAD = 0.2
 
 
 @dataclass(frozen=True)
@@ -32,12 +38,19 @@ class Contender:
         options: of `generate()`.
         record: its runs.
         speedup: over vanilla in the rounds that it took part in.
+        interval: 95 %, of the speed-up on other prompts of the kind; None where there are too few for one.
     """
 
     name: str
     options: dict[str, Any]
     record: Record
     speedup: Spread
+    interval: tuple[float, float] | None = None
+
+    @property
+    def pays(self) -> bool:
+        """Whether it was faster than vanilla in three rounds out of four."""
+        return self.speedup.q1 >= 1
 
 
 def candidates(
@@ -89,8 +102,47 @@ def race(
         if done >= LEAST_ROUNDS and (over or done >= MOST_ROUNDS):
             break
         alive = alive[: max(2, len(alive) // (4 if over else 2))]
-    contenders = [Contender(name, options, records[name], speedups[name]) for name, options in tried.items()]
+    contenders = [
+        Contender(name, options, records[name], speedups[name], interval(comparison.reference, records[name]))
+        for name, options in tried.items()
+    ]
     return sorted(contenders, key=lambda contender: (-len(contender.record.rounds), -contender.speedup.median))
+
+
+def interval(slow: Record, fast: Record) -> tuple[float, float] | None:
+    """The 95 % interval of the speed-up, by bootstrapping over batches, each with all its rounds.
+
+    Rounds repeat the same greedy text: they tell how steady the clock is, and nothing about other prompts. None with
+    fewer than `bootstrap.LEAST` batches.
+    """
+    rounds = list(zip(slow.rounds, fast.rounds))
+    batches = len(rounds[0][0])
+    if batches < bootstrap.LEAST:
+        return None
+    # [batches], of vanilla and of the contender
+    seconds = [np.array([sum(each[side][i].seconds for each in rounds) for i in range(batches)]) for side in (0, 1)]
+    tokens = [np.array([sum(each[side][i].tokens for each in rounds) for i in range(batches)]) for side in (0, 1)]
+
+    def speedup(drawn: np.ndarray) -> np.ndarray:
+        costs = [seconds[side][drawn].sum(axis=1) / tokens[side][drawn].sum(axis=1) for side in (0, 1)]
+        return np.asarray(costs[0] / costs[1])
+
+    return bootstrap.interval(batches, speedup)
+
+
+def doubt(best: Contender, setting: Setting) -> str:
+    """Why the prompts or tokens are too few to say whether speculation pays, and how well; empty if they are enough."""
+    batches = len(setting.batches)
+    if best.interval is None:
+        unit = "prompts" if setting.batch_size == 1 else f"batches of {setting.batch_size} prompts"
+        return f"{batches} {unit} do not tell how much speed-ups vary, {bootstrap.LEAST} {unit} do: more --prompts"
+    low, high = best.interval
+    found = f"with other prompts the speed-up may be {low:.2f} to {high:.2f} (95 % interval over {batches} batches)"
+    if not (low > 1 and best.pays) and not (high < 1 and not best.pays):
+        return f"{found}, so it is open whether speculation pays: more --prompts, --new-tokens or --minutes"
+    if high - low > 2 * MOST_SPREAD * best.speedup.median:
+        return f"{found}, which is too wide to choose by: more --prompts or --new-tokens"
+    return ""
 
 
 def outcome(config: PairConfig, best: Contender, entry: dict[str, Any]) -> PairConfig:
@@ -98,10 +150,8 @@ def outcome(config: PairConfig, best: Contender, entry: dict[str, Any]) -> PairC
 
     It pays if the winner was faster than vanilla in three rounds out of four.
     """
-    pays = best.speedup.q1 >= 1
-    return replace(
-        config, speculate=pays, recommended=best.options if pays else {}, measured=[*config.measured, entry]
-    )  # fmt: skip
+    recommended = best.options if best.pays else {}
+    return replace(config, speculate=best.pays, recommended=recommended, measured=[*config.measured, entry])
 
 
 def measured_entry(
@@ -118,6 +168,7 @@ def measured_entry(
         "cost_ratio": bare.to_dict().get("cost_ratio"),
         "speedup": best.speedup.median,
         "speedup_quartiles": [best.speedup.q1, best.speedup.q3],
+        "speedup_interval": None if best.interval is None else [round(bound, 4) for bound in best.interval],
     }
 
 
@@ -134,7 +185,11 @@ def pair_file_for(pair: SpecPair, folder: Path) -> PairConfig:
         assert found is not None
         named = [found.target.name_or_path, found.draft.name_or_path]
         measured = [source.name_or_path for source in pair.sources]
-        if list(map(_place, named)) != list(map(_place, measured)):
+        files = [source.gguf_file for source in pair.sources]
+        if list(map(_place, named)) != list(map(_place, measured)) or files != [
+            found.target.gguf_file,
+            found.draft.gguf_file,
+        ]:
             raise SystemExit(f"{folder / FILE_NAME} is about {' and '.join(named)}, not {' and '.join(measured)}")
         return found.config
     target, draft = (_reference(source, folder) for source in pair.sources)
@@ -150,4 +205,4 @@ def _reference(source: ModelReference, folder: Path) -> ModelReference:
     if not Path(source.name_or_path).is_dir():
         return source
     way = os.path.relpath(Path(source.name_or_path).resolve(), folder.resolve())
-    return ModelReference(way if way.startswith(".") else f"./{way}")
+    return replace(source, name_or_path=way if way.startswith(".") else f"./{way}")
