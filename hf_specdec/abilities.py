@@ -247,7 +247,7 @@ class _PastWindow(Cache):
         return self._window.size + query_length, 0
 
 
-def _probe_window(model: PreTrainedModel, layers: list[Any], window: Window) -> None:
+def _probe_window(model: PreTrainedModel, layers: list[Any], window: Window, _seed: int) -> None:
     """A token does not see the one that is a whole window before it, when the model makes the masks."""
     token = torch.tensor([[1]], device=model_device(model))
     kwargs = {"position_ids": token} if "position_ids" in forward_parameters(model) else {}
