@@ -18,7 +18,7 @@ from .answers import Answer, CannotBeAsked, Differs, ask, check_same, ordinary_t
 from .host import forward_parameters, hidden_parameters, model_device
 from .layers import cache_layers
 from .masks import follows_masks, takes_masks
-from .probes import Vanilla, rehearse
+from .probes import LONGEST, Vanilla, rehearse
 from .states import has_states, rows_are_independent
 from .window import Window
 
@@ -163,9 +163,11 @@ def check_blocks(model: PreTrainedModel, cache: Cache, max_length: int) -> None:
     """
     if model.training or model.config.is_encoder_decoder or has_states(cache):
         return  # random, or asked elsewhere
+    held = min(filter(None, (getattr(layer, "sliding_window", None) for layer in cache.layers)), default=LONGEST)
+    longest = held if max_length <= held < LONGEST else None  # what the call does not come to is not asked
     for window in (0, *unexplained_windows(model, cache, max_length)):
         past = window and window + 2
-        answer = ask(model, ("blocks", past), functools.partial(_rehearse_after, model, past))
+        answer = ask(model, ("blocks", past, longest), functools.partial(_rehearse, model, past, longest))
         if answer:
             continue
         if window:
@@ -180,8 +182,8 @@ def check_blocks(model: PreTrainedModel, cache: Cache, max_length: int) -> None:
         )
 
 
-def _rehearse_after(model: PreTrainedModel, past: int, seed: int) -> None:
-    rehearse(model, past=past, seed=seed)
+def _rehearse(model: PreTrainedModel, past: int, longest: int | None, seed: int) -> None:
+    rehearse(model, past=past, longest=longest, seed=seed)
 
 
 def unexplained_windows(model: PreTrainedModel, cache: Cache, max_length: int) -> list[int]:

@@ -30,6 +30,9 @@ _LENGTHS = (23, 6, 14)
 _DRAFTS = 3
 _BLOCKS = "gives several tokens on a filled cache other logits than one after the other"
 _PADDING = "gives a row that is padded on the left other logits than alone"
+# Tokens that a row comes to after its prompt, at most.
+_NEW = 8
+LONGEST = max(_LENGTHS) + _NEW
 # Round by round, how many drafts each row accepts.
 _ACCEPTED = ((0, 3, 1), (2, 0, 1))
 
@@ -40,6 +43,7 @@ def rehearse(
     at_once: int | None = None,
     drafts: bool = False,
     past: int = 0,
+    longest: int | None = None,
     seed: int = 0,
 ) -> None:
     """Decode a few tokens as the loop does, and compare every logit.
@@ -49,6 +53,7 @@ def rehearse(
         at_once: over how many tokens a state must go on in one forward; `None` for as many as there are.
         drafts: the model only drafts: what it says of a row alone is enough, padded as vanilla would or not.
         past: tokens that the first prompt has at least.
+        longest: tokens that a row may come to.
         seed: of the text.
 
     Raises:
@@ -57,6 +62,8 @@ def rehearse(
     """
     vanilla = Vanilla(model)
     lengths = [max(_LENGTHS[0], past), *_LENGTHS[1:]][:rows]
+    if longest is not None:
+        lengths = [max(min(length, longest - _NEW), 1) for length in lengths]
     tokens = ordinary_tokens(model, sum(lengths), seed)
     prompts = [[tokens.pop() for _ in range(length)] for length in lengths]
     first = [max(lengths) - length for length in lengths]
