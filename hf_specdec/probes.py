@@ -139,7 +139,7 @@ class Vanilla:
 
     def _measure(self, text: list[int], whole: Tensor) -> float:
         """How far apart answers are that vanilla gets token by token, and in a batch of equal rows."""
-        begin = len(text) - 6
+        begin = max(len(text) - 6, 1)
         ways = [(self._steps(text, begin), whole[begin - 1 :])]
         ways += [(row, whole) for row in self._forward(self.ids(text).expand(3, -1), None)]
         return max(apart(*way) for way in ways)
