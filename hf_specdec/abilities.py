@@ -145,7 +145,9 @@ def check_states(model: PreTrainedModel, cache: Cache, owner: str) -> None:
             "does not continue a recurrent state over several tokens, so that drafts cannot be verified in one forward"
         )
     else:
-        reason = "does not go back to a state that was kept in its cache, so that rejected drafts cannot be taken out"
+        reason = (
+            "keeps state where no cache of transformers holds it, so that rejected drafts cannot be taken out again"
+        )
     raise answer.refusal(
         f"strategy='spec' cannot be used with {owner}: the code of {type(model).__name__} {reason} ({answer.reason})"
     )

@@ -19,9 +19,11 @@ from .host import first_line, model_device
 
 # Of the standard deviation of logits, root mean square over the vocabulary.
 _FACTOR = 6.0  # how far an answer may be off, in units of the noise that was measured
-_LEAST = 1e-4  # what is allowed however little was measured
+_LEAST = 1e-5  # what is allowed however little was measured
+_UNMEASURED, _UNMEASURED_IN_HALF = 1e-4, 0.1  # what is allowed where nothing can be measured
 _MOST = 0.02  # two ways of vanilla that differ by more than this differ by more than float32 or TF32 rounding
 _MOST_IN_HALF = 0.25  # the same in bfloat16 and float16
+_HALF = 1e-4  # the eps of half precisions is above this
 _IDS = 512  # texts of probes are made of the first so many tokens
 # A router of experts may choose others by rounding alone. No text does that each time; a fault shows in every text.
 _ATTEMPTS = 3
@@ -132,18 +134,21 @@ def tolerance(model: PreTrainedModel, noise: float | None = None) -> float:
     Args:
         noise: what was measured for this model in this precision; `None` where nothing was.
     """
-    half = max(torch.finfo(dtype).eps for dtype in (model.dtype, _autocast(model)) if dtype is not None)
-    is_half = half > 1e-4
-    least = max(_LEAST, 4 * half)
+    eps = _eps(model)
     if noise is None:
-        return 0.1 if is_half else least
+        return _UNMEASURED_IN_HALF if eps > _HALF else _UNMEASURED
+    least = max(_LEAST, 4 * eps)
     return max(least, _FACTOR * noise) if is_rounding(model, noise) else least
+
+
+def _eps(model: PreTrainedModel) -> float:
+    """Of the coarsest precision that a forward computes in."""
+    return max(torch.finfo(dtype).eps for dtype in (model.dtype, _autocast(model)) if dtype is not None)
 
 
 def is_rounding(model: PreTrainedModel, noise: float) -> bool:
     """Whether so much noise can be rounding."""
-    dtypes = [dtype for dtype in (model.dtype, _autocast(model)) if dtype is not None]
-    return noise <= (_MOST_IN_HALF if any(torch.finfo(dtype).eps > 1e-4 for dtype in dtypes) else _MOST)
+    return noise <= (_MOST_IN_HALF if _eps(model) > _HALF else _MOST)
 
 
 def measured_noise(model: PreTrainedModel, measure: Callable[[], float]) -> float:

@@ -33,6 +33,7 @@ def check_draft_model(
     check_architecture(draft, target)
     check_device(draft, target)
     check_vocabularies(draft, target, tokenizer, assistant_tokenizer)
+    check_states_of_draft(draft)
 
 
 def check_architecture(draft: PreTrainedModel, target: PreTrainedModel) -> None:
@@ -44,14 +45,19 @@ def check_architecture(draft: PreTrainedModel, target: PreTrainedModel) -> None:
             f"`assistant_model` must be a decoder-only model, {name} is an encoder-decoder model: the target "
             f"({type(target).__name__}) has no encoder inputs to give to it"
         )
+
+
+def check_states_of_draft(draft: PreTrainedModel) -> None:
+    """Raise a ValueError if a draft model cannot go back to accepted tokens. It may be asked with a few tokens."""
+    name = type(draft).__name__
     if carries_its_own(draft):
         return  # what it can do shows with its first prompt
     cache = DynamicCache(config=draft.config.get_text_config(decoder=True))
     check_layers(cache, f"`assistant_model` ({name})")
-    if has_states(cache) and not (continues_states(draft) or continues_states(draft, at_once=1)):
-        raise ValueError(
+    if has_states(cache) and not (continues_states(draft) or (answer := continues_states(draft, at_once=1))):
+        raise answer.refusal(
             f"`assistant_model` ({name}) keeps state where no cache of transformers holds it, so that it cannot go "
-            "back to accepted tokens: use another draft"
+            f"back to accepted tokens (it {answer.reason}): use another draft"
         )
 
 
@@ -240,7 +246,7 @@ def _architecture(target: PreTrainedModel, draft: PreTrainedModel) -> Finding:
         cache = DynamicCache(config=target.config.get_text_config(decoder=True))
         complaint = _complaint(check_layers, cache, f"the target ({names[0]})")
         complaint = complaint or _complaint(check_states, target, cache, "the target")
-    complaint = complaint or _complaint(check_architecture, draft, target)
+    complaint = complaint or _complaint(check_architecture, draft, target) or _complaint(check_states_of_draft, draft)
     return _finding("architecture", names, complaint, "error")
 
 

@@ -183,7 +183,8 @@ class FirstForward:
         return known[question]
 
     def _logits(self, inputs: dict[str, Any], width: int = 1) -> Tensor:
-        """`[batch, width or less, vocab]`: of tokens after the prompt."""
+        """`[batch, width or less, vocab]`: of tokens after the prompt. Nothing that is carried on is changed."""
+        inputs = {name: value if isinstance(value, Tensor) else copy.deepcopy(value) for name, value in inputs.items()}
         ids = self.ids.new_zeros(len(self.ids), width).to(model_device(self.model))
         cache = {"cache_params" if "cache_params" in self.kwargs else "past_key_values": copy.deepcopy(self.cache)}
         if (positions := self.inputs.get("position_ids")) is not None:

@@ -6,6 +6,7 @@ through prompts, drafts that are accepted in part, rollback, and tokens that are
 uses, and every logit is compared with what the same row gets alone.
 """
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,6 +63,7 @@ def rehearse(
     """
     vanilla = Vanilla(model)
     lengths = [max(_LENGTHS[0], past), *_LENGTHS[1:]][:rows]
+    longest = min((n for n in (longest, _positions(model)) if n is not None), default=None)
     if longest is not None:
         lengths = [max(min(length, longest - _NEW), 1) for length in lengths]
     tokens = ordinary_tokens(model, sum(lengths), seed)
@@ -141,7 +143,8 @@ class Vanilla:
         """How far apart answers are that vanilla gets token by token, and in a batch of equal rows."""
         begin = max(len(text) - 6, 1)
         ways = [(self._steps(text, begin), whole[begin - 1 :])]
-        ways += [(row, whole) for row in self._forward(self.ids(text).expand(3, -1), None)]
+        with contextlib.suppress(Exception):  # of models that are set for one row
+            ways += [(row, whole) for row in self._forward(self.ids(text).expand(3, -1), None)]
         return max(apart(*way) for way in ways)
 
     def logits(self, text: Sequence[int], prompt: int) -> Tensor:
@@ -262,6 +265,13 @@ def make_cached_model(model: PreTrainedModel, context: Context, ragged: bool, dr
         encoded=encoded,
         unnamed_positions=drafts and hands_positions_on(model),
     )
+
+
+def _positions(model: PreTrainedModel) -> int | None:
+    """How many positions there are, where the config says it."""
+    config = model.config.get_text_config(decoder=True)
+    named = (getattr(config, name, None) for name in ("max_position_embeddings", "max_target_positions", "n_positions"))
+    return min((n for n in named if isinstance(n, int) and n > 0), default=None)
 
 
 def _states(model: PreTrainedModel) -> bool:

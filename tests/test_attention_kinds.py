@@ -21,7 +21,6 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import hf_specdec
-from hf_specdec import masks
 from hf_specdec.abilities import decodes_ragged_rows
 
 NOISE = {"gemma2": 0.35, "bloom": 0.5}
@@ -87,7 +86,7 @@ def test_another_implementation_is_another_question():
 def test_each_implementation_is_probed_by_itself(monkeypatch):
     target, _ = make_pair("llama", 0.08)
     probed: list[str] = []
-    monkeypatch.setattr(masks, "_probe", lambda model: (probed.append(model.config._attn_implementation), True)[1])
+    monkeypatch.setattr(abilities, "rehearse", lambda model, **_: probed.append(model.config._attn_implementation))
     for implementation in ("sdpa", "eager", "sdpa", "eager"):
         target.set_attn_implementation(implementation)
         assert decodes_ragged_rows(target)

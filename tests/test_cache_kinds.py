@@ -474,5 +474,8 @@ def test_a_target_in_training_mode_is_told_so(caplog):
 
 
 def test_modules_around_a_draft_are_refused():
-    with pytest.raises(TypeError, match=r"`assistant_model` must be a transformers model.*got DataParallel"):
+    with pytest.raises(
+        TypeError,
+        match="pass the model inside, `assistant_model=model.module`",
+    ):
         generate(pair()[0], torch.nn.DataParallel(pair()[1]))

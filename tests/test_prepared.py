@@ -24,7 +24,7 @@ from transformers import (
 )
 
 import hf_specdec
-from hf_specdec import prepared
+from hf_specdec import answers
 from hf_specdec.prepared import PreparedModel
 from hf_specdec.tools import compat, tiny_models
 from hf_specdec.tools.tiny_inputs import inputs_of
@@ -227,12 +227,12 @@ REFUSED: dict[str, tuple[Callable[[], PreTrainedConfig], int, str]] = {
             num_buckets=4,
         ),
         1,
-        "ReformerModelWithLMHead (gives several tokens other logits|cannot be fed several tokens)",
+        "ReformerModelWithLMHead (gives several tokens other|cannot be fed several|returns the logits of 1 of 3 tokens)",
     ),
     "a query of its own": (
         lambda: XLNetConfig(**SMALL, d_model=32, n_layer=2, n_head=2, d_inner=32),
         1,
-        "XLNetLMHeadModel (gives several tokens other logits|cannot be fed several tokens)",
+        r"XLNetLMHeadModel (gives several tokens other|cannot be fed several|returns the logits of 1 of 3 tokens)",
     ),
 }  # fmt: skip
 
@@ -291,7 +291,7 @@ def test_options_that_leave_no_place_are_refused() -> None:
     with pytest.raises(ValueError, match=r"`past_key_values` \(MiniMaxCache\).*pass the whole text without it"):
         speculate(target, make_prompts(1), draft, past_key_values=used)
     embeds = target.get_input_embeddings()(make_prompts(1)["input_ids"])
-    with pytest.raises(ValueError, match="pass `input_ids` instead of `inputs_embeds`"):
+    with pytest.raises(ValueError, match="can only read tokens: pass `input_ids`"):
         speculate(target, {"inputs_embeds": embeds}, draft)
 
 
@@ -310,9 +310,9 @@ def test_the_model_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: Any) -> str:
         raise AssertionError("asked again")
 
-    monkeypatch.setattr(PreparedModel, "_complaint", never)
+    monkeypatch.setattr(PreparedModel, "_rehearse", never)
     speculate(target, make_prompts(1, seed=1), draft)
-    assert all(not complaint for complaint in prepared._complaints[target].values())
+    assert all(answers._answers[target].values())
 
 
 def test_llama_is_not_fed_this_way(monkeypatch: pytest.MonkeyPatch) -> None:

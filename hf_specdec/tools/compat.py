@@ -158,9 +158,10 @@ class _Comparison:
         ways = (_one_forward(self.target, self.inputs, self.expected, positions) for positions in (True, False))
         measured = min((self._off(logits) for logits in ways if logits is not None), default=math.inf)
         deviation = float(self.expected.rows[0].logits.std()) if self.expected.rows else 0.0
+        least = _UNKNOWN_NOISE * torch.finfo(self.dtype).eps * deviation
         if measured == math.inf or (self.dtype is torch.float32 and measured > _MOST_NOISE * deviation):
-            return _UNKNOWN_NOISE * torch.finfo(self.dtype).eps * deviation
-        return measured
+            return least
+        return max(measured, least)
 
     def _off(self, reference: Tensor) -> float:
         rounding = Rounding()
@@ -180,7 +181,8 @@ class _Comparison:
         if not (given.rows and expected.rows):
             same = torch.equal(given.sequences, expected.sequences)
             return {"outcome": IDENTICAL} if same else {"outcome": WRONG, "message": _difference(given, expected)}
-        pairs = enumerate(zip(expected.rows, given.rows, strict=True), start=1)
+        rows = map(_until_the_end, expected.rows, given.rows)
+        pairs = enumerate(rows, start=1)
         comparisons = [compare(number, *rows, self.dtype) for number, rows in pairs]
         verdicts = [(c, *c.judge(self.noise)) for c in comparisons]
         ties = sum(verdict == NUMERICAL_TIE for _, verdict, _ in verdicts)
@@ -224,6 +226,19 @@ class _Comparison:
             return None
         agree = logits.argmax(dim=-1) == self.expected.sequences[:, -self.new_tokens :]
         return float(agree.float().mean())
+
+
+def _until_the_end(expected: Row, given: Row) -> tuple[Row, Row]:
+    """Two rows without the padding after an end that both have in common; what ended is a class's own affair.
+
+    Ours has no logits there, vanilla has those of rows that go on.
+    """
+    is_told = given.logits.ne(0).any(dim=-1).tolist()
+    length = max((i for i, told in enumerate(is_told, start=1) if told), default=0)
+    if given.tokens[length:] != expected.tokens[length:]:
+        return expected, given
+    cut = [Row(row.tokens[:length], row.logits[:length], row.scores[:length]) for row in (expected, given)]
+    return cut[0], cut[1]
 
 
 def _reads_text(draft: PreTrainedModel) -> bool:
