@@ -264,6 +264,7 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         return function
 
     monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(torch.compiler, "keep_tensor_guards_unsafe", list, raising=False)
     return options_seen
 
 
