@@ -102,7 +102,7 @@ def show(
     console: Console, title: str, figures: dict[str, dict[str, Any]], missing: dict[str, str], sampled: bool
 ) -> None:
     intervals = any("interval" in row for row in figures.values())
-    table = Table("metric", title=title, title_justify="left", padding=0)
+    table = Table("metric", title=title, title_justify="left", padding=(0, 0, 0, 1))
     for heading in "vanilla", "speculative", "difference, 95 % interval" if intervals else "difference":
         table.add_column(heading, justify="right")
     table.add_column("verdict")
