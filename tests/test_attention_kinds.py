@@ -21,6 +21,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import hf_specdec
+from hf_specdec import abilities
 from hf_specdec.abilities import decodes_ragged_rows
 
 NOISE = {"gemma2": 0.35, "bloom": 0.5}

@@ -476,6 +476,6 @@ def test_a_target_in_training_mode_is_told_so(caplog):
 def test_modules_around_a_draft_are_refused():
     with pytest.raises(
         TypeError,
-        match="pass the model inside, `assistant_model=model.module`",
+        match=r"pass the model inside, `assistant_model=model\.module`",
     ):
         generate(pair()[0], torch.nn.DataParallel(pair()[1]))

@@ -227,7 +227,7 @@ REFUSED: dict[str, tuple[Callable[[], PreTrainedConfig], int, str]] = {
             num_buckets=4,
         ),
         1,
-        "ReformerModelWithLMHead (gives several tokens other|cannot be fed several|returns the logits of 1 of 3 tokens)",
+        "ReformerModelWithLMHead (gives several tokens other|cannot be fed|returns the logits of 1 of 3 tokens)",
     ),
     "a query of its own": (
         lambda: XLNetConfig(**SMALL, d_model=32, n_layer=2, n_head=2, d_inner=32),

@@ -39,6 +39,7 @@ OURS, ASSISTED = "ours", "assisted"
 NEW_TOKENS = 24
 GAMMA = 3
 _SEEDS = 4
+_LEAST_NOISE = 1e-5  # the same, below which nothing is told from rounding
 _UNKNOWN_NOISE = 16  # units in the last place, where the target's own ways could not be compared
 _MOST_NOISE = 1e-3  # of the logits' deviation, in float32: what differs by more than that does not differ by rounding
 _DELIBERATE = (ValueError, TypeError, NotImplementedError)
@@ -158,10 +159,11 @@ class _Comparison:
         ways = (_one_forward(self.target, self.inputs, self.expected, positions) for positions in (True, False))
         measured = min((self._off(logits) for logits in ways if logits is not None), default=math.inf)
         deviation = float(self.expected.rows[0].logits.std()) if self.expected.rows else 0.0
-        least = _UNKNOWN_NOISE * torch.finfo(self.dtype).eps * deviation
-        if measured == math.inf or (self.dtype is torch.float32 and measured > _MOST_NOISE * deviation):
-            return least
-        return max(measured, least)
+        if self.dtype is not torch.float32:
+            return measured if measured < math.inf else _UNKNOWN_NOISE * torch.finfo(self.dtype).eps * deviation
+        if measured > _MOST_NOISE * deviation:
+            measured = _UNKNOWN_NOISE * torch.finfo(self.dtype).eps * deviation
+        return max(measured, _LEAST_NOISE * deviation)
 
     def _off(self, reference: Tensor) -> float:
         rounding = Rounding()
