@@ -103,7 +103,7 @@ def rehearse(
 def _next_block(
     model: PreTrainedModel, context: Context, cached: CachedModel, seed: int
 ) -> tuple[list[list[int]], list[int], int]:
-    """Drafts by row, put behind the committed tokens; how many of these each row is fed with them; tokens in all."""
+    """Drafts by row, put after the committed tokens; how many of these each row is fed with them; tokens in all."""
     if cached.at_once is not None:
         cached.prefill(context)
     missing = cached.missing(context)

@@ -8,8 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, VOCAB, assert_lossless, make_prompts, perturbed
-from transformers import BartConfig, BartForConditionalGeneration, LlamaForCausalLM, PreTrainedModel
+from conftest import ARCHITECTURES, SIZES, VOCAB, assert_lossless, make_prompts, perturbed
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    GenerationMixin,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import hf_specdec
 
@@ -169,9 +177,90 @@ def test_a_forward_that_returns_too_few_logits_is_an_error() -> None:
     assert torch.equal(target.generate(**make_prompts(1), max_new_tokens=NEW_TOKENS, **drafter), expected)
 
 
+def test_a_forward_that_comes_to_return_too_few_logits_is_an_error() -> None:
+    """What a model can do is remembered, and looked at all the same."""
+    target = build(Limited)
+    check(target)
+    target.limit = 1
+    with pytest.raises(ValueError, match=r"Limited returned the logits of 1 of the \d+ tokens that it was asked about"):
+        target.generate(**make_prompts(1), strategy="spec", assistant_model=draft(), max_new_tokens=8)
+
+
+class Limited(Reads):
+    limit: int | None = None
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, **kwargs):
+        output = super().forward(input_ids, attention_mask, position_ids, past_key_values, **kwargs)
+        if self.limit:
+            output.logits = output.logits[:, -self.limit :]
+        return output
+
+
 def test_the_usual_model_is_asked_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hf_specdec.later, "later_steps", lambda *_: pytest.fail("was compared"))
     check(build(Reads))
+
+
+# Caches of other types
+
+
+class InTuples(PreTrainedModel, GenerationMixin):
+    """One layer of attention that keeps keys and values as older code does: as a tuple, or list, of tuples."""
+
+    config_class = LlamaConfig
+    container: Any = tuple
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__(config)
+        self.embed = torch.nn.Embedding(config.vocab_size, 32)
+        self.qkv = torch.nn.Linear(32, 96)
+        self.head = torch.nn.Linear(32, config.vocab_size, bias=False)
+        self.post_init()
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        if isinstance(module, (torch.nn.Embedding, torch.nn.Linear)):
+            module.weight.data.normal_(0, 0.5)
+
+    def forward(
+        self, input_ids=None, attention_mask=None, past_key_values=None, use_cache=None, return_dict=None, **kwargs
+    ):
+        hidden = self.embed(input_ids)
+        queries, keys, values = self.qkv(hidden).chunk(3, dim=-1)
+        if isinstance(past_key_values, self.container):
+            keys, values = (torch.cat(both, dim=1) for both in zip(past_key_values[0], (keys, values)))
+        scores = queries @ keys.transpose(1, 2) / 32**0.5
+        causal = torch.ones(scores.shape[1:], dtype=torch.bool).tril(scores.shape[2] - scores.shape[1])
+        if attention_mask is not None:
+            causal = causal & attention_mask[:, None, : scores.shape[2]].bool()
+        weights = scores.masked_fill(~causal, -1e9).softmax(dim=-1)
+        return CausalLMOutputWithPast(
+            logits=self.head(hidden + weights @ values), past_key_values=self.container([(keys, values)])
+        )
+
+    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, attention_mask=None, **kwargs):
+        if isinstance(past_key_values, self.container):
+            input_ids = input_ids[:, past_key_values[0][0].shape[1] :]
+        return {"input_ids": input_ids, "past_key_values": past_key_values, "attention_mask": attention_mask}
+
+
+class InLists(InTuples):
+    container = list
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("cls", [InTuples, InLists])
+def test_caches_that_are_tuples_or_lists(cls: type[PreTrainedModel], batch: int) -> None:
+    torch.manual_seed(0)
+    target = cls(LlamaConfig(**{**SIZES, "num_hidden_layers": 1})).eval()
+    target.generation_config.pad_token_id = 0
+    pair = target, perturbed(target, 0.2)
+    assert_lossless(pair, make_prompts(batch), lambda: {"max_new_tokens": NEW_TOKENS}, gammas=(4,))
+    usual = build(Reads)
+    stats = hf_specdec.SpeculationStats()
+    drafted = {"strategy": "spec", "assistant_model": pair[1], "speculation_stats": stats, "num_assistant_tokens": 3}
+    expected = usual.generate(**make_prompts(batch), max_new_tokens=NEW_TOKENS)
+    assert torch.equal(usual.generate(**make_prompts(batch), max_new_tokens=NEW_TOKENS, **drafted), expected)
+    assert stats.drafted_tokens > 0, "they can draft"
 
 
 # Encoder-decoder models
