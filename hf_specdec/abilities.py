@@ -18,7 +18,7 @@ from .answers import Answer, CannotBeAsked, Differs, ask, check_same, ordinary_t
 from .host import forward_parameters, hidden_parameters, model_device
 from .layers import cache_layers
 from .masks import follows_masks, takes_masks
-from .probes import LONGEST, Vanilla, rehearse
+from .probes import LONGEST, Vanilla, compare_padded_blocks, rehearse
 from .states import has_states, rows_are_independent
 from .window import Window
 
@@ -186,6 +186,19 @@ def check_blocks(model: PreTrainedModel, cache: Cache, max_length: int) -> None:
 
 def _rehearse(model: PreTrainedModel, past: int, longest: int | None, seed: int) -> None:
     rehearse(model, past=past, longest=longest, seed=seed)
+
+
+def check_padded_blocks(model: PreTrainedModel) -> None:
+    """Raise a ValueError if blocks of rows that are padded on the left get other logits than token by token.
+
+    Asked of models whose rows advance together, padding included.
+    """
+    answer = ask(model, "padded blocks", functools.partial(compare_padded_blocks, model))
+    if not answer:
+        raise answer.refusal(
+            f"{type(model).__name__} {answer.reason}, so that drafts of a padded batch cannot be verified in one "
+            "forward: pass prompts of equal lengths, or one at a time, or drop strategy='spec'"
+        )
 
 
 def unexplained_windows(model: PreTrainedModel, cache: Cache, max_length: int) -> list[int]:

@@ -204,11 +204,9 @@ def only_limits_logits(logits: Callable[[dict[str, Any]], Tensor], name: str, va
     Args:
         logits: of a forward over two tokens, `[batch, 2 or 1, vocab]`, given inputs besides the usual.
     """
-    limited = logits({name: value})
-    if limited.shape[1] > 1:
-        return False
     try:
-        every = logits({})
-    except Exception:  # it cannot do without
+        limited = logits({name: value})
+        every = limited if limited.shape[1] > 1 else logits({})
+    except Exception:  # it takes no two tokens, or cannot do without the input
         return False
-    return every.shape[1] == 2 and torch.equal(every[:, -1:], limited)
+    return every is not limited and every.shape[1] == 2 and torch.equal(every[:, -1:], limited)

@@ -100,6 +100,21 @@ def rehearse(
         cached.commit(context)
 
 
+def compare_padded_blocks(model: PreTrainedModel, seed: int) -> None:
+    """Raise `Differs` unless blocks of tokens after prompts padded on the left are what they are token by token."""
+    vanilla = Vanilla(model)
+    lengths = _LENGTHS[:2]
+    tokens = ordinary_tokens(model, sum(lengths) + 2 * _DRAFTS, seed)
+    first = [max(lengths) - length for length in lengths]
+    prompts = [[tokens.pop() for _ in range(length)] for length in lengths]
+    own = torch.tensor([[tokens.pop() for _ in range(_DRAFTS)] for _ in lengths], device=model_device(model))
+    vanilla.check_asked(prompts[0], closely=seed > 0)
+    ids = torch.tensor([[0] * gap + prompt for gap, prompt in zip(first, prompts)], device=model_device(model))
+    steps, block = (vanilla.padded(ids, first, own, width) for width in (1, _DRAFTS))
+    for row in range(len(lengths)):
+        check_same(model, block[row], steps[row], vanilla.noise, f"{_BLOCKS}, in a batch that is padded on the left")
+
+
 def _next_block(
     model: PreTrainedModel, context: Context, cached: CachedModel, seed: int
 ) -> tuple[list[list[int]], list[int], int]:
@@ -184,21 +199,20 @@ class Vanilla:
         """
         if self.model.config.is_encoder_decoder or _states(self.model):
             return  # padding is the encoder's, or kept as it is
-        cache, padded = self.read(ids, first), []
-        mask = torch.arange(ids.shape[1], device=ids.device) >= torch.tensor(first, device=ids.device)[:, None]
         own = torch.tensor([[prompt[0], prompt[-1]] for prompt in prompts], device=ids.device)
-        for step in range(2):
-            mask = torch.cat([mask, mask.new_ones(len(ids), 1)], dim=1)
-            padded.append(self._forward(own[:, step : step + 1], cache, mask.long()))
+        together = self.padded(ids, first, own, width=1)
         for row, prompt in enumerate(prompts):
             alone = self.logits([*prompt, *own[row].tolist()], len(prompt))[1:]
-            check_same(
-                self.model,
-                torch.cat(padded, dim=1)[row],
-                alone,
-                self.noise,
-                "gives a row that is padded on the left other logits than alone",
-            )
+            check_same(self.model, together[row], alone, self.noise, _PADDING)
+
+    def padded(self, ids: Tensor, first: list[int], own: Tensor, width: int) -> Tensor:
+        """`[rows, tokens, vocab]`: of `own` `[rows, tokens]`, fed by `width` after prompts padded on the left."""
+        cache, logits = self.read(ids, first), []
+        mask = torch.arange(ids.shape[1], device=ids.device) >= torch.tensor(first, device=ids.device)[:, None]
+        for tokens in own.split(width, dim=1):
+            mask = torch.cat([mask, mask.new_ones(tokens.shape)], dim=1)
+            logits.append(self._forward(tokens, cache, mask.long()))
+        return torch.cat(logits, dim=1)
 
     def read(self, ids: Tensor, first: list[int]) -> Cache:
         """A cache that holds prompts padded on the left."""

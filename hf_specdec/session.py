@@ -23,6 +23,7 @@ from transformers.utils import logging
 from .abilities import (
     carries_its_own,
     check_blocks,
+    check_padded_blocks,
     check_states,
     check_target,
     check_windows,
@@ -111,6 +112,8 @@ def prepare(
     unknown = [*unknown_names(logits_processor), *stopping.unknown]
     windows = [] if by_itself or encoder is not None else unexplained_windows(model, cache, columns)
     lockstep = batch > 1 and _needs_lockstep(model, drafter, prompt, unknown, windows)
+    if lockstep and any(prompt.first) and encoder is None and not by_itself and not model.training:
+        check_padded_blocks(model)
     # Vanilla pads recurrent layers on the left, which tell what is padding only there; and who is not told positions
     # counts columns, padding included.
     whole = by_itself or has_states(cache)

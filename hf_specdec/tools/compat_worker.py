@@ -15,7 +15,8 @@ from .tiny_models import Entry
 def answer(question: dict[str, Any]) -> dict[str, Any]:
     start = time.perf_counter()
     dtype = getattr(torch, question["dtype"])
-    result = examine(Entry(**question["entry"]), tuple(question["batches"]), question["seed"], dtype=dtype)
+    entry = Entry(**{**question["entry"], "mappings": tuple(question["entry"]["mappings"])})
+    result = examine(entry, tuple(question["batches"]), question["seed"], dtype=dtype)
     return result | {"seconds": round(time.perf_counter() - start, 2)}
 
 
