@@ -15,10 +15,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 from .answers import Answer, CannotBeAsked, Differs, ask, check_same, ordinary_tokens
-from .host import forward_parameters, hidden_parameters, model_device
+from .host import first_line, forward_parameters, hidden_parameters, model_device
 from .layers import cache_layers
 from .masks import follows_masks, takes_masks
-from .probes import LONGEST, Vanilla, compare_padded_blocks, rehearse
+from .probes import LONGEST, Vanilla, compare_beside_longer_rows, compare_padded_blocks, rehearse
 from .states import has_states, rows_are_independent
 from .window import Window
 
@@ -35,6 +35,7 @@ def check_target(model: PreTrainedModel, rows: int) -> None:
         rows: of the prompt.
     """
     check_mode(model, "the model", "model")
+    check_config(model, "the model")
     _check_prepared_inputs(model)
     _check_adapters(model, rows)
     if model.training:
@@ -64,8 +65,35 @@ def check_target(model: PreTrainedModel, rows: int) -> None:
             )
 
 
+def check_config(model: PreTrainedModel, owner: str) -> None:
+    """Raise a ValueError if the config of an encoder-decoder model makes no cache for its decoder.
+
+    Args:
+        owner: who that is, for the message.
+    """
+    if not model.config.is_encoder_decoder:
+        return
+    try:
+        DynamicCache(config=model.config.get_text_config(decoder=True))
+    except AttributeError as error:
+        raise ValueError(
+            f"strategy='spec' cannot be used with {owner} ({type(model).__name__}): its config names no layers of a "
+            f"decoder with a key-value cache ({first_line(error)}). Drop the strategy"
+        ) from error
+
+
 def carries_its_own(model: PreTrainedModel) -> bool:
     """Whether our cache cannot stand for what a decoder-only model carries from one forward to the next."""
+    return is_fed_by_itself(model) or not keeps_a_cache(model)
+
+
+def keeps_a_cache(model: PreTrainedModel) -> bool:
+    """Whether a model that is given a cache of transformers returns it; asked with two tokens."""
+    return bool(model.config.is_encoder_decoder or ask(model, "keeps a cache", lambda seed: _keep_a_cache(model, seed)))
+
+
+def is_fed_by_itself(model: PreTrainedModel) -> bool:
+    """The same as far as signature and config tell it; nothing is run."""
     if model.config.is_encoder_decoder:
         return False
     if not {"past_key_values", "cache_params"} & forward_parameters(model).keys():
@@ -76,9 +104,7 @@ def carries_its_own(model: PreTrainedModel) -> bool:
         cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     except AttributeError:  # a config without layers
         return True
-    if any(hasattr(layer, "set_prefill_length") for layer in cache.layers):  # prompts are kept apart
-        return True
-    return not ask(model, "keeps a cache", lambda seed: _keep_a_cache(model, seed))
+    return any(hasattr(layer, "set_prefill_length") for layer in cache.layers)  # prompts are kept apart
 
 
 def _keep_a_cache(model: PreTrainedModel, seed: int) -> None:
@@ -111,6 +137,9 @@ def ragged_rows(model: PreTrainedModel, drafts: bool = False) -> Answer:
     if not has_states(cache):
         if not follows_masks(model, drafts):
             return Answer("cannot be told positions and masks by row")
+        beside = ask(model, "longer rows", lambda seed: compare_beside_longer_rows(model, seed))
+        if not beside:
+            return beside
         return ask(model, ("rows", drafts), lambda seed: rehearse(model, rows=3, drafts=drafts, seed=seed))
     if any(hasattr(layer, "keys") for layer in cache.layers) and not takes_masks(model):
         return Answer("cannot be told masks by row")
@@ -165,10 +194,12 @@ def check_blocks(model: PreTrainedModel, cache: Cache, max_length: int) -> None:
     """
     if model.training or model.config.is_encoder_decoder or has_states(cache):
         return  # random, or asked elsewhere
+    windows = unexplained_windows(model, cache, max_length)
     held = min(filter(None, (getattr(layer, "sliding_window", None) for layer in cache.layers)), default=LONGEST)
     longest = held if max_length <= held < LONGEST else None  # what the call does not come to is not asked
-    for window in (0, *unexplained_windows(model, cache, max_length)):
-        past = window and window + 2
+    longest = min((size for size in (longest, *windows) if size is not None), default=None)
+    for window in (0, *windows):
+        past, longest = (window + 2, None) if window else (0, longest)
         answer = ask(model, ("blocks", past, longest), functools.partial(_rehearse, model, past, longest))
         if answer:
             continue
@@ -210,7 +241,8 @@ def unexplained_windows(model: PreTrainedModel, cache: Cache, max_length: int) -
         cache: what transformers makes of the model's config.
     """
     config = model.config.get_text_config(decoder=True)
-    explained = {getattr(layer, "sliding_window", None) for layer in cache.layers}
+    layers = [*cache.layers, *DynamicCache(config=config).layers]  # static ones do not tell their windows
+    explained = {getattr(layer, "sliding_window", None) for layer in layers}
     if getattr(config, "layer_types", None) is not None:
         explained.add(getattr(config, "sliding_window", None))  # the types say which layers have it
     named = [value for name, value in vars(config).items() if "window" in name and "layer" not in name]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from transformers import AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from .abilities import carries_its_own, check_states, continues_states
+from .abilities import check_config, check_states, continues_states, is_fed_by_itself
 from .host import model_device
 from .layers import check_layers
 from .states import has_states
@@ -50,7 +50,8 @@ def check_architecture(draft: PreTrainedModel, target: PreTrainedModel) -> None:
 def check_states_of_draft(draft: PreTrainedModel) -> None:
     """Raise a ValueError if a draft model cannot go back to accepted tokens. It may be asked with a few tokens."""
     name = type(draft).__name__
-    if carries_its_own(draft):
+    check_config(draft, "`assistant_model`")
+    if is_fed_by_itself(draft):
         return  # what it can do shows with its first prompt
     cache = DynamicCache(config=draft.config.get_text_config(decoder=True))
     check_layers(cache, f"`assistant_model` ({name})")
@@ -242,7 +243,7 @@ def _finding(
 def _architecture(target: PreTrainedModel, draft: PreTrainedModel) -> Finding:
     names = type(target).__name__, type(draft).__name__
     complaint = ""
-    if not carries_its_own(target):
+    if not is_fed_by_itself(target):
         cache = DynamicCache(config=target.config.get_text_config(decoder=True))
         complaint = _complaint(check_layers, cache, f"the target ({names[0]})")
         complaint = complaint or _complaint(check_states, target, cache, "the target")

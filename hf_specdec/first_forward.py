@@ -146,7 +146,7 @@ class FirstForward:
                 if self._reads(name, others, value, second.get(name)):
                     raise self._misfit(f"prepares another `{name}` at each step", output)
             elif isinstance(value, Tensor):
-                if self._reads(name, others, value, _altered(value)):
+                if self._reads(name, others, value, _altered(value)) or self._reads(name, others, value, None):
                     if value.shape[:2] != (len(self.ids), 1):
                         raise self._misfit(f"reads `{name}` {list(value.shape)} at every token", output)
                     every_step[name] = OfToken(value) if self._is_of_token(name, value) else OfRow(value)

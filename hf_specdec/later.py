@@ -87,7 +87,7 @@ def later_steps(
         if step:
             output = _holding(model, output, columns + step)
         kwargs = model._update_model_kwargs_for_generation(output, kwargs, is_encoder_decoder=is_encoder_decoder)
-        ids = torch.cat([ids, ids[:, -1:]], dim=1)
+        ids = torch.nn.functional.pad(ids, (0, 1), value=int(ids[0, -1]) if ids.numel() else 0)
         steps.append(model.prepare_inputs_for_generation(ids, next_sequence_length=1, **kwargs))
     return ids, steps
 

@@ -7,6 +7,7 @@ uses, and every logit is compared with what the same row gets alone.
 """
 
 import contextlib
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,14 +16,14 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .answers import CannotBeAsked, Differs, apart, check_same, is_rounding, measured_noise, ordinary_tokens
+from .answers import CannotBeAsked, Differs, apart, check_same, is_rounding, measured_noise, ordinary_tokens, tolerance
 from .cache import RaggedCache
 from .context import Context
 from .encoded import Encoded
 from .forward import CachedModel
 from .host import forward_parameters, model_device
 from .layers import cache_layers
-from .masks import hands_positions_on, looks_ahead, probe_inputs
+from .masks import hands_positions_on, looks_ahead, probe_inputs, ragged_mask, takes_position_ids
 from .sharding import OwnLayersCache
 from .states import has_states
 
@@ -30,6 +31,7 @@ from .states import has_states
 _LENGTHS = (23, 6, 14)
 _DRAFTS = 3
 _BLOCKS = "gives several tokens on a filled cache other logits than one after the other"
+_ROWS = "gives rows of different lengths other logits together than alone"
 _PADDING = "gives a row that is padded on the left other logits than alone"
 _SHAKEN = 1e-6  # of a number
 # Tokens that a row comes to after its prompt, at most.
@@ -72,7 +74,7 @@ def rehearse(
     first = [max(lengths) - length for length in lengths]
     ids = torch.tensor([[0] * gap + prompt for gap, prompt in zip(first, prompts)], device=model_device(model))
     vanilla.check_asked(prompts[0], closely=seed > 0)
-    if rows > 1 and not drafts:
+    if rows > 1 and not drafts and not vanilla.looks_ahead:
         vanilla.check_padding(ids, first, prompts)
 
     context = Context(ids, first, max_length=max(lengths) + 16, pad_token_id=0)
@@ -86,11 +88,12 @@ def rehearse(
     for accepted in (*_ACCEPTED, None):
         draft_tokens, missing, width = _next_block(model, context, cached, seed)
         logits = cached.forward(context, width, keep=width).logits
+        texts = [[*context.row(row).tolist(), *draft_tokens[row][: width - n]] for row, n in enumerate(missing)]
+        truth = vanilla.of_rows(texts, prompts, ids, first)
         for row, pending in enumerate(missing):
-            text = [*context.row(row).tolist(), *draft_tokens[row][: width - pending]]
-            expected = vanilla.logits(text, len(prompts[row]))[pending - 1 - width :]
-            otherwise = _BLOCKS if rows == 1 else "gives rows of different lengths other logits together than alone"
-            check_same(model, logits[row, pending - 1 :], expected, vanilla.noise, otherwise)
+            got = logits[row, pending - 1 :]
+            expected = truth[row][-len(got) :]  # of prompts that are read ahead nothing is said before they end
+            check_same(model, got[-len(expected) :], expected, vanilla.noise, _BLOCKS if rows == 1 else _ROWS)
         context.clear_drafts()
         if accepted is None:
             return
@@ -98,6 +101,43 @@ def rehearse(
             kept = draft_tokens[row][: min(count, width - missing[row])]
             context.append(row, [*kept, *ordinary_tokens(model, 1, seed + 7 + row)])
         cached.commit(context)
+
+
+class _CacheOfOtherRows(OwnLayersCache):
+    """An empty cache that tells the length of a longer row, which must mean nothing to the others."""
+
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
+        return super().get_seq_length(*args, **kwargs) + 2**20
+
+
+def compare_beside_longer_rows(model: PreTrainedModel, seed: int) -> None:
+    """Raise `Differs` if what a row is told by mask and positions depends on how long the cache says that others are.
+
+    Of four tokens the first one is hidden by the mask: the others are told that they are alone.
+    """
+    vanilla = Vanilla(model)
+    if vanilla.looks_ahead or model.config.is_encoder_decoder or not takes_position_ids(model):
+        return  # these know a prompt by its length, or are not told
+    text = ordinary_tokens(model, 4, seed)
+    vanilla.check_asked(ordinary_tokens(model, 12, seed), closely=seed > 0)
+    device = model_device(model)
+    mask = ragged_mask(model, torch.arange(3, device=device)[None], 3)
+    masks = {key: _moved(m) for key, m in mask.items()} if isinstance(mask, dict) else _moved(mask)
+    cache = _CacheOfOtherRows(config=model.config.get_text_config(decoder=True))
+    told = {"attention_mask": masks, "position_ids": torch.tensor([[0, 0, 1, 2]], device=device)}
+    kwargs = {**probe_inputs(model), "past_key_values": cache, "use_cache": True}
+    logits = model(input_ids=vanilla.ids(text), **told, **kwargs).logits[0, 1:]
+    expected = vanilla.logits(text[1:], 1)
+    check_same(model, logits, expected, vanilla.noise, "goes by the length of the longest row")
+
+
+def _moved(mask: Tensor | None) -> Tensor | None:
+    """A causal mask `[1, 1, 3, 3]` moved right and down by one; the first token sees itself alone."""
+    if mask is None:
+        return None
+    seen, unseen = mask[:, :, :1, :1], mask[:, :, :1, 1:2]
+    first = torch.cat([seen, *[unseen] * 3], dim=3)
+    return torch.cat([first, torch.cat([unseen.expand(-1, -1, 3, -1), mask], dim=3)], dim=2)
 
 
 def compare_padded_blocks(model: PreTrainedModel, seed: int) -> None:
@@ -139,7 +179,8 @@ class Vanilla:
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
-        self.looks_ahead = looks_ahead(model) and not model.config.is_encoder_decoder
+        # Cross-attention looks ahead too, and a decoder made for it takes no positions.
+        self.looks_ahead = looks_ahead(model) and not model.config.is_encoder_decoder and takes_position_ids(model)
         self.noise: float | None = None
 
     def check_asked(self, text: list[int], closely: bool = False) -> None:
@@ -162,12 +203,20 @@ class Vanilla:
             self.noise = max(self.noise, self._measure_shaken(text))
 
     def _measure(self, text: list[int], whole: Tensor) -> float:
-        """How far apart answers are that vanilla gets token by token, and in a batch of equal rows."""
+        """How far apart answers are that vanilla gets token by token, and in a batch of rows of equal length.
+
+        Infinite where a token sees those after it: then the two ways differ by more than rounding, however little.
+        """
         begin = max(len(text) - 6, 1)
-        ways = [(self._steps(text, begin), whole[begin - 1 :])]
+        found = apart(self._steps(text, begin), whole[begin - 1 :])
         with contextlib.suppress(Exception):  # of models that are set for one row
-            ways += [(row, whole) for row in self._forward(self.ids(text).expand(3, -1), None)]
-        return max(apart(*way) for way in ways)
+            ids = self.ids(text).repeat(2, 1)
+            ids[1, -1] = ids[1, 0]
+            batch = self._forward(ids, None)
+            if apart(batch[1, :-1], batch[0, :-1]) > tolerance(self.model, 0.0):
+                return math.inf
+            found = max(found, apart(batch[0], whole))
+        return found
 
     def _measure_shaken(self, text: list[int]) -> float:
         """How far logits move when embeddings move in their last digits.
@@ -191,6 +240,19 @@ class Vanilla:
         if self.noise is not None and is_rounding(self.model, self.noise):
             return self._whole(text)[prompt - 1 :]
         return self._steps(text, prompt)
+
+    def of_rows(self, texts: list[list[int]], prompts: list[list[int]], ids: Tensor, first: list[int]) -> list[Tensor]:
+        """By row `[tokens, vocab]`: of the tokens of its text from the last one of the prompt on.
+
+        Rows that look ahead in their prompts are read as vanilla reads them, padded; then nothing is said of that one.
+        """
+        if not self.looks_ahead or len(texts) == 1:
+            return [self.logits(text, len(prompt)) for text, prompt in zip(texts, prompts)]
+        own = [text[len(prompt) :] for text, prompt in zip(texts, prompts)]
+        most = max(map(len, own))
+        filled = torch.tensor([row + [0] * (most - len(row)) for row in own], device=ids.device)
+        together = self.padded(ids, first, filled, width=1)
+        return [logits[: len(row)] for logits, row in zip(together, own)]
 
     def check_padding(self, ids: Tensor, first: list[int], prompts: list[list[int]]) -> None:
         """Raise `Differs` if a row means something else to vanilla when it is padded on the left beside others.
@@ -306,9 +368,11 @@ def make_cached_model(model: PreTrainedModel, context: Context, ragged: bool, dr
 
 
 def _positions(model: PreTrainedModel) -> int | None:
-    """How many positions there are, where the config says it."""
+    """How many positions there are, or after how many rotary embeddings change, where the config says it."""
     config = model.config.get_text_config(decoder=True)
-    named = (getattr(config, name, None) for name in ("max_position_embeddings", "max_target_positions", "n_positions"))
+    names = ("max_position_embeddings", "max_target_positions", "n_positions", "original_max_position_embeddings")
+    rope = getattr(config, "rope_parameters", None) or {}
+    named = (found.get(name) for found in (vars(config), rope) for name in names)
     return min((n for n in named if isinstance(n, int) and n > 0), default=None)
 
 

@@ -28,6 +28,8 @@ from .abilities import (
     check_target,
     check_windows,
     decodes_ragged_rows,
+    is_fed_by_itself,
+    keeps_a_cache,
     ragged_rows,
     unexplained_windows,
 )
@@ -86,7 +88,7 @@ def prepare(
         encoder = with_later_inputs(encoder, model, input_ids, model_kwargs)
         user_cache, model_kwargs = model_kwargs["past_key_values"], decoder_kwargs(model, input_ids, model_kwargs)
     check_target(model, input_ids.shape[0])
-    by_itself = carries_its_own(model)
+    by_itself = is_fed_by_itself(model)
     cache = prepared_cache(model_kwargs)
     if by_itself:
         check_given(model, cache, generation_config)
@@ -98,6 +100,10 @@ def prepare(
     vocab_size: int = model.config.get_text_config(decoder=True).vocab_size
     held = None if by_itself else cache
     prompt = read_prompt(model, input_ids, generation_config, held, model_kwargs, vocab_size)
+    if not by_itself and not keeps_a_cache(model):  # asked last of what is refused without running anything
+        by_itself, cache = True, DynamicCache()
+        check_given(model, prepared_cache(model_kwargs), generation_config)
+        prompt = read_prompt(model, input_ids, generation_config, None, model_kwargs, vocab_size)
     max_length = min(
         [c.max_length for c in stopping_criteria if type(c) is MaxLengthCriteria], default=generation_config.max_length
     )

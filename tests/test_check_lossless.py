@@ -19,7 +19,7 @@ from conftest import SIZES, make_model, perturbed
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from hf_specdec import acceptance, decoding, demo_pair
+from hf_specdec import abilities, acceptance, decoding, demo_pair
 from hf_specdec.acceptance import Verdict
 from hf_specdec.forward import CachedModel
 from hf_specdec.tools import two_sample
@@ -145,6 +145,7 @@ def shift_positions(monkeypatch):
         return positions(self, rows, *args) + (self.cache.get_seq_length() > 0)
 
     monkeypatch.setattr(CachedModel, "_positions", shifted)
+    monkeypatch.setattr(abilities, "rehearse", lambda *_, **__: None)  # which would find it first
 
 
 def spoil_logits(monkeypatch):
@@ -158,6 +159,7 @@ def spoil_logits(monkeypatch):
         return output
 
     monkeypatch.setattr(CachedModel, "forward", spoiled)
+    monkeypatch.setattr(abilities, "rehearse", lambda *_, **__: None)  # which would find it first
 
 
 SOUND: dict[str, dict[str, Any]] = {}  # by dtype, what the script says of sound code
