@@ -137,10 +137,8 @@ def ragged_rows(model: PreTrainedModel, drafts: bool = False) -> Answer:
     if not has_states(cache):
         if not follows_masks(model, drafts):
             return Answer("cannot be told positions and masks by row")
-        beside = ask(model, "longer rows", lambda seed: compare_beside_longer_rows(model, seed))
-        if not beside:
-            return beside
-        return ask(model, ("rows", drafts), lambda seed: rehearse(model, rows=3, drafts=drafts, seed=seed))
+        together = ask(model, ("rows", drafts), lambda seed: rehearse(model, rows=3, drafts=drafts, seed=seed))
+        return together and ask(model, "longer rows", lambda seed: compare_beside_longer_rows(model, seed))
     if any(hasattr(layer, "keys") for layer in cache.layers) and not takes_masks(model):
         return Answer("cannot be told masks by row")
     if not rows_are_independent(cache):
