@@ -69,6 +69,7 @@ REFUSED_CLASSES = {
 DECEIVERS = {
     "GPTNeoForCausalLM": "its local layers mask by a band that is aligned with the longest row",
     "ImageGPTForCausalImageModeling": "it flattens a mask of four dimensions",
+    "DeepseekV4ForCausalLM": "blocks that begin in padding are compressed otherwise",
 }
 # Their `generate()` makes more than one token per step, or none one by one.
 OWN_DECODING = {
