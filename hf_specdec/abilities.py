@@ -167,7 +167,9 @@ def check_states(model: PreTrainedModel, cache: Cache, owner: str) -> None:
     answer = continues_states(model)
     if answer:
         return
-    if continues_states(model, at_once=1):
+    if not answer.compared:
+        reason = "cannot be led through rejected drafts"
+    elif continues_states(model, at_once=1):
         reason = (
             "does not continue a recurrent state over several tokens, so that drafts cannot be verified in one forward"
         )

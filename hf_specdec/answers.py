@@ -54,6 +54,11 @@ class Answer:
     def __bool__(self) -> bool:
         return not self.reason
 
+    @property
+    def compared(self) -> bool:
+        """Whether the reason is what the model said, and not that it failed."""
+        return isinstance(self.cause, Differs)
+
     def refusal(self, message: str) -> ValueError:
         """The error that says so, with its cause chained."""
         error = ValueError(message)

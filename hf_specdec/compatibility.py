@@ -57,8 +57,9 @@ def check_states_of_draft(draft: PreTrainedModel) -> None:
     check_layers(cache, f"`assistant_model` ({name})")
     if has_states(cache) and not (continues_states(draft) or (answer := continues_states(draft, at_once=1))):
         raise answer.refusal(
-            f"`assistant_model` ({name}) keeps state where no cache of transformers holds it, so that it cannot go "
-            f"back to accepted tokens (it {answer.reason}): use another draft"
+            f"`assistant_model` ({name}) "
+            + ("keeps state where no cache of transformers holds it, so that it" * answer.compared)
+            + f" cannot go back to accepted tokens (it {answer.reason}): use another draft"
         )
 
 

@@ -35,10 +35,10 @@ _ROWS = "gives rows of different lengths other logits together than alone"
 _PADDING = "gives a row that is padded on the left other logits than alone"
 _SHAKEN = 1e-6  # of a number
 # Tokens that a row comes to after its prompt, at most.
-_NEW = 8
+_NEW = 13
 LONGEST = max(_LENGTHS) + _NEW
 # Round by round, how many drafts each row accepts.
-_ACCEPTED = ((0, 3, 1), (2, 0, 1))
+_ACCEPTED = ((0, 3, 1), (2, 0, 1), (3, 1, 0), (0, 2, 3))
 
 
 def rehearse(
@@ -77,7 +77,7 @@ def rehearse(
     if rows > 1 and not drafts and not vanilla.looks_ahead:
         vanilla.check_padding(ids, first, prompts)
 
-    context = Context(ids, first, max_length=max(lengths) + 16, pad_token_id=0)
+    context = Context(ids, first, max_length=max(lengths) + 24, pad_token_id=0)
     cached = make_cached_model(model, context, ragged=not _states(model), drafts=drafts)
     cached.at_once = at_once
     if vanilla.looks_ahead:  # prompts are read by vanilla's own forward
@@ -103,7 +103,7 @@ def rehearse(
         cached.commit(context)
 
 
-class _CacheOfOtherRows(OwnLayersCache):
+class _CacheOfOtherRows(DynamicCache):
     """An empty cache that tells the length of a longer row, which must mean nothing to the others."""
 
     def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
@@ -273,7 +273,7 @@ class Vanilla:
         mask = torch.arange(ids.shape[1], device=ids.device) >= torch.tensor(first, device=ids.device)[:, None]
         for tokens in own.split(width, dim=1):
             mask = torch.cat([mask, mask.new_ones(tokens.shape)], dim=1)
-            logits.append(self._forward(tokens, cache, mask.long()))
+            logits.append(self._forward(tokens.contiguous(), cache, mask.long()))
         return torch.cat(logits, dim=1)
 
     def read(self, ids: Tensor, first: list[int]) -> Cache:
@@ -308,7 +308,8 @@ class Vanilla:
         return torch.tensor([list(text)], device=model_device(self.model))
 
     def cache(self) -> Cache:
-        cache: Cache = OwnLayersCache(config=self.model.config.get_text_config(decoder=True))
+        kind = DynamicCache if getattr(self.model, "_pp_stage", None) is None else OwnLayersCache
+        cache: Cache = kind(config=self.model.config.get_text_config(decoder=True))
         return EncoderDecoderCache(cache, DynamicCache()) if self.model.config.is_encoder_decoder else cache
 
     def _forward(self, ids: Tensor, cache: Cache | None, mask: Tensor | None = None, past: int = 0) -> Tensor:

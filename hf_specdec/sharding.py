@@ -104,7 +104,10 @@ class OwnLayersCache(DynamicCache):
         return super().get_mask_sizes(query_length, self._owned(layer_idx))
 
     def _owned(self, layer_idx: int) -> int:
-        """The first layer that holds anything and is like the one that is asked, or that one."""
-        kind = {type(layer) for layer in self.layers[layer_idx : layer_idx + 1]}
+        """The layer that is asked if it holds anything, else the first one of its kind that does."""
+        asked = self.layers[layer_idx : layer_idx + 1]
+        if any(layer.is_initialized for layer in asked):
+            return layer_idx
+        kind = {type(layer) for layer in asked}
         alike = (index for index, layer in enumerate(self.layers) if type(layer) in kind and layer.is_initialized)
         return next(alike, layer_idx)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ARCHITECTURES, SIZES, assert_lossless, make_model, make_prompts, perturbed
-from transformers import GPTNeoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import GPT2LMHeadModel, GPTNeoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from hf_specdec import answers
 from hf_specdec.abilities import decodes_ragged_rows, ragged_rows, unexplained_windows
@@ -53,6 +53,33 @@ class LastRowLeads(LlamaForCausalLM):
         if position_ids is not None and len(position_ids) > 1 and attention_mask is not None:
             position_ids = position_ids[:1].expand_as(position_ids) if attention_mask.ndim == 4 else position_ids
         return super().forward(input_ids, attention_mask, position_ids, past_key_values, **kwargs)
+
+
+class CountsColumns(GPT2LMHeadModel):
+    """Told padding as vanilla tells it, positions are columns; told a mask by row, they are what it is told."""
+
+    def forward(
+        self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None, **kwargs
+    ):
+        if attention_mask is not None and attention_mask.ndim == 2:
+            columns = torch.arange(attention_mask.shape[1])[None, -input_ids.shape[1] :]
+            position_ids = columns.expand(len(input_ids), -1)
+        cached = {"past_key_values": past_key_values, "use_cache": use_cache}
+        return super().forward(input_ids, attention_mask=attention_mask, position_ids=position_ids, **cached, **kwargs)
+
+
+def test_models_to_which_padding_means_something_decode_in_lockstep() -> None:
+    torch.manual_seed(0)
+    target = CountsColumns(ARCHITECTURES["gpt2"]()).eval()
+    target.generation_config.pad_token_id = 0
+    assert "padded on the left" in ragged_rows(target).reason
+    for seed in (1, 2):
+        assert_lossless(
+            (target, perturbed(target, 0.1)),
+            make_prompts(4, seed=seed),
+            lambda: {"max_new_tokens": NEW_TOKENS},
+            gammas=(4,),
+        )
 
 
 def build(cls: type[PreTrainedModel], **config: Any) -> PreTrainedModel:
