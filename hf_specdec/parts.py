@@ -77,7 +77,8 @@ def _places(tensor: Tensor) -> list[object]:
     """The addresses of what a tensor consists of; of one that does not tell, something that equals nothing else."""
     flatten: Any = getattr(tensor, "__tensor_flatten__", None)  # of a subclass that is made of other tensors
     if flatten is not None:
-        return [place for name in flatten()[0] for place in _places(getattr(tensor, name))]
+        inner = (getattr(tensor, name) for name in flatten()[0])  # a mesh of devices may be among them
+        return [place for part in inner if isinstance(part, Tensor) for place in _places(part)]
     address = tensor.data_ptr() if tensor.layout is torch.strided else 0
     return [address if address or not tensor.numel() else object()]
 
