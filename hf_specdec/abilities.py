@@ -195,8 +195,7 @@ def check_blocks(model: PreTrainedModel, cache: Cache, max_length: int) -> None:
     if model.training or model.config.is_encoder_decoder or has_states(cache):
         return  # random, or asked elsewhere
     windows = unexplained_windows(model, cache, max_length)
-    held = min(filter(None, (getattr(layer, "sliding_window", None) for layer in cache.layers)), default=LONGEST)
-    longest = held if max_length <= held < LONGEST else None  # what the call does not come to is not asked
+    longest = _within_window(cache, max_length)
     longest = min((size for size in (longest, *windows) if size is not None), default=None)
     for window in (0, *windows):
         past, longest = (window + 2, None) if window else (0, longest)
@@ -219,12 +218,19 @@ def _rehearse(model: PreTrainedModel, past: int, longest: int | None, seed: int)
     rehearse(model, past=past, longest=longest, seed=seed)
 
 
-def check_padded_blocks(model: PreTrainedModel) -> None:
+def _within_window(cache: Cache, max_length: int) -> int | None:
+    """The window of a cache that a call stays within, where probes would not: what it does not come to is not asked."""
+    held = min(filter(None, (getattr(layer, "sliding_window", None) for layer in cache.layers)), default=LONGEST)
+    return held if max_length <= held < LONGEST else None
+
+
+def check_padded_blocks(model: PreTrainedModel, cache: Cache, max_length: int) -> None:
     """Raise a ValueError if blocks of rows that are padded on the left get other logits than token by token.
 
     Asked of models whose rows advance together, padding included.
     """
-    answer = ask(model, "padded blocks", functools.partial(compare_padded_blocks, model))
+    longest = _within_window(cache, max_length)
+    answer = ask(model, ("padded blocks", longest), functools.partial(compare_padded_blocks, model, longest))
     if not answer:
         raise answer.refusal(
             f"{type(model).__name__} {answer.reason}, so that drafts of a padded batch cannot be verified in one "

@@ -140,10 +140,10 @@ def _moved(mask: Tensor | None) -> Tensor | None:
     return torch.cat([first, torch.cat([unseen.expand(-1, -1, 3, -1), mask], dim=3)], dim=2)
 
 
-def compare_padded_blocks(model: PreTrainedModel, seed: int) -> None:
+def compare_padded_blocks(model: PreTrainedModel, longest: int | None, seed: int) -> None:
     """Raise `Differs` unless blocks of tokens after prompts padded on the left are what they are token by token."""
     vanilla = Vanilla(model)
-    lengths = _LENGTHS[:2]
+    lengths = _LENGTHS[:2] if longest is None else (longest - _DRAFTS, 2)
     tokens = ordinary_tokens(model, sum(lengths) + 2 * _DRAFTS, seed)
     first = [max(lengths) - length for length in lengths]
     prompts = [[tokens.pop() for _ in range(length)] for length in lengths]

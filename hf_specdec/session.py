@@ -119,7 +119,7 @@ def prepare(
     windows = [] if by_itself or encoder is not None else unexplained_windows(model, cache, columns)
     lockstep = batch > 1 and _needs_lockstep(model, drafter, prompt, unknown, windows)
     if lockstep and any(prompt.first) and encoder is None and not by_itself and not model.training:
-        check_padded_blocks(model)
+        check_padded_blocks(model, cache, columns)
     # Vanilla pads recurrent layers on the left, which tell what is padding only there; and who is not told positions
     # counts columns, padding included.
     whole = by_itself or has_states(cache)
