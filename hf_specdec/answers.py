@@ -88,12 +88,6 @@ def ask(model: PreTrainedModel, question: Hashable, probe: Callable[[int], None]
     return known[key]
 
 
-def forget(model: PreTrainedModel) -> None:
-    """Ask a model again from now on: its code or weights are others."""
-    _answers.pop(model, None)
-    _noise.pop(model, None)
-
-
 @torch.no_grad()
 def _ask(probe: Callable[[int], None]) -> Answer:
     answer = Answer()

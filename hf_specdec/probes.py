@@ -270,7 +270,7 @@ class Vanilla:
     def padded(self, ids: Tensor, first: list[int], own: Tensor, width: int) -> Tensor:
         """`[rows, tokens, vocab]`: of `own` `[rows, tokens]`, fed by `width` after prompts padded on the left."""
         cache, logits = self.read(ids, first), []
-        mask = torch.arange(ids.shape[1], device=ids.device) >= torch.tensor(first, device=ids.device)[:, None]
+        mask = _real(ids.shape[1], first, ids.device)
         for tokens in own.split(width, dim=1):
             mask = torch.cat([mask, mask.new_ones(tokens.shape)], dim=1)
             logits.append(self._forward(tokens.contiguous(), cache, mask.long()))
@@ -279,7 +279,7 @@ class Vanilla:
     def read(self, ids: Tensor, first: list[int]) -> Cache:
         """A cache that holds prompts padded on the left."""
         cache = self.cache()
-        mask = torch.arange(ids.shape[1], device=ids.device) >= torch.tensor(first, device=ids.device)[:, None]
+        mask = _real(ids.shape[1], first, ids.device)
         self._forward(ids, cache, mask.long() if any(first) else None)
         return cache
 
@@ -353,7 +353,6 @@ def make_cached_model(model: PreTrainedModel, context: Context, ragged: bool, dr
     layers = cache_layers(like, model.config, rows, context.max_length)
     cache = RaggedCache(rows, device, context.max_length, context.max_length, layers)
     padded = max(context.first) > 0 and not ragged
-    padding = torch.arange(context.prompt_width, device=device) >= torch.tensor(context.first, device=device)[:, None]
     encoded = None
     if model.config.is_encoder_decoder:
         encoded = Encoded({"encoder_outputs": probe_inputs(model, rows)["encoder_outputs"]}, rows)
@@ -361,11 +360,16 @@ def make_cached_model(model: PreTrainedModel, context: Context, ragged: bool, dr
         model,
         cache,
         first=context.first if ragged else [0] * rows,
-        padding_mask=padding if padded else None,
+        padding_mask=_real(context.prompt_width, context.first, device) if padded else None,
         position_offset=None if ragged else [-first for first in context.first],
         encoded=encoded,
         unnamed_positions=drafts and hands_positions_on(model),
     )
+
+
+def _real(columns: int, first: list[int], device: torch.device) -> Tensor:
+    """`[rows, columns]` bool: what is not left padding, given each row's first real column."""
+    return torch.arange(columns, device=device) >= torch.tensor(first, device=device)[:, None]
 
 
 def _positions(model: PreTrainedModel) -> int | None:
