@@ -109,6 +109,9 @@ class _CacheOfOtherRows(DynamicCache):
     def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
         return super().get_seq_length(*args, **kwargs) + 2**20
 
+    def get_query_offset(self, *args: Any, **kwargs: Any) -> int:
+        return super().get_query_offset(*args, **kwargs) + 2**20
+
 
 def compare_beside_longer_rows(model: PreTrainedModel, seed: int) -> None:
     """Raise `Differs` if what a row is told by mask and positions depends on how long the cache says that others are.
