@@ -20,12 +20,11 @@ class Banded(LlamaForCausalLM):
     """A token sees the last `band` columns: of the longest row, if rows have lengths of their own."""
 
     band = 9
-    length = "get_seq_length"
 
     def forward(
         self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None, **kwargs
     ):
-        past = 0 if past_key_values is None else getattr(past_key_values, self.length)()
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
         columns = torch.arange(past + input_ids.shape[1])
         queries = columns[past:, None]
         mask = ((columns <= queries) & (columns > queries - self.band))[None, None]
@@ -104,13 +103,22 @@ def test_models_that_follow_no_mask_by_row_decode_in_lockstep(cls: type[PreTrain
         )
 
 
+class Scaled(LlamaForCausalLM):
+    """Beyond 64 tokens, more than any probe has, logits grow with the length that the cache tells for all rows."""
+
+    length = "get_seq_length"
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, **kwargs):
+        past = 0 if past_key_values is None else getattr(past_key_values, self.length)()
+        output = super().forward(input_ids, attention_mask, position_ids, past_key_values, **kwargs)
+        output.logits = output.logits * max(past / 64, 1.0)
+        return output
+
+
 @pytest.mark.parametrize("length", ["get_seq_length", "get_query_offset"])
-def test_bands_longer_than_any_probe_are_seen_by_what_they_ask_the_cache(
-    monkeypatch: pytest.MonkeyPatch, length: str
-) -> None:
-    monkeypatch.setattr(Banded, "band", 60)
-    monkeypatch.setattr(Banded, "length", length)
-    assert "goes by the length of the longest row" in ragged_rows(build(Banded)).reason
+def test_lengths_are_found_out_to_matter_before_a_text_is_so_long(monkeypatch: pytest.MonkeyPatch, length: str) -> None:
+    monkeypatch.setattr(Scaled, "length", length)
+    assert "goes by the length of the longest row" in ragged_rows(build(Scaled)).reason
 
 
 def test_windows_that_no_cache_knows_of_keep_rows_in_lockstep(caplog: pytest.LogCaptureFixture) -> None:
