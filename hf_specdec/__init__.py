@@ -5,13 +5,13 @@ Importing registers `strategy="spec"` on `generate()`:
     model.generate(**inputs, assistant_model=draft, strategy="spec")
 """
 
-from .catalogue import Suggestion, suggest_draft
 from .drafters import Draft, Drafter, DraftRequest, ModelDrafter, PromptLookupDrafter
-from .pair_file import PairConfig
-from .pairs import SpecPair, demo_pair
-from .stats import SpeculationStats
-from .strategy import register, speculative, unregister
-from .trace import Trace
+from .generate.strategy import register, speculative, unregister
+from .pairs.catalogue import Suggestion, suggest_draft
+from .pairs.pair import SpecPair, demo_pair
+from .pairs.pair_file import PairConfig
+from .records.stats import SpeculationStats
+from .records.trace import Trace
 
 __version__ = "0.1.0"
 

@@ -17,8 +17,8 @@ from dataclasses import asdict
 
 from rich.console import Console
 
-from .catalogue import suggest_draft
-from .export import EXPORTERS, export_pair, pair_to_export
+from .pairs.catalogue import suggest_draft
+from .pairs.export import EXPORTERS, export_pair, pair_to_export
 from .tools.arguments import add_pair_arguments, load_pair, quiet
 
 

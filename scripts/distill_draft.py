@@ -38,9 +38,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from hf_specdec.loading import find_pair, load_model, load_tokenizer, pin
-from hf_specdec.pair_file import FILE_NAME, ModelReference
 from hf_specdec.pairs import DEMO_PAIR, SpecPair
+from hf_specdec.pairs.loading import find_pair, load_model, load_tokenizer, pin
+from hf_specdec.pairs.pair_file import FILE_NAME, ModelReference
 from hf_specdec.tools import distillation, report
 from hf_specdec.tools.arguments import (
     DTYPES,

@@ -31,8 +31,8 @@ from rich.table import Table
 from rich.text import Text
 
 import hf_specdec
+from hf_specdec.loop.schedule import SCHEDULES
 from hf_specdec.pairs import SpecPair
-from hf_specdec.schedule import SCHEDULES
 from hf_specdec.tools import bootstrap, quality, report
 from hf_specdec.tools.arguments import (
     add_pair_arguments,

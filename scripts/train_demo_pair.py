@@ -30,8 +30,8 @@ from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from hf_specdec.compatibility import vocabulary_check
-from hf_specdec.pair_file import PairConfig
+from hf_specdec.pairs.compatibility import vocabulary_check
+from hf_specdec.pairs.pair_file import PairConfig
 from hf_specdec.tools.distillation import HELD_OUT, STDLIB, distillation_loss, first_layers, standard_library
 
 Llama, FastTokenizer = transformers.LlamaForCausalLM, transformers.PreTrainedTokenizerFast

@@ -28,7 +28,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from hf_specdec.schedule import SCHEDULES
+from hf_specdec.loop.schedule import SCHEDULES
 from hf_specdec.tools import arguments, report, synthetic, tuning
 from hf_specdec.tools.bare import BareForwards
 from hf_specdec.tools.settings import check_positions, make_setting

@@ -31,8 +31,10 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from hf_specdec import options, packing, strategy
-from hf_specdec.optimal import Optimal
+from hf_specdec import options
+from hf_specdec.generate import strategy
+from hf_specdec.kernels import packing
+from hf_specdec.loop.optimal import Optimal
 from hf_specdec.tools import lossless
 
 # Such small matrices only lose by a second thread, and a lot when the machine is shared.

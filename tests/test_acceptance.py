@@ -17,8 +17,8 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from hf_specdec import acceptance, reference
-from hf_specdec.acceptance import Verdict, accept_greedy, accept_sampled, residual
+from hf_specdec.sampling import acceptance, reference
+from hf_specdec.sampling.acceptance import Verdict, accept_greedy, accept_sampled, residual
 
 Tokens = tuple[int, ...]
 Law = dict[Tokens, Fraction]

@@ -20,8 +20,9 @@ from transformers import (
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hf_specdec import Draft, Drafter, attention
-from hf_specdec.attention import folded, folded_attention
+from hf_specdec import Draft, Drafter
+from hf_specdec.kernels import attention
+from hf_specdec.kernels.attention import folded, folded_attention
 
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 20}
 

@@ -21,8 +21,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import hf_specdec
-from hf_specdec import abilities
-from hf_specdec.abilities import decodes_ragged_rows
+from hf_specdec.models import abilities
+from hf_specdec.models.abilities import decodes_ragged_rows
 
 NOISE = {"gemma2": 0.35, "bloom": 0.5}
 NEW_TOKENS = 20

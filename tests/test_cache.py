@@ -14,8 +14,8 @@ from transformers import DynamicCache, QuantizedCache, StaticCache, StoppingCrit
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from hf_specdec import SpeculationStats
-from hf_specdec import cache as cache_module
-from hf_specdec.cache import RaggedCache
+from hf_specdec.cache import ragged as cache_module
+from hf_specdec.cache.ragged import RaggedCache
 
 CPU = torch.device("cpu")
 LAYERS = 2

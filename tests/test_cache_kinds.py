@@ -25,10 +25,11 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
 
 import hf_specdec
-from hf_specdec import attention, static
-from hf_specdec.abilities import decodes_ragged_rows
-from hf_specdec.cache import RaggedCache
-from hf_specdec.host import forward_parameters
+from hf_specdec.cache.ragged import RaggedCache
+from hf_specdec.device import forward_parameters
+from hf_specdec.kernels import attention
+from hf_specdec.models import static
+from hf_specdec.models.abilities import decodes_ragged_rows
 
 NEW_TOKENS = 16
 NOISE = {"gemma2": 0.35}

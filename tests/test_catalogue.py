@@ -8,8 +8,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from hf_specdec import catalogue
-from hf_specdec.catalogue import Suggestion, read_catalogue, suggest_draft
+from hf_specdec.pairs import catalogue
+from hf_specdec.pairs.catalogue import Suggestion, read_catalogue, suggest_draft
 
 FAMILIES: list[dict[str, Any]] = read_catalogue()["families"]
 families = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family["family"])

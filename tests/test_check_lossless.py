@@ -19,9 +19,12 @@ from conftest import SIZES, make_model, perturbed
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from hf_specdec import abilities, acceptance, decoding, demo_pair
-from hf_specdec.acceptance import Verdict
-from hf_specdec.forward import CachedModel
+from hf_specdec import demo_pair
+from hf_specdec.loop import decoding
+from hf_specdec.models import abilities
+from hf_specdec.models.cached import CachedModel
+from hf_specdec.sampling import acceptance
+from hf_specdec.sampling.acceptance import Verdict
 from hf_specdec.tools import two_sample
 from hf_specdec.tools.lossless import BUG, IDENTICAL, TIE, Comparison, Row, compare, spacing
 from hf_specdec.tools.two_sample import chi_squared, critical_value, detectable_bias, rounding_of_laws, tail

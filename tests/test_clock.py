@@ -10,11 +10,12 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from hf_specdec import SpeculationStats, Trace, decoding
-from hf_specdec.decoding import Clock, SpeculativeDecoding
+from hf_specdec import SpeculationStats, Trace
 from hf_specdec.drafters.model import ModelDrafter
-from hf_specdec.forward import CachedModel
-from hf_specdec.optimal import Estimates
+from hf_specdec.loop import decoding
+from hf_specdec.loop.decoding import Clock, SpeculativeDecoding
+from hf_specdec.loop.optimal import Estimates
+from hf_specdec.models.cached import CachedModel
 
 Pair = tuple[PreTrainedModel, PreTrainedModel]
 
@@ -174,7 +175,7 @@ def _by_model(time: FakeTime, pair: Pair) -> list[Any]:
 def _learned(pair: Pair, time: FakeTime, monkeypatch: pytest.MonkeyPatch, **kwargs: Any) -> tuple[Any, Any]:
     """What two calls drafted, and what iterations are then believed to take; all estimates are new."""
     estimates = Estimates()
-    monkeypatch.setattr("hf_specdec.schedule.estimates_for", lambda target, drafter: estimates)
+    monkeypatch.setattr("hf_specdec.loop.schedule.estimates_for", lambda target, drafter: estimates)
     stats = SpeculationStats()
     for _ in range(2):
         spec(

@@ -19,7 +19,7 @@ from transformers import (
     RecurrentGemmaConfig,
 )
 
-from hf_specdec.compatibility import Compatibility, Finding, compare, vocabulary_check
+from hf_specdec.pairs.compatibility import Compatibility, Finding, compare, vocabulary_check
 
 
 def llama(**changes: Any) -> PreTrainedModel:

@@ -13,7 +13,9 @@ from torch import Tensor
 from transformers import LlamaConfig, MistralConfig, PreTrainedConfig
 from transformers.utils import logging
 
-from hf_specdec import SpeculationStats, compiled_attention, pairs
+from hf_specdec import SpeculationStats
+from hf_specdec.kernels import compiled_attention
+from hf_specdec.pairs import pair as pairs
 
 pytestmark = pytest.mark.skipif(compiled_attention.find_compiler() is None, reason="needs a C++ compiler")
 
@@ -40,7 +42,7 @@ def anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """Nothing is built or loaded; the folder where it will be."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     compiled_attention._function.cache_clear()
-    logging.get_logger("hf_specdec.compiled_attention").warning_once.cache_clear()
+    logging.get_logger("hf_specdec.kernels.compiled_attention").warning_once.cache_clear()
     yield tmp_path / "hf_specdec"
     compiled_attention._function.cache_clear()
 

@@ -10,8 +10,9 @@ from conftest import SIZES, VOCAB, make_model, make_prompts, perturbed
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 
-from hf_specdec import Draft, Drafter, DraftRequest, ModelDrafter, PromptLookupDrafter, SpeculationStats, decoding
-from hf_specdec.context import Context
+from hf_specdec import Draft, Drafter, DraftRequest, ModelDrafter, PromptLookupDrafter, SpeculationStats
+from hf_specdec.loop import decoding
+from hf_specdec.sampling.context import Context
 
 EOS = 77  # ends two of the rows of these tests early
 NEW_TOKENS = 24

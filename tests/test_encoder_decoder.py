@@ -40,10 +40,10 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateEncoderDecoderOutput
 
 import hf_specdec
-from hf_specdec.abilities import decodes_ragged_rows
-from hf_specdec.context import Context
 from hf_specdec.drafters import DraftRequest, PromptLookupDrafter
-from hf_specdec.encoded import EncoderSide
+from hf_specdec.models.abilities import decodes_ragged_rows
+from hf_specdec.models.encoded import EncoderSide
+from hf_specdec.sampling.context import Context
 
 NEW_TOKENS = 20
 GREEDY: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
@@ -526,7 +526,7 @@ def test_decoders_that_keep_no_cache_are_refused() -> None:
 
 @pytest.mark.parametrize("name", ["t5", "whisper"])
 def test_what_must_hold_after_each_iteration_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hf_specdec.invariants, "ENABLED", True)
+    monkeypatch.setattr(hf_specdec.loop.invariants, "ENABLED", True)
     target, draft = pair(name)
     target.generate(**inputs(name, 3), **GREEDY, **spec(draft))
 

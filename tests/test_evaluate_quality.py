@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 import hf_specdec
-from hf_specdec import decoding
-from hf_specdec.acceptance import Verdict, accept_greedy
+from hf_specdec.loop import decoding
 from hf_specdec.pairs import DEMO_PAIR
+from hf_specdec.sampling.acceptance import Verdict, accept_greedy
 from hf_specdec.tools import quality
 from hf_specdec.tools.arguments import Prompt
 from hf_specdec.tools.quality import Comparison

@@ -21,9 +21,9 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, WhisperConfig
 
 import hf_specdec
-from hf_specdec.export import Exported, export_pair, pair_to_export
-from hf_specdec.pair_file import ModelReference, PairConfig
 from hf_specdec.pairs import DEMO_PAIR
+from hf_specdec.pairs.export import Exported, export_pair, pair_to_export
+from hf_specdec.pairs.pair_file import ModelReference, PairConfig
 
 SERVERS = ("vllm", "sglang")
 AWKWARD = "it's a $pair"  # as the name of a folder

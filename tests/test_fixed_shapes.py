@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedModel
 
 import hf_specdec
-from hf_specdec import static
-from hf_specdec.parts import parts_of
+from hf_specdec.models import static
+from hf_specdec.models.parts import parts_of
 
 OPTIONS: dict[str, Any] = {"do_sample": False, "max_new_tokens": 9}
 

@@ -12,10 +12,11 @@ import torch
 from conftest import SIZES, make_model, perturbed
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
 
-from hf_specdec import SpecPair, loading
+from hf_specdec import SpecPair
 from hf_specdec.cli import main
-from hf_specdec.export import pair_to_export
-from hf_specdec.pair_file import FILE_NAME, ModelReference, PairConfig
+from hf_specdec.pairs import loading
+from hf_specdec.pairs.export import pair_to_export
+from hf_specdec.pairs.pair_file import FILE_NAME, ModelReference, PairConfig
 from hf_specdec.tools import tuning
 
 gguf = pytest.importorskip("gguf")

@@ -9,7 +9,7 @@ import torch
 from conftest import ARCHITECTURES, SIZES, assert_same_but_for_ties, make_model, make_prompts, perturbed
 from transformers import LlamaConfig, NemotronHConfig, PreTrainedModel
 
-from hf_specdec.abilities import continues_states, decodes_ragged_rows, ragged_rows
+from hf_specdec.models.abilities import continues_states, decodes_ragged_rows, ragged_rows
 
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 DENSE = {"llama", "gemma2", "gpt2", "falcon-alibi", "mixtral"}

@@ -17,10 +17,10 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_specdec import options
-from hf_specdec.card import card_text
 from hf_specdec.cli import main as command
-from hf_specdec.compatibility import Compatibility, Finding
-from hf_specdec.pair_file import ModelReference, PairConfig
+from hf_specdec.pairs.card import card_text
+from hf_specdec.pairs.compatibility import Compatibility, Finding
+from hf_specdec.pairs.pair_file import ModelReference, PairConfig
 from hf_specdec.tools import bootstrap, distillation, progress, quality, tuning
 from hf_specdec.tools.lossless import Rounding
 from hf_specdec.tools.measure import Method, Record, Run

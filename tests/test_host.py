@@ -9,8 +9,8 @@ import torch
 from conftest import make_pair, make_prompts
 from torch import Tensor
 
-from hf_specdec.context import Context
-from hf_specdec.host import no_bookkeeping
+from hf_specdec.device import no_bookkeeping
+from hf_specdec.sampling.context import Context
 
 
 def tensors(value: Any) -> Iterator[Tensor]:

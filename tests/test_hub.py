@@ -20,8 +20,8 @@ from huggingface_hub import ModelCard
 from test_pairs import make_tokenizer
 
 import hf_specdec
-from hf_specdec.pair_file import ModelReference, PairConfig
 from hf_specdec.pairs import SpecPair
+from hf_specdec.pairs.pair_file import ModelReference, PairConfig
 
 PROMPT = make_prompts(1, width=6, seed=3)["input_ids"].tolist()
 

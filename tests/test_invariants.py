@@ -7,9 +7,9 @@ import torch
 from conftest import make_pair, make_prompts, perturbed
 from transformers import PreTrainedModel
 
-from hf_specdec import invariants
-from hf_specdec.cache import RaggedCache
-from hf_specdec.forward import CachedModel
+from hf_specdec.cache.ragged import RaggedCache
+from hf_specdec.loop import invariants
+from hf_specdec.models.cached import CachedModel
 
 
 @pytest.fixture(autouse=True)

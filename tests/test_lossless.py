@@ -8,7 +8,7 @@ from conftest import ARCHITECTURES, VOCAB, make_model, make_pair, make_prompts, 
 from transformers import PreTrainedModel
 
 import hf_specdec
-from hf_specdec.abilities import decodes_ragged_rows
+from hf_specdec.models.abilities import decodes_ragged_rows
 
 # How far a draft's weights are moved so that it agrees only in part; the acceptance that this gives is asserted below.
 NOISE = {"bloom": 0.5, "gemma": 0.35, "gemma2": 0.35}

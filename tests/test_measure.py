@@ -10,7 +10,7 @@ from conftest import SIZES, make_model, make_pair, make_prompts, perturbed
 from transformers import LlamaConfig, MambaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 import hf_specdec
-from hf_specdec.schedule import SCHEDULES
+from hf_specdec.loop.schedule import SCHEDULES
 from hf_specdec.tools import methods
 from hf_specdec.tools.arguments import Prompt
 from hf_specdec.tools.bare import BareForward, BareForwards

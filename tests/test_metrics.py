@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import hf_specdec
-from hf_specdec.stats import Iteration, RowStep
+from hf_specdec.records.stats import Iteration, RowStep
 
 evaluate = pytest.importorskip("evaluate")
 pytestmark = pytest.mark.usefixtures("evaluate_cache")

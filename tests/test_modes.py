@@ -23,7 +23,9 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 import hf_specdec
-from hf_specdec import abilities, host, options, session
+from hf_specdec import device, options
+from hf_specdec.generate import session
+from hf_specdec.models import abilities
 
 SMALL = {**SIZES, "num_hidden_layers": 1}
 GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
@@ -354,7 +356,7 @@ def test_a_forward_that_hides_its_inputs_is_said_to_be_slow(log, wrap, names):
 def test_a_forward_with_the_signature_of_what_it_wraps_is_as_fast(log, pair):
     target, draft = pair
     signed = hidden(copy.deepcopy(target))
-    signed.forward.__signature__ = host.inspect.signature(type(target).forward.__get__(target))
+    signed.forward.__signature__ = device.inspect.signature(type(target).forward.__get__(target))
     for models in ((hidden(target, functools.wraps), draft), (signed, draft), (target, hidden(draft, functools.wraps))):
         assert_lossless(models, {**make_prompts(3), **GREEDY}, gammas=(4,))
     assert log == []

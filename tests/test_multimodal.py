@@ -12,8 +12,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 
 import hf_specdec
-from hf_specdec import invariants
-from hf_specdec.abilities import decodes_ragged_rows
+from hf_specdec.loop import invariants
+from hf_specdec.models.abilities import decodes_ragged_rows
 from hf_specdec.tools.tiny_models import build, entries
 
 NEW_TOKENS = 12

@@ -37,11 +37,13 @@ from test_sampling import (
 from test_sampling import chains as chains  # a fixture
 from transformers import LlamaConfig, LogitsProcessorList, PreTrainedModel
 
-from hf_specdec import SpeculationStats, decoding, invariants, optimal, options, schedule, session
+from hf_specdec import SpeculationStats, options
 from hf_specdec.drafters import ModelDrafter
-from hf_specdec.optimal import MAX_GAMMA, Costs, Estimates, Optimal, estimates_for
-from hf_specdec.schedule import Constant
-from hf_specdec.stats import Iteration, RowStep
+from hf_specdec.generate import session
+from hf_specdec.loop import decoding, invariants, optimal, schedule
+from hf_specdec.loop.optimal import MAX_GAMMA, Costs, Estimates, Optimal, estimates_for
+from hf_specdec.loop.schedule import Constant
+from hf_specdec.records.stats import Iteration, RowStep
 
 
 @pytest.fixture(autouse=True)

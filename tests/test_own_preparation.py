@@ -197,7 +197,7 @@ class Limited(Reads):
 
 
 def test_the_usual_model_is_asked_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hf_specdec.later, "later_steps", lambda *_: pytest.fail("was compared"))
+    monkeypatch.setattr(hf_specdec.models.later, "later_steps", lambda *_: pytest.fail("was compared"))
     check(build(Reads))
 
 

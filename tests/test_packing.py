@@ -16,8 +16,9 @@ from conftest import SIZES, make_model, make_prompts, perturbed
 from torch import Tensor, nn
 from transformers import LlamaConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from hf_specdec import SpeculationStats, machine, packing
-from hf_specdec.packing import packed_linears
+from hf_specdec import SpeculationStats
+from hf_specdec.kernels import machine, packing
+from hf_specdec.kernels.packing import packed_linears
 
 Pair = tuple[PreTrainedModel, PreTrainedModel]
 DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if packing._packs(dtype)]

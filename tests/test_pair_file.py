@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from hf_specdec.pair_file import FILE_NAME, VERSION, ModelReference, PairConfig
+from hf_specdec.pairs.pair_file import FILE_NAME, VERSION, ModelReference, PairConfig
 
 FULL = PairConfig(
     ModelReference("Qwen/Qwen3-8B", "v1"),

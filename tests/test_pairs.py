@@ -14,9 +14,10 @@ from conftest import VOCAB, make_pair, make_prompts, perturbed
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
-from hf_specdec import SpeculationStats, Trace, pairs
-from hf_specdec.pair_file import ModelReference, PairConfig
-from hf_specdec.pairs import SpecPair
+from hf_specdec import SpeculationStats, Trace
+from hf_specdec.pairs import DEMO_PAIR, SpecPair
+from hf_specdec.pairs import pair as pairs
+from hf_specdec.pairs.pair_file import ModelReference, PairConfig
 
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 14}
 
@@ -453,6 +454,6 @@ def test_a_card_of_your_own_is_kept(loaded, tmp_path):
 
 
 def test_the_embedded_pair_is_one():
-    embedded = SpecPair.from_pretrained(pairs.DEMO_PAIR)
+    embedded = SpecPair.from_pretrained(DEMO_PAIR)
     assert embedded.compatibility.findings and not embedded.compatibility.errors + embedded.compatibility.notes
     assert embedded.config.tokenizer["vocab_size"] == 4096

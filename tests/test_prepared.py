@@ -24,8 +24,8 @@ from transformers import (
 )
 
 import hf_specdec
-from hf_specdec import answers
-from hf_specdec.prepared import PreparedModel
+from hf_specdec.models import answers
+from hf_specdec.models.self_fed import PreparedModel
 from hf_specdec.tools import compat, tiny_models
 from hf_specdec.tools.tiny_inputs import inputs_of
 

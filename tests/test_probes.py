@@ -9,9 +9,9 @@ import torch
 from conftest import ARCHITECTURES, SIZES, assert_lossless, make_model, make_prompts, perturbed
 from transformers import GPT2LMHeadModel, GPTNeoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from hf_specdec import answers
-from hf_specdec.abilities import decodes_ragged_rows, ragged_rows, unexplained_windows
-from hf_specdec.answers import apart, ordinary_tokens, tolerance
+from hf_specdec.models import answers
+from hf_specdec.models.abilities import decodes_ragged_rows, ragged_rows, unexplained_windows
+from hf_specdec.models.answers import apart, ordinary_tokens, tolerance
 
 NEW_TOKENS = 20
 

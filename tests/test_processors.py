@@ -36,7 +36,7 @@ from transformers.generation.logits_process import (
 )
 
 from hf_specdec import SpeculationStats
-from hf_specdec.processors import BLIND, PURE, unknown_names
+from hf_specdec.sampling.processors import BLIND, PURE, unknown_names
 
 WIDTH, NEW = 14, 14
 STEP_BY_STEP = {

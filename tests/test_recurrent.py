@@ -11,9 +11,9 @@ from conftest import VOCAB, make_model, make_pair, make_prompts, perturbed
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import hf_specdec
-from hf_specdec import invariants
-from hf_specdec.abilities import decodes_ragged_rows
-from hf_specdec.states import States
+from hf_specdec.cache.states import States
+from hf_specdec.loop import invariants
+from hf_specdec.models.abilities import decodes_ragged_rows
 
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,

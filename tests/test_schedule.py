@@ -13,10 +13,12 @@ from conftest import SIZES, make_model, make_prompts, perturbed
 from transformers import GenerationConfig, LlamaConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation.candidate_generator import AssistedCandidateGenerator
 
-from hf_specdec import Draft, Drafter, PromptLookupDrafter, SpeculationStats, pairs, strategy
+from hf_specdec import Draft, Drafter, PromptLookupDrafter, SpeculationStats
+from hf_specdec.generate import strategy
+from hf_specdec.loop.schedule import make_schedule
 from hf_specdec.options import Options
-from hf_specdec.schedule import make_schedule
-from hf_specdec.stats import Iteration, RowStep
+from hf_specdec.pairs import pair as pairs
+from hf_specdec.records.stats import Iteration, RowStep
 
 
 @pytest.fixture

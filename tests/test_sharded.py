@@ -24,8 +24,10 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, St
 from transformers.integrations import deepspeed
 
 import hf_specdec
-from hf_specdec import SpeculationStats, options, packing, sharding
-from hf_specdec.optimal import Optimal
+from hf_specdec import SpeculationStats, options
+from hf_specdec.kernels import packing
+from hf_specdec.loop.optimal import Optimal
+from hf_specdec.models import sharding
 
 # A hang ends after so many seconds: of two ranks, and of one collective.
 _SECONDS, _COLLECTIVE_SECONDS = 400, 120
@@ -155,7 +157,7 @@ def pipeline_stages_with_windows(models: Models) -> None:
 
 
 def pipeline_stages_decode_rows_of_different_lengths(models: Models) -> None:
-    from hf_specdec.abilities import decodes_ragged_rows
+    from hf_specdec.models.abilities import decodes_ragged_rows
 
     assert decodes_ragged_rows(models("target", pp_size=2))
 

@@ -15,7 +15,9 @@ from conftest import ARCHITECTURES, SIZES, make_model, make_pair, make_prompts, 
 from transformers import LlamaConfig, PreTrainedModel
 
 import hf_specdec
-from hf_specdec import attention, compiled_attention, packing, session, static
+from hf_specdec.generate import session
+from hf_specdec.kernels import attention, compiled_attention, packing
+from hf_specdec.models import static
 
 RAGGED = sorted(ARCHITECTURES.keys() - {"bloom", "falcon-alibi"})
 
@@ -218,7 +220,7 @@ def test_a_compiled_target_says_the_same_and_is_compiled_once(name, rows, widths
 
 def test_compiled_blocks_that_are_captured_have_few_widths(monkeypatch):
     """Graphs are for one width each; no block is narrower than those that were compiled."""
-    forwards = static.StaticForwards(hf_specdec.cache.RaggedCache(2, torch.device("cpu"), 64, 64), static.BLOCKS)
+    forwards = static.StaticForwards(hf_specdec.cache.ragged.RaggedCache(2, torch.device("cpu"), 64, 64), static.BLOCKS)
     assert [forwards._filled_up(2, width) for width in (1, 6)] == [1, 9]
     monkeypatch.setattr(forwards, "_compiled", forwards._run)
     assert [forwards._filled_up(2, width) for width in (1, 6)] == [2, 6]

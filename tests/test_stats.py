@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import pytest
 
-from hf_specdec.stats import Iteration, RowStats, RowStep, SpeculationStats
+from hf_specdec.records.stats import Iteration, RowStats, RowStep, SpeculationStats
 
 
 def row_step(drafted: int, accepted: int, own: bool = True, row: int = 0) -> RowStep:

@@ -22,7 +22,7 @@ from transformers import (
 
 import hf_specdec
 from hf_specdec import SpeculationStats
-from hf_specdec.strategy import STRATEGIES
+from hf_specdec.generate.strategy import STRATEGIES
 
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 14}
 
@@ -59,10 +59,10 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture
 def registration() -> Iterator[None]:
     """Whatever a test does to `generate()`, it is registered as before afterwards."""
-    ours, generate = hf_specdec.strategy._original, GenerationMixin.generate
+    ours, generate = hf_specdec.generate.strategy._original, GenerationMixin.generate
     yield
-    GenerationMixin.generate, hf_specdec.strategy._original = generate, ours
-    hf_specdec.strategy._wrap_overrides()
+    GenerationMixin.generate, hf_specdec.generate.strategy._original = generate, ours
+    hf_specdec.generate.strategy._wrap_overrides()
 
 
 @pytest.mark.parametrize("strategy", [{}, {"strategy": None}], ids=["absent", "None"])
@@ -70,7 +70,7 @@ def test_without_a_strategy_generate_is_what_it_was(strategy, monkeypatch, regis
     target, _ = pair()
     expected = target.generate(**prompts(2), **GREEDY)
     for name in ("prepare", "make_drafter", "resolve_options"):
-        monkeypatch.setattr(hf_specdec.strategy, name, None)
+        monkeypatch.setattr(hf_specdec.generate.strategy, name, None)
     assert target.generate(**prompts(2), **GREEDY, **strategy).equal(expected)
     hf_specdec.unregister()
     assert target.generate(**prompts(2), **GREEDY).equal(expected)

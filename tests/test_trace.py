@@ -5,8 +5,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from hf_specdec.stats import Iteration, RowStep
-from hf_specdec.trace import LEGEND, STYLES, Trace, committed_roles, drafted_roles, visible
+from hf_specdec.records.stats import Iteration, RowStep
+from hf_specdec.records.trace import LEGEND, STYLES, Trace, committed_roles, drafted_roles, visible
 
 ROLES = [term for term in LEGEND if term in STYLES]
 

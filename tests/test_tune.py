@@ -12,8 +12,8 @@ from conftest import make_prompts
 from transformers import PreTrainedModel
 
 import hf_specdec
-from hf_specdec.pair_file import FILE_NAME, ModelReference, PairConfig
 from hf_specdec.pairs import DEMO_PAIR, SpecPair
+from hf_specdec.pairs.pair_file import FILE_NAME, ModelReference, PairConfig
 from hf_specdec.tools import tuning
 from hf_specdec.tools.bare import BareForwards
 from hf_specdec.tools.measure import Comparison, Method, Record

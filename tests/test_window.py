@@ -32,9 +32,10 @@ from transformers import (
 )
 
 import hf_specdec
-from hf_specdec import invariants, window
-from hf_specdec.cache import RaggedCache, RaggedLayer
-from hf_specdec.window import Window, WindowLayer, window_layers
+from hf_specdec.cache import window
+from hf_specdec.cache.ragged import RaggedCache, RaggedLayer
+from hf_specdec.cache.window import Window, WindowLayer, window_layers
+from hf_specdec.loop import invariants
 
 WINDOW = 12
 NEW_TOKENS = 100

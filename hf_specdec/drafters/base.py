@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 
-from ..context import Context
-from ..encoded import EncoderSide
+from ..models.encoded import EncoderSide
+from ..sampling.context import Context
 
 # Whether to draft another token, given the probabilities of the latest ones, by active row.
 GoOn = Callable[[list[float]], bool]

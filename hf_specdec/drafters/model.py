@@ -7,18 +7,18 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
-from ..abilities import carries_its_own, continues_states, decodes_ragged_rows
-from ..acceptance import draw
-from ..cache import RaggedCache
-from ..context import Context
-from ..first_forward import FirstForward, prepared_call, show, split_axes
-from ..forward import CachedModel
-from ..host import model_device, to_device
-from ..layers import cache_layers
-from ..masks import hands_positions_on
-from ..prepared import PreparedModel
-from ..processors import BlockProcessors
-from ..static import STEPS, borrow, compilable
+from ..cache.layers import cache_layers
+from ..cache.ragged import RaggedCache
+from ..device import model_device, to_device
+from ..models.abilities import carries_its_own, continues_states, decodes_ragged_rows
+from ..models.cached import CachedModel
+from ..models.masks import hands_positions_on
+from ..models.multimodal_prompt import FirstForward, prepared_call, show, split_axes
+from ..models.self_fed import PreparedModel
+from ..models.static import STEPS, borrow, compilable
+from ..sampling.acceptance import draw
+from ..sampling.context import Context
+from ..sampling.processors import BlockProcessors
 from .base import Draft, Drafter, DraftRequest
 
 logger = logging.get_logger(__name__)

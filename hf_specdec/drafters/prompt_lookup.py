@@ -5,8 +5,8 @@
 import torch
 from torch import Tensor
 
-from ..context import Context
-from ..host import to_device
+from ..device import to_device
+from ..sampling.context import Context
 from .base import Draft, Drafter, DraftRequest
 
 

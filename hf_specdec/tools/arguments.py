@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..pair_file import FILE_NAME
-from ..pairs import DEMO_PAIR, SpecPair
+from ..pairs.pair import DEMO_PAIR, SpecPair
+from ..pairs.pair_file import FILE_NAME
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
 TEXT_COLUMNS = ("text", "prompt", "question", "instruction", "turns")

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_linear_schedule_with_warmup
 
-from ..stats import SpeculationStats
+from ..records.stats import SpeculationStats
 from .progress import progress
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])

@@ -19,9 +19,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from ..forward import CachedModel
-from ..prepared import PreparedModel
-from ..stats import SpeculationStats
+from ..models.cached import CachedModel
+from ..models.self_fed import PreparedModel
+from ..records.stats import SpeculationStats
 from .bare import BareForwards
 
 VANILLA, ASSISTED, OURS = "vanilla", "HF assisted", "hf_specdec"

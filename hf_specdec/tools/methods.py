@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..schedule import SCHEDULES
+from ..loop.schedule import SCHEDULES
 from .measure import ASSISTED, OURS, VANILLA, Method
 
 DEFAULT = "default"

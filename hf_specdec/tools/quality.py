@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..pairs import DEMO_PAIR
-from ..stats import SpeculationStats
+from ..pairs.pair import DEMO_PAIR
+from ..records.stats import SpeculationStats
 from . import bootstrap
 from .arguments import Prompt
 

@@ -14,7 +14,7 @@ import torch
 import transformers
 from rich.table import Table
 
-from ..pairs import SpecPair
+from ..pairs.pair import SpecPair
 from .measure import OURS, VANILLA
 
 COLUMNS = ("tokens/s", "speed-up", "decode", "vs HF", "first", "α", "τ", "ideal", "reached", "memory", "rows")

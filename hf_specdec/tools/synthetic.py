@@ -9,8 +9,8 @@ import copy
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from ..pair_file import ModelReference, PairConfig
-from ..pairs import DEMO_PAIR, SpecPair
+from ..pairs.pair import DEMO_PAIR, SpecPair
+from ..pairs.pair_file import ModelReference, PairConfig
 from .arguments import load_pair
 
 KINDS = ("big", "embedded-big")

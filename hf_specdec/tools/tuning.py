@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from ..compatibility import vocabulary_check
-from ..loading import find_pair
-from ..pair_file import FILE_NAME, ModelReference, PairConfig
-from ..pairs import SpecPair
+from ..pairs.compatibility import vocabulary_check
+from ..pairs.loading import find_pair
+from ..pairs.pair import SpecPair
+from ..pairs.pair_file import FILE_NAME, ModelReference, PairConfig
 from . import bootstrap
 from .bare import BareForwards
 from .measure import Comparison, Record

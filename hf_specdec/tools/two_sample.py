@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..pairs import SpecPair
-from ..stats import SpeculationStats
+from ..pairs.pair import SpecPair
+from ..records.stats import SpeculationStats
 from .arguments import Prompt, encode
 from .lossless import Way, cut
 

@@ -1,0 +1,348 @@
+"""RaggedCache: what a model keeps of rows that have different lengths.
+
+Owns the storage of one model's keys and values and the length of each row. It never decides what is committed; it is
+told. Rolling back is setting a smaller length: nothing is copied and nothing is cleared. What layers keep besides keys
+and values is in `states.py`.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from ..device import to_device
+from .states import States, copy_states, is_known, is_recurrent
+
+if TYPE_CHECKING:
+    from .window import Window
+
+_ROUND = 64  # capacities are multiples of this many tokens
+
+
+class RaggedLayer(CacheLayerMixin):
+    """One layer's storage: `keys` and `values`, `[rows, kv_heads, capacity, head_dim]`, filled from slot 0."""
+
+    is_croppable = True
+    supports_early_init = False
+    window: "Window | None" = None  # what of the slots is held, where it is not all of them
+
+    def base(self, row: int) -> int:
+        """The first slot that is held of a row of the batch; it is at index 0 of the storage."""
+        return 0 if self.window is None else self.window.base[row]
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        raise NotImplementedError("RaggedCache allocates its layers itself")
+
+    def allocate(self, rows: int, capacity: int, key_states: Tensor, value_states: Tensor) -> None:
+        self.keys, self.values = (
+            _storage(states, rows, states.shape[1], capacity, states.shape[3]) for states in (key_states, value_states)
+        )
+        self.is_initialized = True
+
+    def grow(self, capacity: int, used: int) -> None:
+        """Move the first `used` slots to storage of `capacity` slots."""
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = _storage(old, old.shape[0], old.shape[1], capacity, old.shape[3])
+            new[:, :, :used] = old[:, :, :used]
+            setattr(self, name, new)
+
+    def swap(self, i: int, j: int, used: int) -> None:
+        """Exchange the first `used` slots of two rows."""
+        for states in (self.keys, self.values):
+            states[[i, j], :, :used] = states[[j, i], :, :used]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError("layers are updated through RaggedCache.update")
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        raise NotImplementedError("ask RaggedCache")
+
+    def get_seq_length(self) -> int:
+        raise NotImplementedError("ask RaggedCache")
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+@dataclass(frozen=True)
+class _Write:
+    """Where the next forward's entries go. `start` when all rows write at the same slot, else `slots` `[rows, q]`."""
+
+    used: int  # slots in use after the write, over the rows
+    start: int
+    slots: Tensor | None
+
+
+class RaggedCache(Cache):
+    """A cache whose rows have lengths of their own, and no padding.
+
+    Three rows after a prefill and one iteration (`.` is free or rolled back, and never seen by the masks):
+
+        row 0   the cat sat on  a   .   .   .        lengths[0] = 5
+        row 1   a   dog .   .   .   .   .   .        lengths[1] = 2
+        row 2   one two six ten .   .   .   .        lengths[2] = 4
+
+    Only the rows in `rows` take part in a forward; `activate` moves them to the front of the storage.
+
+    Memory: each row takes 2 · layers · kv_heads · head_dim · capacity numbers, as much for short rows as for long ones.
+    Capacity begins a little above the longest prompt and at most doubles, up to what the call can need. Layers grow one
+    after the other, keys before values: the peak is the grown cache and the old keys or values of one layer.
+
+    Args:
+        batch_size: rows in all.
+        device: where index tensors are made.
+        capacity: slots to allocate at first.
+        max_capacity: slots that will ever be needed; growth is geometric up to it.
+        layers: made for the model (see `layers.py`); by default all hold every slot, and are made as they come.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        device: torch.device,
+        capacity: int,
+        max_capacity: int,
+        layers: Sequence[Any] = (),
+    ):
+        super().__init__(layers=list(layers))
+        mine = [layer for layer in layers if isinstance(layer, RaggedLayer)]
+        self.windows = list({id(layer.window): layer.window for layer in mine if layer.window is not None}.values())
+        self.states = States(
+            recurrent=[layer for layer in layers if is_recurrent(layer) and (layer in mine or is_known(layer))],
+            whole=[layer for layer in layers if layer not in mine and not is_known(layer)],
+        )
+        self.device = device
+        self.capacity = min(round_up(capacity), round_up(max_capacity))
+        self.max_capacity = round_up(max_capacity)
+        self.lengths = [0] * batch_size  # by row of the batch
+        self._storage = list(range(batch_size))  # storage index -> row of the batch
+        self._active = batch_size
+        self._write: _Write | None = None
+
+    @property
+    def rows(self) -> list[int]:
+        """The rows of the batch that take part in forwards, in order."""
+        return self._storage[: self._active]
+
+    def activate(self, rows: list[int]) -> None:
+        """From now on forwards are over these rows, in this order. The others keep their entries, not their states."""
+        if rows == self.rows:
+            return
+        if self.states:
+            self.states.select([self.rows.index(row) for row in rows])
+        for i, row in enumerate(rows):
+            j = self._storage.index(row)
+            if i != j:
+                used = max(self.lengths[row], self.lengths[self._storage[i]])
+                for layer in self._with_entries():
+                    layer.swap(i, j, used)
+                self._storage[i], self._storage[j] = self._storage[j], self._storage[i]
+        self._active = len(rows)
+
+    @property
+    def active_lengths(self) -> list[int]:
+        return [self.lengths[row] for row in self.rows]
+
+    @property
+    def has_entries(self) -> bool:
+        """Whether there are layers with an entry per token."""
+        return not self.layers or any(not is_recurrent(layer) or hasattr(layer, "keys") for layer in self.layers)
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all active rows have the same length."""
+        return len(set(self.active_lengths)) <= 1
+
+    @property
+    def sees_one_span(self) -> bool:
+        """Whether the next forward sees the same slots of all active rows, which transformers can make masks for."""
+        return self.is_uniform and all(window.view.is_uniform for window in self.windows)
+
+    def prepare(self, query_length: int, ends: Sequence[int] | None = None, prefill: bool = False) -> None:
+        """Announce a forward of `query_length` tokens per row. Each row writes behind its own length.
+
+        Args:
+            ends: by active row, the slots that rolling back will leave it, once it has them; its length by default.
+            prefill: whether rows are sure to be rolled back to these, their own tokens being followed by fill.
+        """
+        lengths = self.active_lengths
+        if self.states:
+            self.states.mark(lengths)
+        used = max(lengths) + query_length
+        if used > self.capacity:
+            self._grow(used)
+        for window in self.windows:
+            window.prepare(self, lengths if ends is None else ends, query_length, prefill)
+        if self.is_uniform:
+            self._write = _Write(used, lengths[0], None)
+        else:
+            starts = to_device(lengths, self.device)
+            self._write = _Write(used, 0, starts[:, None] + torch.arange(query_length, device=self.device))
+
+    def roll_back(self, rows: list[int], most: list[int]) -> None:
+        """Keep at most so many tokens of each of these rows; if there are states, as many as a mark was made at."""
+        limits = dict(zip(rows, most))
+        kept = [min(self.lengths[row], limits.get(row, self.lengths[row])) for row in self.rows]
+        if self.states:
+            kept = self.states.roll_back(self.active_lengths, kept)
+        for row, length in zip(self.rows, kept):
+            self.lengths[row] = length
+
+    def prepare_slots(self, slots: Tensor) -> None:
+        """Announce a forward whose tokens go to `slots` `[active rows, q]`, and see the whole capacity."""
+        self._write = _Write(self.capacity, 0, slots)
+
+    def is_reusable(self, rows: int, device: torch.device, capacity: int) -> bool:
+        """Whether a call over so many rows, with so many slots, could have been given this storage."""
+        return len(self.lengths) == rows and self.device == device and self.capacity >= capacity
+
+    def clear(self) -> None:
+        """Forget all entries, keeping the storage."""
+        self.lengths = [0] * len(self.lengths)
+        self._storage = list(range(len(self.lengths)))
+        self._active = len(self.lengths)
+        for layer in self._with_entries():
+            layer.keys.zero_()
+            layer.values.zero_()
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write q new entries per row, `[rows, kv_heads, q, head_dim]`; return views of the slots in use."""
+        write = self._write
+        assert write is not None, "prepare() comes before a forward"
+        layer = self._layer(layer_idx, key_states, value_states)
+        if not isinstance(layer, RaggedLayer):
+            return layer.update(key_states, value_states, *args, **kwargs)
+        if layer.window is not None:
+            return layer.update(key_states, value_states)
+        return self._put(layer.keys, key_states, write), self._put(layer.values, value_states, write)
+
+    def _put(self, storage: Tensor, states: Tensor, write: _Write) -> Tensor:
+        """Write into the active rows; return what of them is in use, without a copy."""
+        if self._active < len(storage):
+            storage = storage.narrow(0, 0, self._active)
+        if write.slots is None:
+            storage.narrow(2, write.start, states.shape[2]).copy_(states)
+        else:
+            row_index = torch.arange(len(storage), device=storage.device)[:, None]
+            storage[row_index, :, write.slots.to(storage.device)] = states.transpose(1, 2)
+        return storage.narrow(2, 0, write.used)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """The length of the longest active row; of every active row when the cache is uniform."""
+        return max(self.active_lengths)
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self.get_seq_length(layer_idx)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        layer: Any = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        if layer is not None and getattr(layer, "window", None) is not None:
+            return layer.window.view.used, min(layer.window.view.origins)
+        if layer in self.states.whole:
+            return layer.get_mask_sizes(query_length)
+        return self.get_seq_length() + query_length, 0
+
+    def _with_entries(self) -> Iterator[RaggedLayer]:
+        """The layers that hold keys and values here."""
+        return (layer for layer in self.layers if isinstance(layer, RaggedLayer) and layer.is_initialized)
+
+    def _layer(self, layer_idx: int, key_states: Tensor, value_states: Tensor) -> Any:
+        while len(self.layers) <= layer_idx:
+            self.layers.append(RaggedLayer())
+        layer: Any = self.layers[layer_idx]
+        if isinstance(layer, RaggedLayer) and not layer.is_initialized:
+            layer.allocate(len(self.lengths), self.capacity, key_states, value_states)
+        return layer
+
+    def _grow(self, needed: int) -> None:
+        used = max(self.lengths)
+        self.capacity = round_up(max(needed, min(2 * self.capacity, self.max_capacity)))
+        for layer in self._with_entries():
+            layer.grow(self.capacity, used)
+
+    # Exchange with the caches of transformers, which hold all rows in equal columns.
+
+    def load(self, source: Cache, first: list[int]) -> None:
+        """Take over another cache's entries, dropping each row's left padding.
+
+        Args:
+            source: a cache of transformers whose layers hold `[rows, kv_heads, columns, head_dim]`.
+            first: each row's first column that is not padding; it becomes slot 0.
+        """
+        past = entries(source)
+        self.lengths = [max(past - f, 0) for f in first]
+        self.capacity = max(self.capacity, round_up(past))
+        for window in self.windows:
+            window.load(self)
+        for mine, theirs in zip(self.layers, source.layers):
+            if is_recurrent(mine) or mine in self.states.whole:
+                copy_states(theirs, mine)
+        for index, layer in enumerate(source.layers):
+            if getattr(layer, "keys", None) is None or (
+                index < len(self.layers) and self.layers[index] in self.states.whole
+            ):
+                continue
+            keys, values = layer.keys, layer.values
+            mine = self._layer(index, keys, values)
+            held = min(keys.shape[-2], past)  # a sliding layer has let go of the oldest columns
+            for row, f in enumerate(first):
+                if f >= past:
+                    continue
+                base = mine.base(row)
+                begin = max(past - held, f + base)  # columns [begin, past) are still there, real and wanted
+                columns, slots = slice(begin - (past - held), held), slice(begin - f - base, past - f - base)
+                mine.keys[row, :, slots] = keys[row, :, columns]
+                mine.values[row, :, slots] = values[row, :, columns]
+
+    def columns(self, first: list[int], width: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Each layer's entries in equal columns, `(layer_idx, keys, values)`: the inverse of `load`.
+
+        Args:
+            first: the column of each row's slot 0.
+            width: columns in all; those that hold nothing are zero.
+        """
+        for index, layer in enumerate(self.layers):
+            if not isinstance(layer, RaggedLayer) or not layer.is_initialized:
+                continue
+            out = []
+            for storage in (layer.keys, layer.values):
+                states = storage.new_zeros(len(first), storage.shape[1], width, storage.shape[3])
+                for position, row in enumerate(self._storage):
+                    begin, end = first[row] + layer.base(row), min(first[row] + self.lengths[row], width)
+                    states[row, :, begin:end] = storage[position, :, : end - begin]
+                out.append(states)
+            yield index, out[0], out[1]
+
+    def copy_states_to(self, other: Cache) -> None:
+        """Give a cache of transformers, which has the same kinds of layers, what these keep besides keys and values."""
+        for mine, theirs in zip(self.layers, other.layers):
+            if is_recurrent(mine) or mine in self.states.whole:
+                copy_states(mine, theirs)
+
+
+def entries(cache: Cache) -> int:
+    """How many tokens a cache of transformers has keys and values for; 0 if none of its layers holds any.
+
+    Its own `get_seq_length` asks one layer, which a pipeline stage may not own, and which is then empty.
+    """
+    counts = (int(layer.get_seq_length()) for layer in cache.layers if hasattr(layer, "get_seq_length"))
+    return next(filter(None, counts), 0)
+
+
+def _storage(like: Tensor, *shape: int) -> Tensor:
+    """Zeros that may be written in and outside of inference mode."""
+    with torch.inference_mode(False):
+        return like.new_zeros(shape)
+
+
+def round_up(tokens: int) -> int:
+    return -(-max(tokens, 1) // _ROUND) * _ROUND

@@ -1,0 +1,275 @@
+"""Layers that attend to a window: what they hold is bounded by the window, not by the context.
+
+Owns which slots of a sliding or chunked layer are still held, and where. `RaggedCache` asks before each forward;
+rolling back stays a change of its `lengths`, because nothing is dropped that a rollback may still need.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..device import to_device
+from .ragged import RaggedCache, RaggedLayer, round_up
+
+_SLACK = 64  # at least so many slots behind a window take new entries before the oldest are let go
+_LAYER_TYPES = ("sliding_attention", "chunked_attention")
+
+
+class Window:
+    """Which slots the layers of one window size hold; one object for all of them.
+
+    Two rows, size 4, behind a long and a short prompt (`.` is free or rolled back). Storage index i of row r is slot
+    `base[r] + i`:
+
+        row 0   s17 s18 s19 s20 s21  .   .   .        base[0] = 17, length 22
+        row 1   s0  s1  s2   .   .   .   .   .        base[1] = 0,  length 3
+
+    When a row has no room left, each row's last `size` settled entries move to the front: one copy in many tokens.
+
+    Args:
+        size: keys that a query may see, its own included; for chunks their size, which is never less.
+        layer_type: of the layers, as the masks of transformers name it.
+        rows: of the batch.
+        max_capacity: slots that will ever be needed.
+    """
+
+    def __init__(self, size: int, layer_type: str, rows: int, max_capacity: int):
+        self.size = size
+        self.layer_type = layer_type
+        self.slack = max(_SLACK, size // 8)
+        self.limit = min(size + self.slack, round_up(max_capacity))
+        self.capacity = 0
+        self.base = [0] * rows  # by row of the batch
+        self.view = _View([0] * rows, 0)
+
+    def prepare(self, cache: RaggedCache, ends: Sequence[int], query_length: int, prefill: bool) -> None:
+        """Make room for `query_length` entries per active row, and say what the forward will see; see the cache's."""
+        self._allow(cache)
+        if prefill or query_length > self.slack:
+            self.view = self._join(cache, ends, query_length, prefill)
+        else:
+            self.view = self._in_place(cache, ends, query_length)
+
+    def slots(self, device: torch.device) -> Tensor:
+        """`[active rows, used]`: the slots that the prepared forward sees."""
+        return to_device(self.view.origins, device)[:, None] + torch.arange(self.view.used, device=device)
+
+    def load(self, cache: RaggedCache) -> None:
+        """Be ready for the entries of another cache, which the lengths tell of already."""
+        self._allow(cache)
+        self.base = [max(length - self.size + 1, 0) for length in cache.lengths]
+
+    def _in_place(self, cache: RaggedCache, ends: Sequence[int], query_length: int) -> "_InPlace":
+        """A few entries, behind those in storage."""
+        rows, lengths = cache.rows, cache.active_lengths
+        starts = [length - self.base[row] for row, length in zip(rows, lengths)]
+        if max(starts) + query_length > self.capacity:
+            self._compact(cache, [min(length, end) - self.size for length, end in zip(lengths, ends)])
+            starts = [length - self.base[row] for row, length in zip(rows, lengths)]
+        stop = max(starts) + query_length
+        if stop > self.capacity:  # drafts longer than the slack
+            self._grow(cache, stop + self.slack)
+        first = min(max(start - self.size + 1, -self.base[row]) for row, start in zip(rows, starts))
+        assert first >= 0, "a row was rolled back behind what it was said to keep"
+        origins = [self.base[row] + first for row in rows]
+        if min(starts) == max(starts):
+            return _InPlace(origins, stop - first, first, starts[0], None)
+        slots = to_device(starts, cache.device)[:, None] + torch.arange(query_length, device=cache.device)
+        return _InPlace(origins, stop - first, first, 0, slots)
+
+    def _join(self, cache: RaggedCache, ends: Sequence[int], query_length: int, prefill: bool) -> "_Joined":
+        """Many entries: shown joined to those held, and only what is needed later is put into storage."""
+        rows, lengths = cache.rows, cache.active_lengths
+        settled = lengths if prefill else [min(length, end) for length, end in zip(lengths, ends)]
+        origins = [max(length - self.size + 1, 0) for length in settled]
+        held = [(o - self.base[row], length - self.base[row]) for row, o, length in zip(rows, origins, lengths)]
+        kept: list[tuple[int, int] | None] = []
+        for i, row in enumerate(rows):
+            written = lengths[i] + query_length
+            stop = min(written, ends[i]) if prefill else written
+            if stop <= lengths[i]:
+                kept.append(None)
+                continue
+            self.base[row] = max(min(written, ends[i]) - self.size, origins[i])
+            kept.append((self.base[row] - origins[i], stop - origins[i]))
+        longest = max((stop - start for start, stop in filter(None, kept)), default=0)
+        if longest > self.capacity:
+            self._grow(cache, longest if longest <= self.limit else longest + self.slack)
+        used = max(stop - start for start, stop in held) + query_length
+        return _Joined(origins, used, held, kept)
+
+    def _compact(self, cache: RaggedCache, oldest: list[int]) -> None:
+        """Let go of the slots before `oldest` in each active row."""
+        moves = []
+        for row, length, slot in zip(cache.rows, cache.active_lengths, oldest):
+            shift = max(slot - self.base[row], 0)
+            moves.append((shift, length - self.base[row]))
+            self.base[row] += shift
+        for layer in self._layers(cache):
+            layer.move_to_front(moves)
+
+    def _allow(self, cache: RaggedCache) -> None:
+        """Short contexts do not fill the window: no more slots than other layers have."""
+        if self.capacity < min(cache.capacity, self.limit):
+            self._grow(cache, min(cache.capacity, self.limit))
+
+    def _grow(self, cache: RaggedCache, capacity: int) -> None:
+        self.capacity = capacity
+        for layer in self._layers(cache):
+            layer.grow_to(self.capacity)
+
+    def _layers(self, cache: RaggedCache) -> "list[WindowLayer]":
+        return [
+            layer
+            for layer in cache.layers
+            if isinstance(layer, WindowLayer) and layer.window is self and layer.is_initialized
+        ]
+
+
+@dataclass
+class _View:
+    """What a forward sees of each active row: `used` entries, of the slots from `origins[i]` on."""
+
+    origins: list[int]
+    used: int
+
+    @property
+    def is_uniform(self) -> bool:
+        return min(self.origins) == max(self.origins)
+
+    def put(self, storage: Tensor, states: Tensor) -> Tensor:
+        raise NotImplementedError("prepare() comes before a forward")
+
+
+@dataclass
+class _InPlace(_View):
+    """New entries go into storage, at `start` or at `slots` `[rows, q]`; what there is from `first` on is shown.
+
+    All these are indices of the storage.
+    """
+
+    first: int
+    start: int
+    slots: Tensor | None
+
+    def put(self, storage: Tensor, states: Tensor) -> Tensor:
+        if self.slots is None:
+            storage.narrow(2, self.start, states.shape[2]).copy_(states)
+        else:
+            row_index = torch.arange(len(storage), device=storage.device)[:, None]
+            storage[row_index, :, self.slots.to(storage.device)] = states.transpose(1, 2)
+        return storage.narrow(2, self.first, self.used)
+
+
+@dataclass
+class _Joined(_View):
+    """Storage indices `held[i]` of each row, then its new entries; of these, indices `kept[i]` are put into storage."""
+
+    held: list[tuple[int, int]]
+    kept: list[tuple[int, int] | None]
+
+    def put(self, storage: Tensor, states: Tensor) -> Tensor:
+        joined = self._join(storage, states)
+        if self.kept[0] is not None and len(set(self.kept)) == 1:
+            start, stop = self.kept[0]
+            storage[:, :, : stop - start] = joined[:, :, start:stop]
+            return joined
+        for row, part in enumerate(self.kept):
+            if part is not None:
+                storage[row, :, : part[1] - part[0]] = joined[row, :, part[0] : part[1]]
+        return joined
+
+    def _join(self, storage: Tensor, states: Tensor) -> Tensor:
+        start, stop = self.held[0]
+        if len(set(self.held)) == 1 and stop <= storage.shape[2]:
+            return states if start == stop else torch.cat([storage[:, :, start:stop], states], dim=2)
+        joined = states.new_zeros(states.shape[0], states.shape[1], self.used, states.shape[3])
+        for row, (start, stop) in enumerate(self.held):
+            there = storage[row, :, start:stop]  # of a row that is past its end, not all
+            joined[row, :, : there.shape[1]] = there
+            joined[row, :, stop - start : stop - start + states.shape[2]] = states[row]
+        return joined
+
+
+class WindowLayer(RaggedLayer):
+    """One layer's storage, `[rows, kv_heads, window.capacity, head_dim]`."""
+
+    is_sliding = True
+    window: Window
+
+    def __init__(self, window: Window):
+        super().__init__()
+        self.window = window
+
+    def allocate(self, rows: int, capacity: int, key_states: Tensor, value_states: Tensor) -> None:
+        super().allocate(rows, self.window.capacity, key_states, value_states)
+
+    def grow(self, capacity: int, used: int) -> None:
+        """The window grows by itself, and not for long."""
+
+    def grow_to(self, capacity: int) -> None:
+        super().grow(capacity, self.keys.shape[2])
+
+    def move_to_front(self, moves: Sequence[tuple[int, int]]) -> None:
+        """Of each active row, storage indices `[start, stop)` become `[0, stop - start)`."""
+        for states in (self.keys, self.values):
+            if len(set(moves)) == 1:
+                start, stop = moves[0]
+                states[: len(moves), :, : stop - start] = states[: len(moves), :, start:stop].clone()
+                continue
+            for row, (start, stop) in enumerate(moves):
+                states[row, :, : stop - start] = states[row, :, start:stop].clone()
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write into the first rows of the storage, as the window's view says."""
+        rows, view = len(key_states), self.window.view
+        return view.put(self.keys[:rows], key_states), view.put(self.values[:rows], value_states)
+
+
+def window_layers(layers: Sequence[Any], config: Any, rows: int, max_capacity: int) -> list[RaggedLayer]:
+    """A layer for each of transformers' cache layers, bounded where that one is.
+
+    Args:
+        layers: of a `transformers.Cache` made for the model.
+        config: the model's.
+        rows: of the batch.
+        max_capacity: slots that will ever be needed.
+
+    Returns: nothing where no layer slides, or where a mask by layer type could not serve all layers of that type.
+    """
+    config = config.get_text_config(decoder=True)
+    names: list[str] = getattr(config, "layer_types", None) or [_only_type(config)] * len(layers)
+    sizes: dict[str, set[int]] = {}  # 0 for layers that hold everything
+    for layer, name in zip(layers, names):
+        if not _shares_entries(layer):
+            sizes.setdefault(name, set()).add(_size(layer))
+    sliding = {name for name, found in sizes.items() if found != {0}}
+    bounded = all(name in _LAYER_TYPES and len(sizes[name]) == 1 for name in sliding)
+    if not sliding or not bounded or len(names) < len(layers):
+        return []
+    windows = {name: Window(sizes[name].pop(), name, rows, max_capacity) for name in sliding}
+    return [
+        WindowLayer(windows[name]) if name in windows and not _shares_entries(layer) else RaggedLayer()
+        for layer, name in zip(layers, names)
+    ]
+
+
+def _only_type(config: Any) -> str:
+    """The type of all layers where the config does not name them, as `create_masks_for_generate` tells it."""
+    if getattr(config, "sliding_window", None) is not None:
+        return "sliding_attention"
+    return "full_attention" if getattr(config, "attention_chunk_size", None) is None else "chunked_attention"
+
+
+def _shares_entries(layer: Any) -> bool:
+    """Whether it has no entries of its own."""
+    return layer.is_initialized is True and layer.keys is None
+
+
+def _size(layer: Any) -> int:
+    if not getattr(layer, "is_sliding", False):
+        return 0
+    return getattr(layer, "sliding_window", None) or layer.max_cache_len

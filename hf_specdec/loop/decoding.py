@@ -1,0 +1,385 @@
+"""The decoding loop: draft, verify, accept, commit, roll back, until every row has ended.
+
+Start reading at `SpeculativeDecoding.run`. What each step needs lives in its own file; this one holds them together and
+is the only one that appends to the context.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from time import perf_counter
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import ModelOutput, logging
+
+from ..device import to_device
+from ..drafters import Draft, Drafter, DraftRequest
+from ..drafters.base import check_draft
+from ..models.cached import CachedModel
+from ..models.multimodal_prompt import DoesNotFit
+from ..models.self_fed import PreparedModel
+from ..records.stats import Iteration, RowStep, SpeculationStats
+from ..records.trace import Trace
+from ..sampling.acceptance import Verdict, accept_greedy, accept_sampled
+from ..sampling.context import Context
+from ..sampling.processors import BlockProcessors
+from . import invariants
+from .outputs import Recorder
+from .schedule import Schedule
+from .stopping import Stopping
+from .streaming import StepStreamer
+
+logger = logging.get_logger(__name__)
+
+# Tokens of a prompt above which one forward more is little beside what reading it takes.
+_LONG = 512
+
+
+class Clock:
+    """Wall time in laps: each begins where the one before ended."""
+
+    def __init__(self) -> None:
+        self._began = perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Of the lap so far."""
+        return perf_counter() - self._began
+
+    def lap(self) -> float:
+        """End the lap. Returns: its seconds."""
+        began, self._began = self._began, perf_counter()
+        return self._began - began
+
+
+@dataclass
+class Committed:
+    """What one iteration appends, by active row.
+
+    Attributes:
+        tokens: the committed set.
+        accepted: how many of them are accepted drafts; they come first.
+        finished: why the row ends there, `None` if it goes on.
+        drafted: what had been proposed.
+    """
+
+    tokens: list[list[int]]
+    accepted: list[int]
+    finished: list[str | None]
+    drafted: list[list[int]]
+
+
+@dataclass
+class SpeculativeDecoding:
+    """One `generate()` call, prepared (see `session.py`), ready to run.
+
+    Attributes:
+        in_order: logits processors and stopping criteria are called as vanilla calls them, step by step.
+        lockstep: all rows commit equally many tokens per iteration.
+        make_target: makes the target as it was before anything was fed to it.
+    """
+
+    context: Context
+    target: CachedModel
+    make_target: Callable[[], CachedModel]
+    drafter: Drafter
+    request: DraftRequest
+    schedule: Schedule
+    processors: LogitsProcessorList
+    stopping: Stopping
+    recorder: Recorder
+    streamer: StepStreamer
+    in_order: bool
+    lockstep: bool
+    prefill_chunk_size: int | None = None
+    stats: SpeculationStats = field(default_factory=SpeculationStats)
+    trace: Trace | None = None
+    _done_at: dict[int, int] = field(default_factory=dict)  # row -> column behind which it met a criterion
+    _fed_before: list[int] = field(default_factory=list)  # by active row, queries of tokens that were pending
+    _finished: set[int] = field(default_factory=set)  # rows that leave the batch after this iteration
+
+    def run(self) -> int:
+        """Decode all rows to their end. Returns the columns of the output."""
+        self.prefill()
+        while self.context.rows:
+            clock, forwards = Clock(), self.drafter.forwards
+            draft = self.draft()
+            draft_seconds = clock.lap()
+            output = self.verify(draft)
+            committed = self.accept(draft, output.logits)
+            verify_seconds = clock.lap()
+            iteration = self.describe(committed, draft_seconds, verify_seconds, self.drafter.forwards - forwards)
+            try:
+                self.commit(committed, output)
+                self.roll_back()
+                # A streamer takes its time for each token, however many are drafted: no reason to draft more or fewer.
+                self.schedule.update(replace(iteration, other_seconds=clock.seconds))
+                self.streamer.advance(self.context, self.output_width)
+            finally:  # a streamer that raises, raises after the tokens are committed
+                self.record(replace(iteration, other_seconds=clock.seconds))
+        self.stats.draft_prefill_forwards += self.drafter.prefill_forwards
+        self.drafter.end()
+        return self.output_width
+
+    def prefill(self) -> None:
+        """Feed the prompts to both models, all but the last token, which the first verification feeds.
+
+        Prompts of equal lengths are left to that verification altogether: one forward less.
+        """
+        start = perf_counter()
+        self.drafter.start(self.request, self.context)
+        chunks: list[tuple[list[int], ModelOutput]] = []
+        unlike = len(set(self.target.missing(self.context))) > 1 or any(self.target.prompt_left(self.context))
+        is_special = self.prefill_chunk_size or self.recorder.forward_kwargs
+        if self.target.prompt_is_unread:
+            pass  # that is the first verification
+        elif unlike or is_special or self.target.cache.states:
+            chunks = self.target.prefill(self.context, self.prefill_chunk_size, **self.recorder.forward_kwargs)
+        for counts, output in chunks:
+            self.recorder.layers(output, counts)
+        self.stats.add_prefill(perf_counter() - start, len(chunks), self.drafter.compile_seconds)
+
+    def draft(self) -> Draft:
+        """Up to γ tokens for each active row, but never so many that the target's own would not fit behind them."""
+        context = self.context
+        room = [max(context.max_length - end - 1, 0) for end in context.active_ends]
+        reads_prompt = self.target.prompt_is_unread or any(self.target.prompt_left(context)) or self._is_first_of_long()
+        gamma = 0 if reads_prompt else self.schedule.plan(len(context.rows))
+        if self.target.cache.states and not reads_prompt:
+            room = [min(space, most) for space, most in zip(room, self._beside_pending(gamma))]
+        max_tokens = min(gamma, max(room))
+        if max_tokens == 0:
+            return Draft(context.tokens.new_empty(len(context.rows), 0), lengths=[0] * len(context.rows))
+        draft = self.drafter.propose(context, max_tokens)
+        check_draft(draft, len(context.rows), max_tokens, self.request.vocab_size, self.drafter)
+        lengths = [min(length, space) for length, space in zip(draft.row_lengths, room)]
+        if self.target.encoded is not None:
+            lengths = self.target.encoded.up_to_uncounted(context, self.target.missing(context), draft.tokens, lengths)
+        longest = max(lengths)
+        probs = None if draft.probs is None else draft.probs[:, :longest]
+        return Draft(draft.tokens[:, :longest], probs, lengths, draft.valid)
+
+    def _is_first_of_long(self) -> bool:
+        """Whether the first tokens would have to wait until the draft model has read long prompts too."""
+        begins = self.context.active_ends[0] == self.context.prompt_width
+        return begins and self.drafter.reads_prompts and max(self.context.lengths) > _LONG
+
+    def _beside_pending(self, gamma: int) -> list[int]:
+        """How many drafts fit behind the pending tokens of each active row, where all rows are fed equally many.
+
+        A row with more of them gets fewer drafts, and at times none, after which nothing is pending any more. So a
+        forward is never over more than 2γ + 1 tokens per row, and each row gets a token from each.
+        """
+        pending = self.target.missing(self.context)
+        width = max(min(gamma + min(pending), 2 * gamma + 1), max(pending))
+        return [width - n for n in pending]
+
+    def verify(self, draft: Draft) -> ModelOutput:
+        """One target forward over each row's uncached tokens and its drafts: `[rows, γ + 1, vocab]` logits."""
+        context, target = self.context, self.target
+        if target.prompt_is_unread:
+            output = self._read_prompt()
+            self.recorder.prompt(output)
+            return CausalLMOutputWithPast(logits=output.logits)
+        context.clear_drafts()
+        if target.cache.states and not draft.tokens.shape[1] and len(set(target.missing(context))) > 1:
+            target.prefill(context)  # without drafts to fill them up, some rows would stay behind for ever
+        context.write_drafts(draft.tokens)
+        missing = target.missing(context)
+        width = max(n + proposed for n, proposed in zip(missing, draft.row_lengths))
+        begin = [n - 1 for n in missing]  # the query of each row that is about its next token
+        of_prompt = begin if any(target.prompt_left(context)) else []
+        output = target.forward(context, width, keep=width - min(begin), **self.recorder.forward_kwargs)
+        self.recorder.layers(output, of_prompt)
+        count = draft.tokens.shape[1] + 1
+        if min(begin) != max(begin) or output.logits.shape[1] != count:
+            at = to_device(begin, output.logits.device)[:, None] - min(begin)
+            at = (at + torch.arange(count, device=at.device)).clamp(max=output.logits.shape[1] - 1)
+            output.logits = output.logits.gather(1, at[..., None].expand(-1, -1, output.logits.shape[2]))
+        self._fed_before = begin
+        return output
+
+    def _read_prompt(self) -> ModelOutput:
+        """The prompt in vanilla's first forward. From what our cache cannot hold, the model's own code goes on."""
+        try:
+            return self.target.read_prompt(**self.recorder.forward_kwargs)
+        except DoesNotFit as found:
+            if self.recorder.forward_kwargs:
+                names = " and ".join(f"`{name}`" for name in self.recorder.forward_kwargs)
+                raise ValueError(f"{found}, and strategy='spec' does not record {names} then: leave it out") from found
+            logger.warning_once(f"{found}: forwards are made by its own code, on copies of what it caches.")
+            self.target, self.lockstep = PreparedModel.going_on(found.first_forward, found.output), True
+            found.output.logits = found.output.logits[:, -1:]
+            return found.output
+
+    def accept(self, draft: Draft, logits: Tensor) -> Committed:
+        """The committed set of each row, cut where vanilla would have stopped."""
+        logits = logits.to(device=self.context.tokens.device, dtype=torch.float32, copy=True)
+        return self._accept_in_order(draft, logits) if self.in_order else self._accept_block(draft, logits)
+
+    def _accept_block(self, draft: Draft, logits: Tensor) -> Committed:
+        """All positions at once: processors are functions of a prefix, and each position's prefix is known."""
+        context = self.context
+        scores = BlockProcessors(self.processors)(logits, context)
+        verdict = self._judge(draft.tokens, to_device(draft.row_lengths, scores.device), draft.probs, scores)
+        tokens, accepted, drafted = self._to_host(verdict, draft, logits, scores)
+        count = [n + 1 for n in accepted]
+        if self.lockstep:
+            count = [min(count)] * len(count)
+        committed = Committed([t[:n] for t, n in zip(tokens, count)], accepted, [None] * len(count), drafted)
+        for slot, row in enumerate(context.rows):
+            new = committed.tokens[slot]
+            committed.finished[slot] = self._finish(row, new)
+            committed.accepted[slot] = min(accepted[slot], len(new))
+            for i in range(len(new) if self.recorder.wants_tokens else 0):
+                self.recorder.token(row, context.ends[row] + i, logits[slot, i], scores[slot, i])
+        return committed
+
+    def _finish(self, row: int, tokens: list[int]) -> str | None:
+        """Cut `tokens` in place where the row ends; say why it ends there."""
+        end = self.context.ends[row]
+        hit = None if row in self._done_at else self.stopping.first_end(self.context, row, tokens)
+        if hit is not None:
+            self._done_at[row] = end + hit[0]
+        if self.stopping.pads_finished_rows:
+            if hit is not None:
+                del tokens[hit[0] :]
+            return None if hit is None else hit[1]
+        # Without an EOS token vanilla lets every row run on until all have met a criterion.
+        del tokens[max(self.context.max_length - end, 0) :]
+        return "max_length" if end + len(tokens) >= self.context.max_length else None
+
+    def _accept_in_order(self, draft: Draft, logits: Tensor) -> Committed:
+        """One position after the other, as vanilla goes: processors, choice, criteria, on committed tokens only."""
+        context, rows = self.context, self.context.rows
+        index = context.row_index
+        end = context.ends[rows[0]]
+        context.clear_drafts()
+        drafted = [tokens[:n] for tokens, n in zip(draft.tokens.tolist(), draft.row_lengths)]
+        committed = Committed([[] for _ in rows], [0] * len(rows), [None] * len(rows), drafted)
+        for i in range(draft.tokens.shape[1] + 1):
+            view = context.view(end + i)
+            full = logits.new_zeros(context.batch_size, logits.shape[2])
+            full[index] = logits[:, i]
+            raw = full.clone() if self.recorder.wants_logits else full
+            scores = self.processors(view, full)
+            has_draft = to_device([i < n for n in draft.row_lengths], scores.device).long()
+            probs = None if draft.probs is None else draft.probs[:, i : i + 1]
+            here = scores[index][:, None].expand(-1, 1 + (i < draft.tokens.shape[1]), -1)
+            verdict = self._judge(draft.tokens[:, i : i + 1], has_draft, probs, here)
+            # What processors leave of a row that has ended in this block does not matter.
+            ended = to_device([why is not None for why in committed.finished], scores.device)
+            verdict = verdict._replace(valid=verdict.valid | ended)
+            tokens, accepted, _ = self._to_host(verdict, draft, logits[:, i : i + 1], here)
+            going = [slot for slot in range(len(rows)) if committed.finished[slot] is None]
+            for slot in going:
+                row = rows[slot]
+                committed.tokens[slot].append(tokens[slot][0])
+                committed.accepted[slot] += accepted[slot]
+                context.write_row(row, committed.tokens[slot])
+                self.recorder.token(row, end + i, raw[row], scores[row])
+            steps = end + i + 1 - context.prompt_width
+            done = self.stopping.criteria(context.view(end + i + 1), self.recorder.scores(steps)).tolist()
+            for slot in going:
+                row = rows[slot]
+                if done[row]:
+                    self._done_at.setdefault(row, end + i + 1)
+                    if self.stopping.pads_finished_rows or end + i + 1 >= context.max_length:
+                        reason = self.stopping.reason(context, row, tokens[slot][0], end + i + 1)
+                        committed.finished[slot] = reason or "stopping_criteria"
+            going = [slot for slot in going if committed.finished[slot] is None]
+            all_done = len(self._done_at) == context.batch_size
+            if all_done or not going or any(accepted[slot] == 0 for slot in going):
+                break
+        return committed
+
+    def _judge(self, tokens: Tensor, lengths: Tensor, probs: Tensor | None, scores: Tensor) -> Verdict:
+        if self.request.do_sample:
+            return accept_sampled(tokens, lengths, probs, scores)
+        return accept_greedy(tokens, lengths, scores)
+
+    def _to_host(
+        self, verdict: Verdict, draft: Draft, logits: Tensor, scores: Tensor
+    ) -> tuple[list[list[int]], list[int], list[list[int]]]:
+        """The iteration's one synchronisation: new tokens, accepted lengths and drafts as Python numbers."""
+        draft_valid = torch.ones_like(verdict.valid) if draft.valid is None else draft.valid
+        flags = torch.stack([verdict.accepted, verdict.valid, draft_valid], dim=1)
+        packed = torch.cat([flags, verdict.tokens, draft.tokens], dim=1).tolist()
+        width = verdict.tokens.shape[1]
+        for slot, (row, (accepted, valid, valid_draft, *_)) in enumerate(zip(self.context.rows, packed)):
+            if not valid_draft:
+                owner = getattr(self.drafter, "model", self.drafter)
+                self._raise_no_distribution(f"draft model ({type(owner).__name__})", row)
+            used = slice(accepted + 1)
+            if not valid and not self._vanilla_would_choose(logits[slot, used], scores[slot, used]):
+                self._raise_no_distribution(f"target model ({type(self.target.model).__name__})", row)
+        drafted = [row[3 + width :][:n] for row, n in zip(packed, draft.row_lengths)]
+        return [row[3 : 3 + width] for row in packed], [row[0] for row in packed], drafted
+
+    def _vanilla_would_choose(self, logits: Tensor, scores: Tensor) -> bool:
+        """Processors may make sound logits infinite or NaN: the argmax of vanilla takes that, sampling cannot."""
+        left = (scores.amax(dim=-1) != float("-inf")).all()
+        return not self.request.do_sample and bool(logits.amax(dim=-1).isfinite().all() & left)
+
+    def _raise_no_distribution(self, model: str, row: int) -> None:
+        raise ValueError(
+            f"The {model} gave no distribution over the vocabulary for row {row} behind column "
+            f"{self.context.ends[row] - 1}: its scores hold NaN or +inf, or are all -inf. Check its weights and dtype, "
+            "and what the logits processors leave"
+        )
+
+    def describe(
+        self, committed: Committed, draft_seconds: float, verify_seconds: float, draft_forwards: int
+    ) -> Iteration:
+        """The iteration up to now, before anything is committed: `other_seconds` is 0."""
+        context = self.context
+        steps = [
+            RowStep(
+                row=row,
+                context_length=context.ends[row] - context.first[row],
+                drafted=committed.drafted[slot],
+                accepted=committed.accepted[slot],
+                committed=committed.tokens[slot],
+                finished=committed.finished[slot],
+            )
+            for slot, row in enumerate(context.rows)
+        ]
+        return Iteration(steps, draft_seconds, verify_seconds, other_seconds=0.0, draft_forwards=draft_forwards)
+
+    def record(self, iteration: Iteration) -> None:
+        """Tell statistics and trace what was committed."""
+        self.stats.add(iteration)
+        if self.trace is not None:
+            self.trace.add(iteration)
+
+    def commit(self, committed: Committed, output: ModelOutput) -> None:
+        """Append each row's committed set."""
+        self.context.clear_drafts()
+        self.recorder.layers(output, [len(tokens) for tokens in committed.tokens], self._fed_before)
+        for row, tokens in zip(self.context.rows, committed.tokens):
+            self.context.append(row, tokens)
+        self._finished = {row for row, why in zip(self.context.rows, committed.finished) if why is not None}
+
+    def roll_back(self) -> None:
+        """Both caches keep what is committed; finished rows leave the batch."""
+        self.target.commit(self.context)
+        self.drafter.commit(self.context)
+        if invariants.ENABLED:
+            invariants.check_iteration(self.context, self.target, getattr(self.drafter, "cached", None))
+        rows = self.context.rows
+        width = self.output_width
+        if len(self._done_at) == self.context.batch_size:  # nobody needs to go beyond the last one's end
+            self._finished |= {row for row in rows if self.context.ends[row] >= width}
+        for row in self._finished:  # the last row fills the gap, so that caches move one row only
+            gap = rows.index(row)
+            rows[gap] = rows[-1]
+            rows.pop()
+
+    @property
+    def output_width(self) -> int:
+        """Columns of the output: known once every row has met a criterion, `max_length` until then."""
+        if len(self._done_at) < self.context.batch_size:
+            return self.context.max_length
+        return max(self._done_at.values())

@@ -1,0 +1,77 @@
+"""What must hold after every iteration, checked when `HF_SPECDEC_CHECK=1`: slow, for debugging and for tests.
+
+Each row's target cache stands for exactly its committed tokens but the last, at the right positions; where there are
+states, and in the draft's cache, for at most those. Nothing but padding stands behind what is committed.
+"""
+
+import os
+
+from torch import Tensor
+from transformers import DynamicCache
+
+from ..cache.ragged import RaggedLayer
+from ..cache.states import is_recurrent, states_of
+from ..models.cached import CachedModel
+from ..sampling.context import Context
+
+ENABLED = os.environ.get("HF_SPECDEC_CHECK", "") not in ("", "0")
+TOLERANCE = 1e-3  # of the largest key or value; the same numbers through forwards of other shapes, in float32
+
+
+class InvariantError(AssertionError):
+    """A bug in hf_specdec: please report it with the call that showed it."""
+
+
+def check_iteration(context: Context, target: CachedModel, draft: CachedModel | None = None) -> None:
+    """Raise an InvariantError unless caches and context agree for the active rows."""
+    for row in context.rows:
+        held, due = target.cache.lengths[row], context.ends[row] + target.slot_offset[row] - 1
+        if held > due or (held < due and not target.cache.states):
+            raise InvariantError(f"row {row}: the target's cache holds {held} tokens instead of {due}")
+        if draft is not None:
+            held, most = draft.cache.lengths[row], context.ends[row] + draft.slot_offset[row] - 1
+            if held > most:
+                raise InvariantError(f"row {row}: the draft's cache holds {held} tokens, but only {most} are committed")
+        behind = context.tokens[row, context.ends[row] : context.max_length]
+        if not bool((behind == context.pad_token_id).all()):
+            raise InvariantError(f"row {row}: tokens stand behind the committed ones")
+    _check_entries(context, target)
+    if draft is not None:
+        _check_entries(context, draft)
+
+
+def _check_entries(context: Context, cached: CachedModel) -> None:
+    """Compare keys, values and states with those of one fresh forward over each row's committed tokens."""
+    given = cached.column_offset or cached.prompt_positions is not None or not cached.prompt_is_tokens
+    if given or not cached.cache.layers:
+        return  # the beginning was not given as tokens of this context
+    for index, row in enumerate(cached.cache.rows):
+        first = context.first[row]
+        begin, end = first + cached.slot_offset[row], cached.cache.lengths[row]
+        if end <= begin or row not in context.rows:
+            continue
+        fresh = DynamicCache(config=cached.model.config) if cached.cache.states else DynamicCache()
+        tokens = context.tokens[row : row + 1, first : first + end - begin].to(cached.device)
+        inputs = {"input_ids": tokens, cached.cache_name: fresh, "use_cache": True}
+        cached.model(**(inputs if cached.encoded is None else cached.encoded.of_row(row).join(inputs, [0])))
+        for layer, (mine, theirs) in enumerate(zip(cached.cache.layers, fresh.layers)):
+            if is_recurrent(mine):
+                for states, expected in zip(states_of(mine), states_of(theirs)):
+                    _compare(states[index], expected[0], f"row {row}, layer {layer}: the state")
+            if not isinstance(mine, RaggedLayer) or not mine.is_initialized:
+                continue
+            base = mine.base(row)
+            if mine.window is not None and base > max(end - mine.window.size + 1, begin):
+                raise InvariantError(
+                    f"row {row}, layer {layer}: slots before {base} are gone, but the window needs them"
+                )
+            held = max(begin, base)
+            for states, expected in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
+                own, new = states[index, :, held - base : end - base], expected[0, :, held - begin :]
+                _compare(own, new, f"row {row}, layer {layer}: a cached entry")
+
+
+def _compare(own: Tensor, fresh: Tensor, name: str) -> None:
+    error = (own - fresh).abs().max()
+    if error > TOLERANCE * fresh.abs().max():
+        raise InvariantError(f"{name} is off by {float(error):.2g}")

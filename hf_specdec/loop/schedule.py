@@ -1,0 +1,98 @@
+"""How long the next draft should be: the `num_assistant_tokens_schedule` of transformers."""
+
+import weakref
+from typing import Any, Protocol
+
+from ..drafters.base import GoOn
+from ..records.stats import Iteration
+from .optimal import MAX_GAMMA, Optimal, estimates_for
+
+DEFAULT_GAMMA = 5
+
+# By draft model, where "heuristic" started and where it left off; transformers keeps this in the user's generation
+# config instead.
+_learned: "weakref.WeakKeyDictionary[object, tuple[int, int]]" = weakref.WeakKeyDictionary()
+
+
+class Schedule(Protocol):
+    """Knows γ.
+
+    Attributes:
+        go_on: decides token by token whether to draft another one (see `DraftRequest`); `None` leaves it at the plan.
+    """
+
+    go_on: GoOn | None
+
+    def plan(self, rows: int) -> int:
+        """The longest draft of the next iteration, over so many active rows."""
+
+    def update(self, iteration: Iteration) -> None:
+        """Learn from one iteration."""
+
+
+class Constant:
+    """Always the same γ."""
+
+    go_on: GoOn | None = None
+
+    def __init__(self, gamma: int):
+        self.gamma = gamma
+
+    def plan(self, rows: int) -> int:
+        return self.gamma
+
+    def update(self, iteration: Iteration) -> None:
+        pass
+
+
+class Heuristic:
+    """+2 when every draft was accepted, else -1, never below 1: the rule of transformers' `AssistedCandidateGenerator`.
+
+    In a batch, one γ serves all rows; it grows when all rows accepted everything.
+
+    Args:
+        gamma: where to start.
+        owner: the object whose γ is remembered from call to call, until a call asks for another start; `None` forgets
+            ("heuristic_transient").
+    """
+
+    go_on: GoOn | None = None
+
+    def __init__(self, gamma: int, owner: object | None):
+        self._owner = owner
+        self._start = gamma
+        start, learned = (gamma, gamma) if owner is None else _learned.get(owner, (gamma, gamma))
+        self.gamma = learned if start == gamma else gamma
+
+    def plan(self, rows: int) -> int:
+        return self.gamma
+
+    def update(self, iteration: Iteration) -> None:
+        if not any(step.drafted for step in iteration.rows):
+            return
+        everything = all(step.accepted == len(step.drafted) for step in iteration.rows)
+        self.gamma = self.gamma + 2 if everything else max(1, self.gamma - 1)
+        if self._owner is not None:
+            _learned[self._owner] = self._start, self.gamma
+
+
+SCHEDULES = ("optimal", "constant", "heuristic", "heuristic_transient")
+
+
+def make_schedule(name: str, gamma: int | None, target: object, drafter: Any) -> Schedule:
+    """A schedule by its name in the generation config.
+
+    Args:
+        name: one of `SCHEDULES`.
+        gamma: where to start, and for "optimal" the longest draft; `None` for the schedule's own choice.
+        target: the target model, on which costs depend.
+        drafter: the drafter; what is learned is remembered by its `model`, if it has one.
+    """
+    if name not in SCHEDULES:
+        raise ValueError(f"`num_assistant_tokens_schedule` must be one of {', '.join(SCHEDULES)}, got {name!r}")
+    owner = getattr(drafter, "model", None)
+    if name == "optimal":
+        return Optimal(gamma or MAX_GAMMA, estimates_for(target, owner or target), drafter.shows_confidence)
+    if name == "constant":
+        return Constant(gamma or DEFAULT_GAMMA)
+    return Heuristic(gamma or DEFAULT_GAMMA, owner if name == "heuristic" else None)

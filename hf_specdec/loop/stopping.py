@@ -1,0 +1,74 @@
+"""Exact stopping: where in a block of new tokens vanilla `generate()` would have ended a row.
+
+The criteria of transformers that depend on one row's tokens alone (or the clock) are decided per row on the committed
+block. Any other criterion may count calls or look at other rows, so it is called exactly as vanilla calls it: once per
+step, on the whole batch, with all rows at the same step (`decoding.py` then advances the rows in lockstep).
+"""
+
+from transformers import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+
+from ..sampling.context import Context
+
+_KNOWN = {
+    EosTokenCriteria: "eos",
+    MaxLengthCriteria: "max_length",
+    StopStringCriteria: "stop_string",
+    MaxTimeCriteria: "max_time",
+}
+
+
+class Stopping:
+    """What ends a row.
+
+    Args:
+        criteria: the prepared criteria of `generate()`.
+        max_length: columns that the output may have at most.
+
+    Attributes:
+        pads_finished_rows: vanilla pads a finished row only when some criterion has `eos_token_id`; otherwise every row
+            goes on until all have met a criterion.
+    """
+
+    def __init__(self, criteria: StoppingCriteriaList, max_length: int):
+        self.criteria = criteria
+        self.max_length = max_length
+        self.pads_finished_rows = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+        self.unknown = [type(c).__name__ for c in criteria if type(c) not in _KNOWN]
+        self._eos = {
+            token for c in criteria if type(c) is EosTokenCriteria for token in c.eos_token_id.flatten().tolist()
+        }
+        # Those that must see the tokens (or the clock) to decide.
+        self._by_call = [c for c in criteria if type(c) in (StopStringCriteria, MaxTimeCriteria)]
+        self._limits = [c for c in criteria if type(c) is MaxLengthCriteria and c.max_position_embeddings is not None]
+
+    def first_end(self, context: Context, row: int, tokens: list[int]) -> tuple[int, str] | None:
+        """How many of `tokens`, the next ones of a row, vanilla would keep, and why it would end there.
+
+        Returns: `(count, reason)` when the row ends within them, else `None`.
+        """
+        if self._by_call:
+            context.write_row(row, tokens)
+        for i, token in enumerate(tokens):
+            end = context.ends[row] + i + 1
+            reason = self.reason(context, row, token, end)
+            if reason is not None:
+                return i + 1, reason
+        return None
+
+    def reason(self, context: Context, row: int, token: int, end: int) -> str | None:
+        """Which known criterion ends a row behind `token`, its last one before column `end`."""
+        if token in self._eos:
+            return "eos"
+        if end >= self.max_length:
+            return "max_length"
+        view = context.tokens[row : row + 1, :end]
+        for criterion in self._limits:
+            if end > criterion.max_position_embeddings:
+                criterion(view, None)  # for its warning
+        return next((_KNOWN[type(c)] for c in self._by_call if bool(c(view, None).any())), None)

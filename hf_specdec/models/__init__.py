@@ -1,0 +1,1 @@
+"""What drives a model's forwards, and what is asked of a model before it is driven."""

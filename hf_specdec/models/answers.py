@@ -1,0 +1,191 @@
+"""What models were asked, and what they answered: one memory and one rule of tolerance for all probes.
+
+A probe puts one question to a model in two ways and compares the logits. They are never equal to the last bit: kernels
+round differently for other shapes. How much they may differ is measured, not assumed: a model's answers to one question
+asked in two ways that vanilla also uses (a text in one forward, and token by token) say how much it rounds, whatever
+its precision, kernels and weights are. What a probe finds may differ by a few times that.
+"""
+
+import contextlib
+import weakref
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..device import first_line, model_device
+
+# Of the standard deviation of logits, root mean square over the vocabulary.
+_FACTOR = 6.0  # how far an answer may be off, in units of the noise that was measured
+_LEAST = 1e-5  # what is allowed however little was measured
+_UNMEASURED, _UNMEASURED_IN_HALF = 1e-4, 0.1  # what is allowed where nothing can be measured
+_MOST = 0.02  # two ways of vanilla that differ by more than this differ by more than float32 or TF32 rounding
+_MOST_IN_HALF = 0.25  # the same in bfloat16 and float16
+_HALF = 1e-4  # the eps of half precisions is above this
+_IDS = 512  # texts of probes are made of the first so many tokens
+# A router of experts may choose others by rounding alone. No text does that each time; a fault shows in every text.
+_ATTEMPTS = 3
+
+
+class Differs(Exception):
+    """A probe got other logits than vanilla's."""
+
+
+class CannotBeAsked(Exception):
+    """The model cannot be fed a few tokens of text alone, or gives no finite logits."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Whether a model can do something.
+
+    Attributes:
+        reason: what it does instead, as seen by the probe, in words that follow its name; empty if it can.
+        cause: the exception that the probe ended with.
+        asked: False where the model could not be asked.
+    """
+
+    reason: str = ""
+    cause: BaseException | None = None
+    asked: bool = True
+
+    def __bool__(self) -> bool:
+        return not self.reason
+
+    @property
+    def compared(self) -> bool:
+        """Whether the reason is what the model said, and not that it failed."""
+        return isinstance(self.cause, Differs)
+
+    def refusal(self, message: str) -> ValueError:
+        """The error that says so, with its cause chained."""
+        error = ValueError(message)
+        error.__cause__ = self.cause
+        return error
+
+
+# model -> (question, precision) -> answer
+_answers: "weakref.WeakKeyDictionary[PreTrainedModel, dict[Hashable, Answer]]" = weakref.WeakKeyDictionary()
+_noise: "weakref.WeakKeyDictionary[PreTrainedModel, dict[Hashable, float]]" = weakref.WeakKeyDictionary()
+
+
+def ask(model: PreTrainedModel, question: Hashable, probe: Callable[[int], None]) -> Answer:
+    """The answer to a question, remembered by attention implementation and precision.
+
+    Args:
+        model: is not remembered for models in training mode, whose answers are random with dropout.
+        question: what is asked, the same in every call.
+        probe: asks it with another text for each number that it is given; it raises if the answer is no.
+    """
+    known = _answers.setdefault(model, {})
+    key = question, precision(model)
+    if key not in known or model.training:
+        known[key] = _ask(probe)
+        if model.training:
+            return known.pop(key)
+    return known[key]
+
+
+@torch.no_grad()
+def _ask(probe: Callable[[int], None]) -> Answer:
+    answer = Answer()
+    for seed in range(_ATTEMPTS):
+        try:
+            probe(seed)
+            return Answer()
+        except CannotBeAsked as error:
+            return Answer(asked=False, cause=_without_frames(error))
+        except Differs as error:
+            answer = Answer(str(error), _without_frames(error))
+        except Exception as error:  # whatever a model does that was not made for this: it cannot do it
+            return Answer(f"fails when it is tried ({first_line(error)})", _without_frames(error))
+    return answer
+
+
+def _without_frames(error: BaseException) -> BaseException:
+    """Frames hold the model, which an answer must not keep alive."""
+    seen: BaseException | None = error
+    while seen is not None:
+        seen.__traceback__ = None
+        seen = seen.__cause__ or seen.__context__
+    return error
+
+
+def precision(model: PreTrainedModel) -> Hashable:
+    """What rounding depends on besides the model's code and weights."""
+    implementation: str = model.config.get_text_config(decoder=True)._attn_implementation
+    return implementation, model.dtype, _autocast(model), torch.get_float32_matmul_precision()
+
+
+def _autocast(model: PreTrainedModel) -> torch.dtype | None:
+    device = model_device(model).type
+    with contextlib.suppress(RuntimeError):  # of devices without autocast
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+    return None
+
+
+def tolerance(model: PreTrainedModel, noise: float | None = None) -> float:
+    """How far apart answers may be, see `apart`.
+
+    Args:
+        noise: what was measured for this model in this precision; `None` where nothing was.
+    """
+    eps = _eps(model)
+    if noise is None:
+        return _UNMEASURED_IN_HALF if eps > _HALF else _UNMEASURED
+    least = max(_LEAST, 4 * eps)
+    return max(least, _FACTOR * noise) if is_rounding(model, noise) else least
+
+
+def _eps(model: PreTrainedModel) -> float:
+    """Of the coarsest precision that a forward computes in."""
+    return max(torch.finfo(dtype).eps for dtype in (model.dtype, _autocast(model)) if dtype is not None)
+
+
+def is_rounding(model: PreTrainedModel, noise: float) -> bool:
+    """Whether so much noise can be rounding."""
+    return noise <= (_MOST_IN_HALF if _eps(model) > _HALF else _MOST)
+
+
+def measured_noise(model: PreTrainedModel, measure: Callable[[], float]) -> float:
+    """A model's noise in its present precision, measured once."""
+    known = _noise.setdefault(model, {})
+    key = precision(model)
+    if key not in known or model.training:
+        known[key] = measure()
+    return known[key]
+
+
+def apart(got: Tensor, expected: Tensor) -> float:
+    """How far apart logits `[..., vocab]` are: at the worst position, in standard deviations of those expected."""
+    got, expected = (torch.nan_to_num(logits.float(), nan=0.0, posinf=0.0, neginf=0.0) for logits in (got, expected))
+    difference = (got - expected).square().mean(dim=-1).sqrt().max()
+    return float(difference / expected.std().clamp(min=torch.finfo(torch.float32).tiny))
+
+
+def check_same(model: PreTrainedModel, got: Tensor, expected: Tensor, noise: float | None, otherwise: str) -> None:
+    """Raise `Differs` unless rounding explains the difference between logits `[..., vocab]`.
+
+    Args:
+        noise: see `tolerance`.
+        otherwise: what the model does if it does not.
+    """
+    found, allowed = apart(got, expected), tolerance(model, noise)
+    if not found <= allowed:
+        raise Differs(
+            f"{otherwise} (logits are {found:.2g} standard deviations apart; rounding is up to {allowed:.2g})"
+        )
+
+
+def ordinary_tokens(model: PreTrainedModel, count: int, seed: int) -> list[int]:
+    """Random tokens of text: none that stands for padding, the end of a text, or an image. They follow no period."""
+    config = model.config.get_text_config(decoder=True)
+    named = [vars(each) for each in (config, model.config, model.generation_config) if each is not None]
+    values = [value for names in named for name, value in names.items() if name.endswith(("_id", "_index", "_ids"))]
+    special = {v for value in values for v in (value if isinstance(value, list) else [value]) if isinstance(v, int)}
+    ids = [token for token in range(min(config.vocab_size, _IDS)) if token not in special] or [0]
+    generator = torch.Generator().manual_seed(seed)
+    return [ids[i] for i in torch.randint(len(ids), (count,), generator=generator).tolist()]

@@ -1,0 +1,276 @@
+"""FirstForward: a prompt that is more than tokens, read in one forward as vanilla `generate()` makes it.
+
+Images, audio, token types and the masks that come of them enter a model with its prompt, in ways of each model's
+own. So the model itself prepares that forward (`prepare_inputs_for_generation`), it runs on a cache of
+transformers, and what that cache then holds is taken over. Later forwards are ours again. This file also finds out
+what they must be given besides tokens: it asks the model's own preparation what vanilla would feed at the next two
+steps (`later.py`), and the model whether it reads what comes on top of tokens, mask and positions.
+"""
+
+import copy
+import weakref
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.utils import ModelOutput, logging
+
+from ..cache.layers import cached_length
+from ..device import model_device
+from .later import difference, equal, extra_inputs, is_usual, later_steps, only_limits_logits, prepares_inputs_itself
+from .masks import looks_ahead
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class OfRow:
+    """An input `[batch, 1, ...]` that stands for a row, however many of its tokens are fed."""
+
+    value: Tensor
+
+    def fed(self, rows: list[int], width: int) -> Tensor:
+        return self.value[rows]
+
+
+@dataclass(frozen=True)
+class OfToken:
+    """An input `[batch, 1, ...]` that each token is given."""
+
+    value: Tensor
+
+    def fed(self, rows: list[int], width: int) -> Tensor:
+        return self.value[rows].expand(-1, width, *self.value.shape[2:]).contiguous()
+
+
+class DoesNotFit(ValueError):
+    """What a first forward has led to is more than entries, one per token, in our cache.
+
+    Attributes:
+        first_forward: which has run.
+        output: of the model.
+    """
+
+    def __init__(self, message: str, first_forward: "FirstForward", output: ModelOutput):
+        super().__init__(message)
+        self.first_forward = first_forward
+        self.output = output
+
+
+class FirstForward:
+    """The forward over a whole prompt, prepared by the model.
+
+    Args:
+        model: the target.
+        input_ids: `[batch, width]`, as `generate()` hands them over.
+        columns: how many columns are not cached yet.
+        cache: holds the columns before those.
+        generation_config, model_kwargs: what `generate()` has prepared.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        columns: int,
+        cache: Cache,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+    ):
+        self.model = model
+        self.ids = input_ids
+        self.config = generation_config
+        self._past = cached_length(cache)
+        self._columns = columns + self._past
+        self.given = cache
+        self.kwargs = dict(model_kwargs)
+        self.cache = cache
+        self.forget()
+        self.inputs: dict[str, Any] = model.prepare_inputs_for_generation(
+            input_ids, next_sequence_length=columns, is_first_iteration=True, **self.kwargs
+        )
+
+    def forget(self) -> None:
+        """Let go of what `run` has cached."""
+        # A given cache without entries may be of another kind; it gets its own in the end.
+        config = self.model.config.get_text_config(decoder=True)
+        self._use(self.given if self._past else DynamicCache(config=config))
+
+    def _use(self, cache: Cache) -> None:
+        self.cache = cache
+        self.kwargs["cache_params" if "cache_params" in self.kwargs else "past_key_values"] = cache
+
+    @property
+    def places_tokens_itself(self) -> bool:
+        """Whether vanilla does not tell the model positions: it counts columns then, or does something of its own."""
+        return self.inputs.get("position_ids") is None
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether feeding tokens with a position each would not do."""
+        positions = self.inputs.get("position_ids")
+        axes_differ = positions is not None and positions.ndim > 2 and not bool((positions == positions[:1]).all())
+        withheld = self.kwargs.get("position_ids") is not None and self.places_tokens_itself
+        known = bool(extra_inputs(self.inputs)) or axes_differ or withheld or looks_ahead(self.model)
+        return known or not is_usual(self.model, self.ids, self._columns, self.kwargs, positions)
+
+    def run(self, **kwargs: Any) -> ModelOutput:
+        """Vanilla's first forward; the entries of its tokens are in `cache` afterwards."""
+        if self._past:
+            self._use(copy.deepcopy(self.given))
+        return self.model._prefill(self.ids, self.config, {**self.kwargs, **kwargs})
+
+    def later_inputs(self, output: ModelOutput) -> dict[str, Any]:
+        """What every forward after the prompt must be given besides the usual: tensors by row, or by row and token.
+
+        Raises:
+            DoesNotFit: if there are other entries than one per token, or an input that is not the same at each token.
+        """
+        layers = [layer for layer in self.cache.layers if isinstance(getattr(layer, "keys", None), Tensor)]
+        for length in {int(layer.get_seq_length()) for layer in layers} - {self._columns}:
+            raise self._misfit(f"caches {length} entries for {self._columns} tokens", output)
+        ids, steps = later_steps(self.model, self.ids, self.kwargs, output, self._columns)
+        mask, positions = self.kwargs.get("attention_mask"), self.inputs.get("position_ids")
+        for i, inputs in enumerate(steps):
+            if found := difference(inputs, ids[:, : self.ids.shape[1] + 1 + i], mask, positions, i):
+                raise self._misfit(found, output)
+        every_step: dict[str, Any] = {}
+        first, second = map(extra_inputs, steps)
+        for name in sorted(first.keys() | second.keys()):
+            value, others = first.get(name), {k: v for k, v in first.items() if k != name}
+            if not equal(value, second.get(name)):
+                if self._reads(name, others, value, second.get(name)):
+                    raise self._misfit(f"prepares another `{name}` at each step", output)
+            elif isinstance(value, Tensor):
+                if self._reads(name, others, value, _altered(value)) or self._reads(name, others, value, None):
+                    if value.shape[:2] != (len(self.ids), 1):
+                        raise self._misfit(f"reads `{name}` {list(value.shape)} at every token", output)
+                    every_step[name] = OfToken(value) if self._is_of_token(name, value) else OfRow(value)
+            elif not self._only_limits_logits(name, others, value):
+                every_step[name] = value
+        return every_step
+
+    def _misfit(self, reason: str, output: ModelOutput) -> DoesNotFit:
+        return DoesNotFit(f"{type(self.model).__name__} {reason}", self, output)
+
+    def _is_of_token(self, name: str, value: Tensor) -> bool:
+        """Whether the second axis of an input is that of the tokens: in the prompt it then had one for each."""
+        given = self.inputs.get(name)
+        return value.ndim == 2 or (isinstance(given, Tensor) and given.shape[1:2] == (self._columns,))
+
+    def _reads(self, name: str, others: dict[str, Any], one: Any, other: Any) -> bool:
+        """Whether a forward after the prompt depends on which of two values an input has. Asked once of tensors."""
+        known = _reading.setdefault(self.model, {})
+        question = name, *(type(v).__name__ if isinstance(v, Tensor) else repr(v) for v in (one, other))
+        if question not in known:
+            given = [others if value is None else {**others, name: value} for value in (one, other)]
+            try:
+                known[question] = not torch.equal(*map(self._logits, given))
+            except Exception:  # whatever another value leads to: it was read
+                known[question] = True
+        return known[question]
+
+    def _only_limits_logits(self, name: str, others: dict[str, Any], value: Any) -> bool:
+        """Whether an input does nothing but keep the logits of all tokens but the last from being returned."""
+        known = _limiting.setdefault(self.model, {})
+        question = name, repr(value)
+        if question not in known:
+            known[question] = only_limits_logits(lambda more: self._logits({**others, **more}, 2), name, value)
+        return known[question]
+
+    def _logits(self, inputs: dict[str, Any], width: int = 1) -> Tensor:
+        """`[batch, width or less, vocab]`: of tokens after the prompt. Nothing that is carried on is changed."""
+        inputs = {name: value if isinstance(value, Tensor) else copy.deepcopy(value) for name, value in inputs.items()}
+        ids = self.ids.new_zeros(len(self.ids), width).to(model_device(self.model))
+        cache = {"cache_params" if "cache_params" in self.kwargs else "past_key_values": copy.deepcopy(self.cache)}
+        if (positions := self.inputs.get("position_ids")) is not None:
+            steps = torch.arange(1, width + 1, device=positions.device)
+            inputs = {**inputs, "position_ids": positions[..., -1:] + steps}
+        logits: Tensor = self.model(input_ids=ids, **cache, use_cache=True, **inputs, return_dict=True).logits
+        return logits
+
+
+# model -> (name of an input, two values, or the types of tensors) -> whether the model tells them apart
+_reading: "weakref.WeakKeyDictionary[PreTrainedModel, dict[tuple[str, ...], bool]]" = weakref.WeakKeyDictionary()
+# model -> (name of an input, its value) -> whether it only limits logits
+_limiting: "weakref.WeakKeyDictionary[PreTrainedModel, dict[tuple[str, str], bool]]" = weakref.WeakKeyDictionary()
+
+
+def prepare_first_forward(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    columns: int,
+    cache: Cache,
+    generation_config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+) -> FirstForward | None:
+    """The first forward, `None` where it is plainly but tokens with a position each."""
+    if model.config.is_encoder_decoder:
+        return None  # what is more than tokens has been through the encoder
+    positions = model_kwargs.get("position_ids")
+    prepares = looks_ahead(model) or prepares_inputs_itself(model)
+    if not prepares and not extra_inputs(model_kwargs) and (positions is None or positions.ndim <= 2):
+        return None
+    return FirstForward(model, input_ids, columns, cache, generation_config, model_kwargs)
+
+
+def show(draft: PreTrainedModel, inputs: dict[str, Any], batch_size: int) -> tuple[FirstForward, ModelOutput] | None:
+    """Let a draft model read a prompt with all that belongs to it, where it takes the same inputs as the target.
+
+    Args:
+        draft: the draft model.
+        inputs: what the user gave to the target's `generate()`, ids and mask among them.
+        batch_size: rows in all, with those of `num_return_sequences`.
+
+    Returns: the forward and its output; `None` if the draft is left with the text.
+    """
+    takes = {*signature(draft.forward).parameters, *signature(draft.prepare_inputs_for_generation).parameters}
+    if not inputs.keys() <= takes:
+        return None
+    try:
+        ids, config, kwargs = prepared_call(draft, inputs, batch_size)
+        first = FirstForward(draft, ids, ids.shape[1], DynamicCache(), config, kwargs)
+        output = first.run()
+        first.later_inputs(output)
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        logger.warning_once(
+            f"{type(draft).__name__} cannot read this prompt's images or audio ({reason}): drafts see text"
+        )
+        return None
+    return None if first.places_tokens_itself else (first, output)
+
+
+def prepared_call(
+    model: PreTrainedModel, inputs: dict[str, Any], batch_size: int | None = None
+) -> tuple[Tensor, GenerationConfig, dict[str, Any]]:
+    """What `generate()` makes of a model's `inputs`: ids `[batch_size, columns]`, config, and model kwargs."""
+    prepared: list[tuple[Tensor, GenerationConfig, dict[str, Any]]] = []
+
+    def decode(model: Any, input_ids: Tensor, generation_config: GenerationConfig, **kwargs: Any) -> Tensor:
+        kwargs = {k: v for k, v in kwargs.items() if k not in ("logits_processor", "stopping_criteria")}
+        prepared.append((input_ids, generation_config, kwargs))
+        return input_ids
+
+    copies = (batch_size or len(inputs["input_ids"])) // len(inputs["input_ids"])
+    sampling = {"num_return_sequences": copies, "do_sample": copies > 1, "num_beams": 1, "max_new_tokens": 1}
+    model.generate(**inputs, **sampling, custom_generate=decode)
+    return prepared[0]
+
+
+def split_axes(position_ids: Tensor | None, batch_size: int) -> tuple[Tensor | None, Tensor | None]:
+    """Position ids of the first axis, `[batch, columns]`, and what to add for each axis, `[axes, batch, 1]`."""
+    if position_ids is None or position_ids.ndim == 2:
+        return position_ids, None
+    return position_ids[0], (position_ids[..., -1:] - position_ids[:1, :, -1:]).expand(-1, batch_size, -1)
+
+
+def _altered(value: Tensor) -> Tensor:
+    """Other values of the same shape and type, none as it was."""
+    if value.dtype == torch.bool:
+        return ~value
+    return torch.full_like(value, float("nan")) if value.is_floating_point() else value + 1

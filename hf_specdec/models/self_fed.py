@@ -1,0 +1,302 @@
+"""PreparedModel: a model that its own code feeds, as in vanilla `generate()`, for what our cache cannot stand for.
+
+Most models keep keys and values for each token, or states in a cache of transformers: `forward.py` drives these. Some
+carry something else from one forward to the next, under a name and in a class of their own (RWKV's `state`), or nothing
+at all (the whole text is read each time), or more entries than there are tokens (an image that is no part of the text).
+Of these only this is asked: that the steps of vanilla can be taken several tokens at a time, from a copy of what was
+carried. So the model's own code prepares each forward (`prepare_inputs_for_generation`), it runs on a copy, and going
+back to committed tokens is dropping the copy. That costs O(context) per forward where entries are carried, and rows
+advance together; what it saves are forwards.
+"""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Set
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation.utils import ALL_CACHE_NAMES
+from transformers.utils import ModelOutput
+
+from ..device import first_line, model_device
+from ..sampling.context import Context
+from .answers import (
+    CannotBeAsked,
+    Differs,
+    apart,
+    ask,
+    check_same,
+    measured_noise,
+    ordinary_tokens,
+)
+from .cached import CachedModel
+from .multimodal_prompt import FirstForward, prepared_call
+
+_BY_TOKEN = {"loss", "logits", "hidden_states", "attentions"}  # of an output: nothing that is carried on
+
+
+@dataclass(frozen=True)
+class _Carried:
+    """Where a model is after so many columns. It never changes: forwards run on copies of it.
+
+    Attributes:
+        output: what the last forward returned, but for what is by token.
+        kwargs: what that forward was prepared from.
+    """
+
+    columns: int
+    output: ModelOutput
+    kwargs: dict[str, Any]
+
+    @property
+    def is_stateless(self) -> bool:
+        return all(self.output.get(name) is None for name in ALL_CACHE_NAMES)
+
+
+class _Columns:
+    """Stands where a RaggedCache is elsewhere: how many columns are held, the same for all rows, and going back."""
+
+    layers: tuple[Any, ...] = ()
+    states = True  # what is committed may have to be fed again
+
+    def __init__(self, rows: int, device: torch.device):
+        self.device = device
+        self.lengths = [0] * rows
+        self.history: list[_Carried] = []  # the last one stands for all that is held, unless nothing is carried
+
+    def get_seq_length(self) -> int:
+        return self.lengths[0]
+
+    def roll_back(self, rows: list[int], most: list[int]) -> None:
+        """Go back to the last place that is not beyond `most`."""
+        if not self.history:
+            return
+        limit = min(self.lengths[0], *most)
+        if not self.history[-1].is_stateless:
+            while self.history[-1].columns > limit:
+                self.history.pop()
+            del self.history[:-1]
+            limit = self.history[0].columns
+        self.lengths = [limit] * len(self.lengths)
+
+
+class PreparedModel(CachedModel):
+    """Feeds tokens of a context to a model as vanilla does, all rows together, finished ones included.
+
+    Args:
+        model: a decoder-only model.
+        input_ids: `[batch, columns]`, the prompt as `generate()` hands it over.
+        generation_config, model_kwargs: what `generate()` has prepared.
+    """
+
+    cache: Any  # a _Columns
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+    ):
+        device: Any = model_device(model)
+        columns: Any = _Columns(len(input_ids), device)
+        super().__init__(model, columns, first=[0] * len(input_ids))
+        if model_kwargs.get("inputs_embeds") is not None:
+            raise ValueError(
+                f"The prompt of {type(model).__name__} comes as `inputs_embeds` (given, or made by its own "
+                "`generate()`), but what the model carries from step to step is its own, so strategy='spec' can only "
+                "read tokens: pass `input_ids`, or drop the strategy"
+            )
+        if any(isinstance(value, Iterator) for value in model_kwargs.values()):
+            raise ValueError(
+                f"{type(model).__name__} is given its input bit by bit, which strategy='spec' does not support: pass "
+                "all of it at once"
+            )
+        self._text = input_ids.to(device)  # `[batch, columns]`, what is held
+        self._prompt = input_ids
+        self._config = generation_config
+        self._kwargs = model_kwargs
+
+    @classmethod
+    def going_on(cls, first_forward: FirstForward, output: ModelOutput) -> "PreparedModel":
+        """From a first forward whose outcome our cache cannot hold."""
+        if getattr(first_forward.given, "_is_user_defined", False):
+            raise ValueError(
+                "strategy='spec' cannot go on from the given `past_key_values` with images or audio that are no part "
+                f"of the text of {type(first_forward.model).__name__}: pass the whole prompt without it"
+            )
+        prepared = cls(first_forward.model, first_forward.ids, first_forward.config, first_forward.kwargs)
+        prepared._begin(output)
+        prepared.forwards = 1
+        return prepared
+
+    @property
+    def prompt_is_unread(self) -> bool:
+        return not self.cache.history
+
+    def read_prompt(self, **kwargs: Any) -> ModelOutput:
+        """Vanilla's first forward. Returns its output, `logits` `[batch, 1, vocab]` of the last column."""
+        output = self.model._prefill(self._prompt, self._config, {**self._kwargs, **kwargs})
+        self._begin(output)
+        self.forwards += 1
+        output.logits = output.logits[:, -1:]
+        return output
+
+    def prefill(self, context: Context, chunk_size: int | None = None, **kwargs: Any) -> list[Any]:
+        """As of any model; an unread prompt waits for the first `forward`, which reads it as vanilla does."""
+        return [] if self.prompt_is_unread else super().prefill(context, chunk_size, **kwargs)
+
+    def commit(self, context: Context) -> None:
+        super().commit(context)
+        if self.prompt_is_unread:
+            return
+        at, held = self.cache.history[-1], self.cache.get_seq_length()
+        if at.is_stateless and held > at.columns:  # else each forward would go over all columns again
+            self.cache.history = [_Carried(held, at.output, self._next(at, held - at.columns))]
+
+    def hand_back(self, context: Context, width: int) -> Any:
+        """What vanilla would leave behind: something that stands for all columns but the last."""
+        context.rows = list(range(context.batch_size))
+        context.ends = [width] * context.batch_size
+        self.prefill(context)
+        kwargs = self._next(self.cache.history[-1], 1)
+        return next((kwargs[name] for name in ALL_CACHE_NAMES if name in kwargs), None)
+
+    def _feed(
+        self, context: Context, width: int, keep: int, ids: Tensor | None = None, *_: Any, **__: Any
+    ) -> ModelOutput:
+        rows, begin = context.rows, self.cache.get_seq_length()
+        if self.prompt_is_unread:
+            output = self.read_prompt()
+            self.forwards -= 1
+            begin, width = self.cache.get_seq_length(), width - self.cache.get_seq_length()
+        if width:
+            new = context.tokens[:, begin : begin + width].to(self.device, copy=True)
+            if ids is not None:
+                new[rows] = ids.to(self.device)
+            new = new.clamp(0, self._vocab_size - 1)
+            self._text = torch.cat([self._text[:, :begin], new], dim=1)
+            before = self.cache.history[-1]
+            output, after = self._step(before, self._text, width, keep)
+            if not before.is_stateless:
+                self.cache.history.append(after)
+            self.cache.lengths = [begin + width] * len(self.cache.lengths)
+        if rows != list(range(len(self._text))):
+            output.logits = output.logits[rows]
+        return output
+
+    def _begin(self, output: ModelOutput) -> None:
+        columns = self._prompt.shape[1]
+        self.cache.history = [_Carried(columns, _carried(output), self._kwargs)]
+        self.cache.lengths = [columns] * len(self._prompt)
+        self._check()
+
+    def _next(self, carried: _Carried, width: int) -> dict[str, Any]:
+        """What vanilla prepares a forward over `width` tokens more from, with a copy of what is carried."""
+        kwargs, output = dict(carried.kwargs), _rebuilt(carried.output, copy.deepcopy)
+        for _ in range(width):
+            kwargs = self.model._update_model_kwargs_for_generation(output, kwargs, is_encoder_decoder=False)
+        return kwargs
+
+    def _step(self, carried: _Carried, text: Tensor, width: int, keep: int) -> tuple[ModelOutput, _Carried]:
+        """Vanilla's next forward, over the last `width` columns of `text`. `carried` stays as it is."""
+        kwargs = self._next(carried, text.shape[1] - carried.columns)
+        inputs = self.model.prepare_inputs_for_generation(text, next_sequence_length=width, **kwargs)
+        if "logits_to_keep" in inputs:
+            inputs["logits_to_keep"] = keep
+        output = self.model(**inputs, return_dict=True)
+        return output, _Carried(text.shape[1], _carried(output), kwargs)
+
+    def _check(self) -> None:
+        """Raise a ValueError unless several tokens at once, from a copy, get the logits that they get one by one."""
+        if self.model.training:
+            return  # with dropout all answers differ
+        mask, start = self._kwargs.get("attention_mask"), self.cache.history[-1]
+        windows = [w for w in _windows(start.output) if start.columns + w < self._config.max_length]
+        padded = mask is not None and not bool(mask.all())
+        given = frozenset(name for name, value in self._kwargs.items() if value is not None)
+        window = max(windows, default=0)
+        with self.no_bookkeeping():
+            question = ("feeds itself", given, len(self._prompt) > 1, padded, window)
+            answer = ask(self.model, question, lambda seed: self._rehearse(start, window, seed))
+        if not answer:
+            name = type(self.model).__name__
+            raise answer.refusal(f"{name} {answer.reason}, so strategy='spec' cannot be used with it here")
+
+    def _rehearse(self, start: _Carried, window: int, seed: int) -> None:
+        """Raise `Differs` if blocks of tokens cannot be verified; asked with a few tokens.
+
+        Args:
+            window: asked once more after so many tokens, unless 0.
+        """
+        try:
+            self._compare(start, self._text, seed)
+            if window:
+                text = self._text.repeat(1, window // self._text.shape[1] + 2)[:, : start.columns + window]
+                self._compare(self._step(start, text, window, 1)[1], text, seed, f" beyond a window of {window}")
+        except Differs:
+            raise
+        except Exception as error:  # whatever a model does that was not made for this: it cannot do it
+            raise Differs(f"cannot be fed several tokens after a text ({first_line(error)})") from error
+
+    def _compare(self, start: _Carried, text: Tensor, seed: int, where: str = "") -> None:
+        """The same of three tokens after `text`, for which `start` stands."""
+        columns = [(seed + i) % text.shape[1] for i in (-1, 0, -1)]
+        text = torch.cat([text, text[:, columns]], dim=1)
+        ends = [start.columns + 1 + i for i in range(3)]
+        steps, at = [], start
+        for end in ends:
+            output, after = self._step(at, text[:, :end], 1, 1)
+            at = at if start.is_stateless else after
+            steps.append(output.logits[:, -1:])
+        expected = torch.cat(steps, dim=1)
+        if not expected.isfinite().all():
+            raise CannotBeAsked("its logits are not finite")  # which is told where its tokens are chosen
+        noise = self._noise()
+        again = self._step(start, text[:, : ends[0]], 1, 1)[0].logits[:, -1:]
+        hidden = "keeps state where it is not seen, so that rejected drafts cannot be taken out again"
+        check_same(self.model, again, steps[0], noise, hidden + where)
+        block = self._step(start, text, 3, 3)[0].logits[:, -3:]
+        if block.shape != expected.shape:
+            raise Differs(f"returns the logits of {block.shape[1]} of 3 tokens{where}")
+        several = "gives several tokens other logits than one after the other"
+        check_same(self.model, block, expected, noise, several + where)
+
+    def _noise(self) -> float | None:
+        """How much the model rounds: texts read at once beside the same texts step by step; `None` if not known."""
+        with contextlib.suppress(Exception):  # of models that read more than text
+            return measured_noise(self.model, self._measure)
+        return None
+
+    def _measure(self) -> float:
+        tokens = torch.tensor([ordinary_tokens(self.model, 12, 0)], device=self.device)
+        at_once, steps, at = [], [], None
+        for end in range(8, 13):
+            ids, config, kwargs = prepared_call(self.model, {"input_ids": tokens[:, :end]})
+            output = self.model._prefill(ids, config, kwargs)
+            if at is None:
+                at = _Carried(end, _carried(output), kwargs)
+                continue
+            at_once.append(output.logits[:, -1:])
+            output, after = self._step(at, tokens[:, :end], 1, 1)
+            at = at if at.is_stateless else after
+            steps.append(output.logits[:, -1:])
+        return apart(torch.cat(steps, dim=1), torch.cat(at_once, dim=1))
+
+
+def _windows(output: ModelOutput) -> set[int]:
+    """How many tokens layers of caches in an output see of those behind a prompt, where that is not all."""
+    layers = [layer for value in output.values() for layer in getattr(value, "layers", ())]
+    return {layer.sliding_window for layer in layers if getattr(layer, "sliding_window", None)}
+
+
+def _carried(output: ModelOutput) -> ModelOutput:
+    return _rebuilt(output, lambda value: value, without=_BY_TOKEN)
+
+
+def _rebuilt(output: ModelOutput, change: Callable[[Any], Any], without: Set[str] = frozenset()) -> ModelOutput:
+    """An output of the same class without some of its values, the others changed."""
+    return type(output)(**{name: change(value) for name, value in output.items() if name not in without})

@@ -1,0 +1,262 @@
+"""Forwards of fixed shapes (`cache_implementation="static"`): on CUDA captured once as graphs, then replayed.
+They can be compiled besides (`speculation_compile`).
+
+A decode step of a small model costs more to launch than to compute. Here the only inputs are token ids and where each
+row's tokens go; slots, positions and masks are made on the device, attention is over the whole capacity, and widths are
+rounded up to a few, so that a step of the same rows is the same kernels on the same memory. Caches and graphs are kept
+with the model for the next call. On other devices the same code runs without graphs.
+"""
+
+import inspect
+import re
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..cache.ragged import RaggedCache
+from ..device import is_hooked, no_bookkeeping
+from ..kernels import packing
+from ..kernels.attention import folded_attention
+from ..kernels.swap import compiling_ours
+from .masks import ragged_mask
+from .parts import Parts, parts_of
+
+logger = logging.get_logger(__name__)
+
+# Tokens per row; what does not fit is fed in the ordinary way.
+WIDTHS = (1, 2, 3, 5, 9, 17)
+# Widths that are compiled. The steps of a draft model: one token, or two behind a block that was accepted whole.
+STEPS = (1, 2)
+# Blocks that a target verifies, by one code for all of them; what is one token wide is filled up.
+BLOCKS = range(2, WIDTHS[-1] + 1)
+
+
+@dataclass
+class _Step:
+    """Buffers of one (rows, width): `ids` `[rows, width]`, `places` `[3, rows]`, `logits` `[rows, width, vocab]`."""
+
+    ids: Tensor
+    places: Tensor  # by row: the first slot, the position id of slot 0, the last slot whose position may be asked for
+    logits: Tensor | None = None
+    graph: "torch.cuda.CUDAGraph | None" = None
+
+
+class StaticForwards:
+    """Runs a model on a cache of fixed capacity, with one set of buffers for each (rows, width).
+
+    Args:
+        cache: its storage must stay where it is.
+        compiles: the widths, STEPS or BLOCKS, that `torch.compile` compiles, over all rows of the cache. What steps say
+            need not be exact; blocks are rounded as uncompiled ones, and compiled again when the model has changed.
+        parts: what the model consists of. Its forwards are not captured if it is hooked.
+    """
+
+    def __init__(self, cache: RaggedCache, compiles: Sequence[int] = (), parts: Parts | None = None):
+        self.compiles = compiles
+        self.parts = parts or Parts()
+        self.compile_seconds = 0.0
+        self._cache = cache
+        self._compiled: Callable[[PreTrainedModel, _Step], Tensor] | None = None
+        self._failed = False
+        self._steps: dict[tuple[int, int], _Step] = {}
+        self._captures = cache.device.type == "cuda" and not self.parts.hooked
+
+    def __call__(self, model: PreTrainedModel, ids: Tensor, places: Tensor) -> Tensor:
+        """`[rows, width, vocab]` logits, valid until the next call.
+
+        Args:
+            ids: `[rows, width]`, the tokens of each active row of the cache; at most `WIDTHS[-1]`.
+            places: `[3, rows]`, see `_Step`.
+        """
+        rows, width = ids.shape
+        step = self._step(rows, self._filled_up(rows, width))
+        step.ids[:, :width].copy_(ids)
+        step.places.copy_(places)
+        if self._captures and step.graph is None:
+            self._capture(model, step)
+        if step.graph is None:
+            with compiling_ours():  # should the model have changed
+                step.logits = self._forward(step)(model, step)
+        else:
+            step.graph.replay()
+        assert step.logits is not None
+        return step.logits[:, :width]
+
+    def takes(self, rows: int, width: int) -> bool:
+        """Whether so many tokens of so many rows are worth fixed shapes; else they are fed in the ordinary way."""
+        fits = width <= WIDTHS[-1]
+        return fits and (self._captures or not self.compiles or self._is_compiled(rows, width))
+
+    def is_for(self, parts: Parts, compiles: Sequence[int]) -> bool:
+        """Whether storage and compiled code suit a model of these parts."""
+        return self.compiles == compiles and self.parts == parts._replace(places=self.parts.places)
+
+    def read_from(self, parts: Parts) -> None:
+        """The weights of the model may lie elsewhere now: graphs would go on reading the old ones."""
+        if self.parts.places != parts.places:
+            self._steps.clear()
+        self.parts = parts
+
+    def _filled_up(self, rows: int, width: int) -> int:
+        if self._is_compiled(rows, width):
+            width = max(width, self.compiles[0])
+            if not self._captures:
+                return width
+        return next(w for w in WIDTHS if w >= width)
+
+    def _step(self, rows: int, width: int) -> _Step:
+        if (rows, width) not in self._steps:
+            with torch.inference_mode(False):  # a later call may not be in it
+                ids, places = (
+                    torch.zeros(shape, dtype=torch.int64, device=self._cache.device)
+                    for shape in ((rows, width), (3, rows))
+                )
+            self._steps[rows, width] = _Step(ids, places)
+        return self._steps[rows, width]
+
+    def compile(self, model: PreTrainedModel) -> None:
+        """Compile what is to be compiled, if that was not done before; the cache must be empty."""
+        began, rows = perf_counter(), len(self._cache.lengths)
+        self.compile_seconds = 0.0
+        if not self.compiles or self._compiled is not None or self._failed:
+            return
+        exact = self.compiles is BLOCKS
+        try:
+            compiled = torch.compile(self._run, dynamic=False, **_compile_options(exact))
+            with no_bookkeeping(model, self._cache.device)(), folded_attention(), packing.exchanged(), compiling_ours():
+                self._run(model, self._step(rows, 1))  # storage is made
+                for width in BLOCKS[3:4] if exact else self.compiles:
+                    step = self._step(rows, width)
+                    if exact:
+                        torch._dynamo.mark_dynamic(step.ids, 1, min=BLOCKS[0], max=BLOCKS[-1])
+                    compiled(model, step)
+            self._compiled = compiled
+        except Exception as error:  # of compilers, which may not even be there
+            self._failed = True
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            logger.warning_once(f"{type(model).__name__} could not be compiled ({reason}): it runs uncompiled.")
+        self.compile_seconds = perf_counter() - began
+
+    def _run(self, model: PreTrainedModel, step: _Step) -> Tensor:
+        first, position, last = step.places[:, :, None].unbind()
+        slots = first + torch.arange(step.ids.shape[1], device=step.ids.device)
+        self._cache.prepare_slots(slots)
+        positions = (slots.minimum(last) + position).clamp(min=0)
+        mask = ragged_mask(model, slots, self._cache.capacity)
+        inputs = {"past_key_values": self._cache, "use_cache": True, "attention_mask": mask, "return_dict": True}
+        return model(input_ids=step.ids, position_ids=positions, **inputs).logits
+
+    def _forward(self, step: _Step) -> Callable[[PreTrainedModel, _Step], Tensor]:
+        return self._compiled if self._compiled and self._is_compiled(*step.ids.shape) else self._run
+
+    def _is_compiled(self, rows: int, width: int) -> bool:
+        is_compiled = self._compiled is not None and rows == len(self._cache.lengths)
+        return is_compiled and max(width, self.compiles[0]) in self.compiles
+
+    def _capture(self, model: PreTrainedModel, step: _Step) -> None:
+        try:
+            with torch.cuda.device(self._cache.device):  # whose streams these are
+                stream = torch.cuda.Stream()
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    for _ in range(2):  # libraries allocate their workspaces the first time
+                        self._forward(step)(model, step)
+                torch.cuda.current_stream().wait_stream(stream)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    step.logits = self._forward(step)(model, step)
+                step.graph = graph
+        except RuntimeError as error:
+            self._captures = False
+            logger.warning_once(
+                f"{type(model).__name__} could not be captured as a CUDA graph ({str(error).splitlines()[0]}): its "
+                "forwards are launched one by one."
+            )
+
+
+def compilable(model: PreTrainedModel, widths: Sequence[int], is_fixed: bool, does: str) -> Sequence[int]:
+    """The widths to compile for a model: none, which is said once, where its forwards are not always the same.
+
+    Args:
+        is_fixed: whether forwards keep their shapes.
+        does: what the model does with them, for the message.
+    """
+    reason = "" if is_fixed else "its forwards change their shapes here"
+    if is_hooked(model):
+        reason = _HOOKED
+    elif _has_adapters(model):
+        reason = "it has adapters, which may be switched between calls"
+    if not reason:
+        return widths
+    logger.warning_once(f"{type(model).__name__} {does} uncompiled: {reason}.")
+    return ()
+
+
+_HOOKED = "it has hooks (or accelerate moves its weights), which must see every forward"
+
+
+def _has_adapters(model: PreTrainedModel) -> bool:
+    return hasattr(model, "peft_config")
+
+
+def _compile_options(exact: bool) -> dict[str, Any]:
+    """What to tell `torch.compile`, as far as this version of it can be told."""
+    if not hasattr(torch.compiler, "keep_tensor_guards_unsafe"):  # with all guards, version 2.6 fails to compile
+        raise RuntimeError(f"PyTorch {torch.__version__} cannot leave out guards of compiled code, newer ones can")
+    guards = _of_the_model if exact else torch.compiler.keep_tensor_guards_unsafe
+    told: dict[str, Any] = {"options": {"guard_filter_fn": guards, "emulate_precision_casts": exact}}
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+        told["isolate_recompiles"] = True  # from other models, which would count against the same limit
+    return told
+
+
+def _of_the_model(guards: Sequence[Any]) -> list[bool]:
+    """Which guards of compiled code stay: those on `model`, on tensors and on PyTorch's own modes, which have no name.
+
+    Those on Python objects of ours would see new ones in each call, of which all that matters is a tensor.
+    """
+    return [
+        guard.guard_type == "TENSOR_MATCH" or not guard.name or bool(re.search(r"\bmodel\b", guard.name))
+        for guard in guards
+    ]
+
+
+_kept: "weakref.WeakKeyDictionary[PreTrainedModel, tuple[RaggedCache, StaticForwards]]" = weakref.WeakKeyDictionary()
+
+
+def borrow(
+    model: PreTrainedModel, rows: int, device: torch.device, capacity: int, compiles: Sequence[int] = ()
+) -> tuple[RaggedCache, StaticForwards]:
+    """An empty cache of at least `capacity` slots and a block, and the forwards on it: those of an earlier call where
+    they fit, and the model is still what they were made for. They are compiled, if they are to be.
+    """
+    capacity += WIDTHS[-1]
+    parts, kept = parts_of(model), _kept.pop(model, None)  # nobody else may use them meanwhile
+    if parts.hooked and device.type == "cuda":
+        logger.warning_once(f"{type(model).__name__} runs without CUDA graphs: {_HOOKED}.")
+    if kept is not None and kept[0].is_reusable(rows, device, capacity) and kept[1].is_for(parts, compiles):
+        cache, forwards = kept
+        cache.clear()
+        forwards.read_from(parts)
+    else:
+        if compiles:
+            step = max(256, 1 << capacity.bit_length() - 3)  # a somewhat longer call shall find it compiled
+            capacity = -(-capacity // step) * step
+        cache = RaggedCache(rows, device, capacity, capacity)
+        forwards = StaticForwards(cache, compiles, parts)
+    forwards.compile(model)
+    return cache, forwards
+
+
+def give_back(model: PreTrainedModel, cache: RaggedCache, forwards: StaticForwards) -> None:
+    """The call is over: keep them for the next one."""
+    if _has_adapters(model):  # these may be switched between calls, which captured graphs would not notice
+        return
+    _kept[model] = cache, forwards

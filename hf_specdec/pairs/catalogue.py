@@ -1,0 +1,131 @@
+"""Which public draft suits a public target: a dated catalogue of families whose models share a tokenizer.
+
+The facts are in assets/catalogue.json, with their sources; its `rule` says in words what `_choose` does. Nothing is
+loaded or downloaded here. Whether two tokenizers really agree is compared where a pair is loaded.
+"""
+
+import difflib
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+CATALOGUE = Path(__file__).parents[1] / "assets" / "catalogue.json"
+SMALL, TOO_LARGE = 1 / 10, 1 / 3  # of the target's parameters per token
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A draft for a target.
+
+    Attributes:
+        target: Hub id of the target, as the catalogue spells it.
+        draft: Hub id of the draft.
+        license: of the draft, as its card names it.
+        source: URL of the card, announcement or documentation that the pairing rests on.
+        note: what else to know; empty if nothing.
+    """
+
+    target: str
+    draft: str
+    license: str
+    source: str
+    note: str = ""
+
+
+def suggest_draft(target: str) -> Suggestion:
+    """The draft that the catalogue pairs with `target`.
+
+    Args:
+        target: a Hub id, in any case; or a local folder, which is known by the Hub id of the cache folder that it is
+            in, or that its config.json records (transformers before 5 did; of a fine-tuned model, that is its base).
+
+    Raises:
+        ValueError: if the catalogue has no draft for it; the message lists what to do instead.
+    """
+    name, how = _hub_id(str(target))
+    for family in read_catalogue()["families"]:
+        known = {model.lower(): model for model in _models(family)}
+        if name.lower() in known:
+            target_id = known[name.lower()]
+            draft = _choose(family, target_id)
+            if draft is None:
+                raise ValueError(_no_smaller_draft(family, target_id))
+            notes = (part for part in (how, family["note"]) if part)
+            license = family["drafts"][draft]["license"]
+            return Suggestion(target_id, draft, license, family["source"], " ".join(notes))
+    raise ValueError(_unknown(str(target), name))
+
+
+@functools.cache
+def read_catalogue() -> dict[str, Any]:
+    """The catalogue as it is on disk: `as_of` (ISO date), `rule`, `left_out` and `families`."""
+    content: dict[str, Any] = json.loads(CATALOGUE.read_text(encoding="utf-8"))
+    return content
+
+
+def _models(family: dict[str, Any]) -> dict[str, float]:
+    """Billions of parameters per token of every model in a family."""
+    return {name: draft["billions"] for name, draft in family["drafts"].items()} | family["targets"]
+
+
+def _choose(family: dict[str, Any], target: str) -> str | None:
+    """The draft for a target of this family; None if all are too large."""
+    if "pairs" in family:
+        pairs: dict[str, str] = family["pairs"]
+        return pairs.get(target)
+    size = _models(family)[target]
+    drafts = {name: draft["billions"] / size for name, draft in family["drafts"].items()}
+    small = [name for name, share in drafts.items() if share <= SMALL]
+    if small:
+        return max(small, key=drafts.__getitem__)
+    smallest = min(drafts, key=drafts.__getitem__)
+    return smallest if drafts[smallest] <= TOO_LARGE else None
+
+
+def _hub_id(target: str) -> tuple[str, str]:
+    """The Hub id behind a name, empty for a folder that tells none; and a note on how it was found."""
+    folder = Path(target)
+    if not folder.is_dir():
+        return target, ""
+    for part in reversed(folder.resolve().parts):
+        if part.startswith("models--"):
+            return part.removeprefix("models--").replace("--", "/"), ""
+    config = folder / "config.json"
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+        recorded = content.get("_name_or_path") if isinstance(content, dict) else None
+    except (OSError, ValueError):
+        recorded = None
+    if not isinstance(recorded, str):
+        return "", ""
+    return recorded, f"{config} records {recorded}; a model that was trained further accepts fewer drafts."
+
+
+def _unknown(target: str, name: str) -> str:
+    catalogue = read_catalogue()
+    models = [model for family in catalogue["families"] for model in _models(family)]
+    lowered = {model.lower(): model for model in models}
+    close = [lowered[match] for match in difflib.get_close_matches(name.lower(), lowered, n=3, cutoff=0.75)]
+    did_you_mean = f"; the closest names there are {', '.join(close)}" if close else ""
+    what = "it" if name == target else repr(name) if name else "a local folder that does not tell its Hub id"
+    return (
+        f"No draft is known for {target!r}: {what} is not in the catalogue of {catalogue['as_of']}{did_you_mean}. "
+        f"Pass a model of the same family that is 5 to 20 times smaller as the draft; {_without_a_family(target)}"
+    )
+
+
+def _no_smaller_draft(family: dict[str, Any], target: str) -> str:
+    return (
+        f"No draft is known for {target!r}: of its family ({family['family']}), the catalogue of "
+        f"{read_catalogue()['as_of']} recommends no model for drafting that has at most a third of its size. Instead, "
+        + _without_a_family(target)
+    )
+
+
+def _without_a_family(target: str) -> str:
+    return (
+        "draft without a model, from the prompt (`prompt_lookup_num_tokens=8`); or train a draft on your own text: "
+        f"scripts/distill_draft --target {target}"
+    )

@@ -1,0 +1,345 @@
+"""Whether a draft fits a target: one tokenizer, one device, caches that can be rolled back; and what it may cost.
+
+`check_draft_model` raises at the first thing that does not fit, on every call; `compare` tells all in one table, once.
+"""
+
+import hashlib
+import io
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from transformers import AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..cache.layers import check_layers
+from ..cache.states import has_states
+from ..device import model_device
+from ..models.abilities import check_config, check_states, continues_states, is_fed_by_itself
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.table import Table
+
+Tokenizer: TypeAlias = PreTrainedTokenizerBase
+COLOURS = {"ok": "green", "note": "yellow", "error": "bold red"}
+
+
+def check_draft_model(
+    draft: PreTrainedModel, target: PreTrainedModel, tokenizer: Tokenizer | None, assistant_tokenizer: Tokenizer | None
+) -> None:
+    """Raise a TypeError or ValueError unless `draft` can draft for `target`."""
+    check_architecture(draft, target)
+    check_device(draft, target)
+    check_vocabularies(draft, target, tokenizer, assistant_tokenizer)
+    check_states_of_draft(draft)
+
+
+def check_architecture(draft: PreTrainedModel, target: PreTrainedModel) -> None:
+    name = type(draft).__name__
+    if not getattr(draft, "can_generate", bool)():
+        raise TypeError(f"`assistant_model` must be a causal language model, but {name} cannot generate text")
+    if draft.config.is_encoder_decoder and not target.config.is_encoder_decoder:
+        raise ValueError(
+            f"`assistant_model` must be a decoder-only model, {name} is an encoder-decoder model: the target "
+            f"({type(target).__name__}) has no encoder inputs to give to it"
+        )
+
+
+def check_states_of_draft(draft: PreTrainedModel) -> None:
+    """Raise a ValueError if a draft model cannot go back to accepted tokens. It may be asked with a few tokens."""
+    name = type(draft).__name__
+    check_config(draft, "`assistant_model`")
+    if is_fed_by_itself(draft):
+        return  # what it can do shows with its first prompt
+    cache = DynamicCache(config=draft.config.get_text_config(decoder=True))
+    check_layers(cache, f"`assistant_model` ({name})")
+    if has_states(cache) and not (continues_states(draft) or (answer := continues_states(draft, at_once=1))):
+        raise answer.refusal(
+            f"`assistant_model` ({name}) "
+            + ("keeps state where no cache of transformers holds it, so that it" * answer.compared)
+            + f" cannot go back to accepted tokens (it {answer.reason}): use another draft"
+        )
+
+
+def check_device(draft: PreTrainedModel, target: PreTrainedModel) -> None:
+    here, there = model_device(draft), model_device(target)
+    if here != there:
+        raise ValueError(
+            f"`assistant_model` is on {here}, the target on {there}: move it with `assistant_model.to({str(there)!r})`"
+        )
+
+
+def check_vocabularies(
+    draft: PreTrainedModel, target: PreTrainedModel, tokenizer: Tokenizer | None, assistant_tokenizer: Tokenizer | None
+) -> None:
+    """Raise a ValueError unless both models mean the same by each token id.
+
+    Embeddings may be padded to different sizes over one tokenizer (Qwen2.5 7B and 0.5B), so where sizes differ the
+    tokenizers decide: those given, else those that the models were loaded with. Tokens that were added to a finished
+    vocabulary (chat and tool markers) may differ: a draft that gets them wrong is rejected, no more.
+    """
+    sizes = [_vocab_size(model) for model in (target, draft)]
+    if tokenizer is None or assistant_tokenizer is None:
+        if sizes[0] == sizes[1]:
+            return
+        tokenizer = tokenizer or _tokenizer_of(target)
+        assistant_tokenizer = assistant_tokenizer or _tokenizer_of(draft)
+        if tokenizer is None or assistant_tokenizer is None:
+            raise ValueError(
+                f"The vocabularies of target and `assistant_model` differ in size ({sizes[0]} and {sizes[1]}), and "
+                "their tokenizers are not known: pass `tokenizer` and `assistant_tokenizer`, or use a draft of the "
+                "same family"
+            )
+    if tokenizer is not assistant_tokenizer and differing_tokens(tokenizer, assistant_tokenizer)[0]:
+        raise ValueError(
+            f"Target and `assistant_model` have different tokenizers (vocabulary sizes {sizes[0]} and {sizes[1]}), "
+            "which strategy='spec' does not support yet: use a draft of the same family"
+        )
+
+
+def differing_tokens(one: Tokenizer, other: Tokenizer) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
+    """Each `(id, token)` that only one of two tokenizers has: those of the vocabulary proper, and the added ones."""
+    added = one.get_added_vocab().keys() | other.get_added_vocab().keys()
+    differing = sorted((i, token) for token, i in one.get_vocab().items() ^ other.get_vocab().items())
+    return [item for item in differing if item[1] not in added], [item for item in differing if item[1] in added]
+
+
+def _tokenizer_of(model: PreTrainedModel) -> Tokenizer | None:
+    """The tokenizer stored where the model was loaded from, if it can be had."""
+    if not model.name_or_path:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(model.name_or_path)
+    except (OSError, ValueError):
+        return None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report: what the two have, whether that fits, and what to do about it where it does not."""
+
+    property: str
+    target: str
+    draft: str
+    verdict: Literal["ok", "note", "error"] = "ok"
+    advice: str = ""
+
+
+@dataclass(frozen=True)
+class Compatibility:
+    """How a draft fits a target. `print` it, or hand it to `rich.print` for colours."""
+
+    findings: tuple[Finding, ...]
+
+    @property
+    def errors(self) -> tuple[Finding, ...]:
+        """What keeps the two from working together."""
+        return tuple(finding for finding in self.findings if finding.verdict == "error")
+
+    @property
+    def notes(self) -> tuple[Finding, ...]:
+        """What is worth knowing, and no obstacle."""
+        return tuple(finding for finding in self.findings if finding.verdict == "note")
+
+    def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
+        """One table; where that is too wide, the advice comes in lines of its own after it."""
+        from rich.measure import Measurement
+        from rich.text import Text
+
+        whole = self._table(with_advice=True)
+        if Measurement.get(console, options.update(max_width=10**6), whole).maximum <= options.max_width:
+            yield whole
+            return
+        yield self._table(with_advice=False)
+        for finding in self.findings:
+            if finding.advice:
+                verdict = (finding.verdict, COLOURS[finding.verdict])
+                yield Text.assemble(verdict, f" {finding.property}: {finding.advice}")
+
+    def _table(self, with_advice: bool) -> "Table":
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title="Target and draft", title_justify="left")
+        for header in ("", "target", "draft", "", "what to know or do")[: 4 + with_advice]:
+            table.add_column(header, overflow="fold")
+        for finding in self.findings:
+            # Text, because tokens such as [/INST] would be read as markup.
+            cells = (finding.property, finding.target, finding.draft)
+            verdict = Text(finding.verdict, COLOURS[finding.verdict])
+            table.add_row(*map(Text, cells), verdict, *[Text(finding.advice)][:with_advice])
+        return table
+
+    def to_text(self, width: int = 80) -> str:
+        """The report in plain text, `width` columns wide at most."""
+        from rich.console import Console
+
+        console = Console(file=io.StringIO(), width=width, color_system=None)
+        console.print(self)
+        return console.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
+
+    def __str__(self) -> str:
+        return self.to_text()
+
+    def raise_errors(self) -> None:
+        """Raise a ValueError that shows the findings that are errors, if there are any."""
+        if self.errors:
+            raise ValueError(f"The draft does not fit the target:\n{Compatibility(self.errors)}")
+
+
+def compare(
+    target: PreTrainedModel,
+    draft: PreTrainedModel,
+    tokenizer: Tokenizer,
+    draft_tokenizer: Tokenizer | None = None,
+) -> Compatibility:
+    """All that decides whether `draft` can draft for `target`, and whether that is likely to pay.
+
+    Args:
+        target, draft: the models.
+        tokenizer: the target's.
+        draft_tokenizer: the draft's; None if it came without one.
+    """
+    return Compatibility(
+        (
+            _architecture(target, draft),
+            _embeddings(target, draft),
+            _tokens(target, draft, tokenizer, draft_tokenizer),
+            _special_tokens(target, draft),
+            _positions(target, draft),
+            _dtype(target, draft),
+            _device(target, draft),
+            _parameters(target, draft),
+            _cost_ratio(target, draft),
+        )
+    )
+
+
+def vocabulary_check(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a pair file records of a tokenizer: `vocab_size`, and the `sha256` of the tokens with their ids, by id."""
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+    text = json.dumps(vocabulary, ensure_ascii=True, separators=(",", ":"))
+    return {"vocab_size": len(vocabulary), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _complaint(check: Callable[..., None], *arguments: Any) -> str:
+    """What a check says against its arguments; empty if nothing."""
+    try:
+        check(*arguments)
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+def _finding(
+    property: str, values: Iterable[str], advice: str = "", otherwise: Literal["note", "error"] = "note"
+) -> Finding:
+    """`values`: target's and draft's. Where there is nothing to advise all is well."""
+    target, draft = values
+    return Finding(property, target, draft, otherwise if advice else "ok", advice)
+
+
+def _architecture(target: PreTrainedModel, draft: PreTrainedModel) -> Finding:
+    names = type(target).__name__, type(draft).__name__
+    complaint = ""
+    if not is_fed_by_itself(target):
+        cache = DynamicCache(config=target.config.get_text_config(decoder=True))
+        complaint = _complaint(check_layers, cache, f"the target ({names[0]})")
+        complaint = complaint or _complaint(check_states, target, cache, "the target")
+    complaint = complaint or _complaint(check_architecture, draft, target) or _complaint(check_states_of_draft, draft)
+    return _finding("architecture", names, complaint, "error")
+
+
+def _embeddings(target: PreTrainedModel, draft: PreTrainedModel) -> Finding:
+    sizes = [_vocab_size(model) for model in (target, draft)]
+    advice = "" if sizes[0] == sizes[1] else "padded differently: fine where the tokenizer is the same"
+    return _finding("embeddings", (f"{size:,}" for size in sizes), advice)
+
+
+def _vocab_size(model: PreTrainedModel) -> int:
+    return model.config.get_text_config(decoder=True).vocab_size
+
+
+def _tokens(
+    target: PreTrainedModel, draft: PreTrainedModel, tokenizer: Tokenizer, draft_tokenizer: Tokenizer | None
+) -> Finding:
+    count = f"{len(tokenizer.get_vocab()):,}"
+    if draft_tokenizer is None:
+        advice = "the draft has no tokenizer to compare: put the one that it was trained with into its folder"
+        same_size = _vocab_size(target) == _vocab_size(draft)
+        return _finding("tokens", (count, "unknown"), advice, "note" if same_size else "error")
+    counts = count, f"{len(draft_tokenizer.get_vocab()):,}"
+    regular, added = differing_tokens(tokenizer, draft_tokenizer)
+    if regular:
+        return _finding("tokens", counts, f"different tokenizers ({_ids(regular)}): use a draft of the family", "error")
+    return _finding("tokens", counts, f"added tokens differ ({_ids(added)}): not drafted well" if added else "")
+
+
+def _ids(differing: list[tuple[int, str]]) -> str:
+    return f"{len({i for i, _ in differing}):,} ids, the first is {differing[0][0]}, {differing[0][1]!r} in one of them"
+
+
+def _special_tokens(target: PreTrainedModel, draft: PreTrainedModel) -> Finding:
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids = [[getattr(model.generation_config, name, None) for name in names] for model in (target, draft)]
+    shown = (" / ".join("none" if i is None else str(i) for i in values) for values in ids)
+    return _finding("bos / eos / pad", shown, "" if ids[0] == ids[1] else "the target's count")
+
+
+def _positions(target: PreTrainedModel, draft: PreTrainedModel) -> Finding:
+    configs = (model.config.get_text_config(decoder=True) for model in (target, draft))
+    limits = [getattr(config, "max_position_embeddings", None) or math.inf for config in configs]
+    shown = ("no limit" if limit == math.inf else f"{limit:,}" for limit in limits)
+    advice = f"nothing is drafted beyond {limits[1]:,} tokens" if limits[1] < limits[0] else ""
+    return _finding("positions", shown, advice)
+
+
+def _dtype(target: PreTrainedModel, draft: PreTrainedModel) -> Finding:
+    shown = [str(model.dtype).removeprefix("torch.") for model in (target, draft)]
+    return _finding("dtype", shown, "" if shown[0] == shown[1] else "works; one dtype is the usual choice (`dtype`)")
+
+
+def _device(target: PreTrainedModel, draft: PreTrainedModel) -> Finding:
+    shown = (", ".join(sorted({str(p.device) for p in model.parameters()})) for model in (target, draft))
+    return _finding("device", shown, _complaint(check_device, draft, target), "error")
+
+
+def _parameters(target: PreTrainedModel, draft: PreTrainedModel) -> Finding:
+    counts = [model.num_parameters() for model in (target, draft)]
+    advice = "" if counts[1] < counts[0] else "a draft that is no smaller than its target cannot pay: use a smaller one"
+    return _finding("parameters", (_count(count) for count in counts), advice)
+
+
+def _cost_ratio(target: PreTrainedModel, draft: PreTrainedModel) -> Finding:
+    sizes = [_bytes_per_token(model) for model in (target, draft)]
+    ratio = sizes[1] / sizes[0]
+    advice = f"c ≈ {ratio:.2f}, estimated from the weights that one token needs; scripts/benchmark_speed measures it"
+    if ratio > 0.5:
+        advice = f"drafting at more than half the price of the target rarely pays: use a smaller draft ({advice})"
+    target_size, draft_size = (f"{_count(size)}B a token" for size in sizes)
+    return Finding("cost ratio", target_size, draft_size, "note" if ratio > 0.5 else "ok", advice)
+
+
+def _bytes_per_token(model: PreTrainedModel) -> float:
+    """The bytes of weights that a forward over one token reads: no input embeddings, and of experts the active ones."""
+    config = model.config.get_text_config(decoder=True)
+    counts = (getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
+    experts = next(filter(None, counts), 1)
+    active = min(getattr(config, "num_experts_per_tok", None) or experts, experts)
+    inputs, outputs = model.get_input_embeddings().weight, model.get_output_embeddings()
+    looked_up = None if outputs is not None and outputs.weight is inputs else inputs
+    return sum(
+        parameter.numel() * parameter.element_size() * (active / experts if ".experts." in name else 1)
+        for name, parameter in model.named_parameters()
+        if parameter is not looked_up
+    )
+
+
+def _count(number: float) -> str:
+    """Three digits and the unit's prefix: 6210000 is "6.21 M"."""
+    for prefix, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {prefix}"
+    return f"{number:.3g} "

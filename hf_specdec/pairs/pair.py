@@ -1,0 +1,300 @@
+"""Pairs of target and draft: loaded, run, saved and shared together; and the drafter that a call asks for."""
+
+import functools
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from ..device import model_device
+from ..drafters import Drafter, ModelDrafter, PromptLookupDrafter
+from ..models.abilities import check_mode, unwrapped
+from ..options import OPTION_NAMES, Options
+from .card import license_of, write_card
+from .catalogue import suggest_draft
+from .compatibility import Compatibility, check_draft_model, compare, vocabulary_check
+from .loading import find_pair, load_model, load_tokenizer, pin, save_model
+from .pair_file import FILE_NAME, ModelReference, PairConfig
+
+logger = logging.get_logger(__name__)
+
+DEMO_PAIR = Path(__file__).parents[1] / "assets" / "demo_pair"
+# What `generate()` takes for speculation alone.
+SPECULATION_ARGUMENTS = {*OPTION_NAMES, "assistant_tokenizer", "speculation_stats", "speculation_trace"}
+
+
+@dataclass
+class SpecPair:
+    """A target, its draft and their tokenizer.
+
+    Attributes:
+        target, draft: the models.
+        tokenizer: the target's.
+        config: what the pair file says, or will say.
+        draft_tokenizer: the one that came with the draft, if any did.
+        sources: where target and draft came from; None for models made in memory.
+    """
+
+    target: PreTrainedModel
+    draft: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    config: PairConfig = field(default_factory=PairConfig)
+    draft_tokenizer: PreTrainedTokenizerBase | None = None
+    sources: tuple[ModelReference, ModelReference] | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        target: str | Path,
+        draft: str | Path | None = None,
+        *,
+        revision: str | None = None,
+        draft_revision: str | None = None,
+        gguf_file: str | None = None,
+        draft_gguf_file: str | None = None,
+        **kwargs: Any,
+    ) -> "SpecPair":
+        """Load both models and the tokenizer, and check that they fit.
+
+        Args:
+            target: Hub id or local folder of the target, or of a pair (with a specdec_pair.json).
+            draft: Hub id or local folder of the draft, or of a pair that has it. None or "auto": the pair file's, else
+                the one that the catalogue (`hf_specdec.suggest_draft`) knows for the target.
+            revision: branch, tag or commit of what `target` names on the Hub.
+            draft_revision: of what `draft` names on the Hub.
+            gguf_file: the file in the target's folder or Hub repository that holds its weights and tokenizer in GGUF
+                (needs the extra `gguf`).
+            draft_gguf_file: the same for `draft`.
+            kwargs: `from_pretrained`'s, for both models: `dtype`, `device_map`, `attn_implementation`, `token`,
+                `cache_dir`, `trust_remote_code`... The tokenizers get those that they understand.
+
+        Raises:
+            OSError: if something cannot be loaded.
+            ImportError: if a package that reads GGUF is missing.
+            ValueError: if the two do not fit, with the table of what does not; or no draft is known.
+        """
+        roles = ("target", "draft") if draft in (None, "auto") else ("target",)
+        found = find_pair(str(target), revision, roles=roles, **kwargs)
+        reference = found.target if found else ModelReference(str(target), revision)
+        reference = replace(reference, gguf_file=gguf_file or reference.gguf_file)
+        source = pin(reference, **kwargs)  # first, so that a target out of reach is the error that is reported
+        if draft in (None, "auto"):
+            if draft_revision is not None:
+                raise ValueError("`draft_revision` is the revision of `draft`, which was not named: name both")
+            if draft_gguf_file is not None:
+                raise ValueError("`draft_gguf_file` is the GGUF file of `draft`, which was not named: name both")
+            draft_reference = found.draft if found else _find_draft("auto", str(target), revision, **kwargs)
+            config = found.config if found else PairConfig(reference, draft_reference)
+        else:
+            draft_reference = _find_draft(str(draft), str(target), draft_revision, **kwargs)
+            draft_reference = replace(draft_reference, gguf_file=draft_gguf_file or draft_reference.gguf_file)
+            # What was measured with another draft says nothing about this one.
+            config = PairConfig(reference, draft_reference, tokenizer=found.config.tokenizer if found else {})
+        sources = (source, pin(draft_reference, **kwargs))
+
+        tokenizer = load_tokenizer(sources[0], **kwargs)
+        _check_recorded_vocabulary(tokenizer, config, sources[0])
+        try:
+            draft_tokenizer = load_tokenizer(sources[1], **kwargs)
+        except OSError:  # it came without; the report says so
+            draft_tokenizer = None
+        models = [load_model(source, **kwargs) for source in sources]
+        pair = cls(models[0], models[1], tokenizer, config, draft_tokenizer, sources)
+        pair.compatibility.raise_errors()
+        return pair
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """`target.generate(...)` with the draft, as the pair file recommends; what the call says itself comes first.
+
+        Where the pair file says that speculation does not pay, the target decodes alone, unless the call names a
+        `strategy` or an `assistant_model`.
+        """
+        if not self.config.speculate and not kwargs.keys() & {"strategy", "assistant_model"}:
+            logger.warning_once(
+                f"{FILE_NAME} says that speculation does not pay for this pair: the target decodes alone, and options "
+                'of speculation are not used. strategy="spec" speculates all the same.'
+            )
+            kwargs = {name: value for name, value in kwargs.items() if name not in SPECULATION_ARGUMENTS}
+            return self.target.generate(*args, **{"tokenizer": self.tokenizer, **kwargs})
+        if "assistant_model" not in kwargs:
+            given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+            options = {k: v for k, v in self.config.recommended.items() if getattr(given, k, None) is None}
+            # The tokenizers were compared on loading; naming one for both spares doing so in every call.
+            one = {"tokenizer": self.tokenizer, "assistant_tokenizer": self.tokenizer}
+            kwargs = {"assistant_model": self.draft, **one, **options, **kwargs}
+        return self.target.generate(*args, **{"strategy": "spec", **kwargs})
+
+    @functools.cached_property
+    def compatibility(self) -> Compatibility:
+        """The report made when the pair was loaded, notes included."""
+        return self.check()
+
+    def check(self) -> Compatibility:
+        """A report on how the two fit as they are now: `print(pair.check())`, or `rich.print` it."""
+        return compare(self.target, self.draft, self.tokenizer, self.draft_tokenizer)
+
+    def save_pretrained(self, folder: str | Path, weights: bool | None = None) -> None:
+        """Write the pair file and a card (README.md) into `folder`, with the models where need be.
+
+        Args:
+            folder: made if need be. A README.md that hf_specdec has not written is kept.
+            weights: None saves models that came from local folders or memory, with the tokenizer, in `target/` and
+                `draft/`, and refers to those from the Hub by id and commit. True saves both; False saves neither. What
+                was loaded from GGUF is saved as plain weights in the dtype that it has in memory.
+
+        Raises:
+            ValueError: for `weights=False` with a model that is not on the Hub; or for weights that are quantized in
+                memory, in a format that transformers cannot save.
+        """
+        self._save(Path(folder), str(folder), weights)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str = "Upload a target and draft pair",
+        weights: bool | None = None,
+    ) -> str:
+        """Upload what `save_pretrained` writes to a model repository, which is made if need be.
+
+        Returns: the commit's URL.
+        """
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self._save(Path(folder), repo_id, weights)
+            commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
+        return str(commit.commit_url)
+
+    def _save(self, folder: Path, name: str, weights: bool | None) -> None:
+        """`name`: what the card tells people to load."""
+        parts = {
+            "target": (self.target, self.tokenizer),
+            "draft": (self.draft, self.draft_tokenizer or self.tokenizer),
+        }
+        references, licenses = [], {}
+        for (role, (model, tokenizer)), source in zip(parts.items(), self.sources or (None, None)):
+            licenses[role] = license_of(source) if source else None
+            if source and not weights and not Path(source.name_or_path).is_dir():
+                references.append(source)
+                continue
+            if weights is False:
+                raise ValueError(f"The {role} is not on the Hub, so a pair without its weights would be of no use")
+            save_model(model, folder / role)
+            tokenizer.save_pretrained(folder / role)
+            references.append(ModelReference(f"./{role}"))
+        config = replace(
+            self.config, target=references[0], draft=references[1], tokenizer=vocabulary_check(self.tokenizer)
+        )
+        config.save(folder)
+        write_card(folder, name, config, licenses)
+
+
+def demo_pair() -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]:
+    """The embedded pair: `(target, draft, tokenizer)`, in float32 on the CPU.
+
+    Two small Llamas that write Python, trained by `scripts/train_demo_pair.py`; the card is in their folder.
+    """
+    target, draft = (
+        AutoModelForCausalLM.from_pretrained(DEMO_PAIR / name, dtype=torch.float32) for name in ("target", "draft")
+    )
+    return target, draft, AutoTokenizer.from_pretrained(DEMO_PAIR / "target")
+
+
+def make_drafter(
+    assistant_model: object,
+    target: PreTrainedModel,
+    options: Options,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    assistant_tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Drafter:
+    """The drafter that a call asks for.
+
+    Args:
+        assistant_model: a model, a Hub id or local path (of a draft, or of a pair that has one), "auto" for the draft
+            that the target's pair file or the catalogue names, a `Drafter`, or `None` for prompt look-up.
+        target: the model that it drafts for.
+        options: the call's options.
+        tokenizer, assistant_tokenizer: of target and draft; looked at where vocabulary sizes differ.
+
+    Raises:
+        ValueError, TypeError: if that does not name a drafter, or one that does not fit the target.
+    """
+    if options.speculation_compile == "attention" and model_device(target).type != "cpu":
+        raise ValueError(
+            f"`speculation_compile='attention'` is for CPUs, and the target is on {model_device(target)}: leave it out"
+        )
+    has_none = assistant_model is None or isinstance(assistant_model, Drafter)
+    if has_none and options.speculation_compile == "draft":
+        raise ValueError(
+            "`speculation_compile='draft'` compiles a draft model, and this call has none: pass one as "
+            "`assistant_model`, or leave the option out"
+        )
+    if isinstance(assistant_model, Drafter):
+        return assistant_model
+    if assistant_model is None:
+        return PromptLookupDrafter(options.max_matching_ngram_size)
+    if options.prompt_lookup_num_tokens is not None:
+        raise ValueError("`assistant_model` and `prompt_lookup_num_tokens` each choose a drafter: pass one of them")
+    if isinstance(assistant_model, (str, Path)):
+        of_the_target = (target.name_or_path,) if assistant_model == "auto" else ()
+        assistant_model = load_draft(str(assistant_model), target.dtype, model_device(target), *of_the_target)
+    draft = unwrapped(assistant_model)
+    if not isinstance(draft, torch.nn.Module) or not hasattr(draft, "config"):
+        raise TypeError(
+            "`assistant_model` must be a transformers model, a Hub id or local path, or a hf_specdec.Drafter, "
+            f"got {type(draft).__name__}"
+        )
+    check_mode(draft, "`assistant_model`", "assistant_model")
+    check_draft_model(draft, target, tokenizer, assistant_tokenizer)
+    return ModelDrafter(draft, options.assistant_confidence_threshold, options.compiles("draft"))
+
+
+@functools.lru_cache(maxsize=4)
+def load_draft(name: str, dtype: torch.dtype, device: torch.device, target: str = "") -> PreTrainedModel:
+    """A draft model by name, loaded once per dtype and device; `target` is the target's name, for "auto"."""
+    try:
+        return load_model(pin(_find_draft(name, target)), dtype=dtype).to(device)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`assistant_model` {name!r} could not be loaded: {error}") from error
+
+
+def _find_draft(name: str, target: str, revision: str | None = None, **kwargs: Any) -> ModelReference:
+    """The draft model that a name leads to: itself, or the draft of the pair that it is; "auto": the target's.
+
+    `revision` is that of what is looked at: of `name`, or, for "auto", of `target`.
+    """
+    if name != "auto":
+        found = find_pair(name, revision, roles=("draft",), **kwargs)
+        return found.draft if found else ModelReference(name, revision)
+    if not target:
+        raise ValueError('"auto" looks the draft up by the target\'s name, and this target was not loaded by name')
+    for folder in (target, str(Path(target).parent)) if Path(target).is_dir() else (target,):
+        found = find_pair(folder, revision, roles=("draft",), **kwargs)
+        if found and (folder == target or Path(found.target.name_or_path) == Path(target).resolve()):
+            return found.draft
+    return ModelReference(suggest_draft(target).draft)
+
+
+def _check_recorded_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PairConfig, source: ModelReference) -> None:
+    """Raise a ValueError unless the tokenizer is the one that the pair file was written with."""
+    found = vocabulary_check(tokenizer)
+    for name, expected in config.tokenizer.items():
+        if found.get(name) != expected:
+            raise ValueError(
+                f"The tokenizer files in {source.name_or_path} have changed since {FILE_NAME} was written: it recorded "
+                f"{name} {expected}, they have {found.get(name)}. Restore them, or, if the change is meant, take "
+                f"`tokenizer` out of {FILE_NAME}"
+            )

@@ -1,0 +1,1 @@
+"""What happened: statistics and traces."""

@@ -1,0 +1,1 @@
+"""The committed tokens, and which drafts are accepted after them."""

@@ -1,0 +1,130 @@
+"""Context: the committed tokens of every row, laid out as `generate()` returns them.
+
+Owns the tokens and where each row begins and ends. Drafters read it, logits processors and stopping criteria are shown
+slices of it, and `decoding.py` alone appends to it.
+"""
+
+import torch
+from torch import Tensor
+
+from ..device import to_device
+
+
+class Context:
+    """The batch so far. Columns are those of the sequences that `generate()` returns.
+
+        column     0    1    2    3    4    5    6    7
+        row 0     <p>  <p>  the  cat  sat  on   <p>  <p>     first 2, end 6
+        row 1      a   dog  ran  off  and  <p>  <p>  <p>     first 0, end 5
+        row 2     <p>  one  two  six  ten  <p>  <p>  <p>     first 1, end 5
+                  prompt_width = 4: two, one and one tokens are new
+
+    What stands at or behind a row's `end` is padding, or the drafts of the iteration that is under way.
+
+    Attributes:
+        tokens: `[batch, room + 1]` int64, growing up to `max_length`; the last column takes what lies past it.
+        prompt_width: columns of the prompt.
+        first: by row of the batch, the first column that is not left padding.
+        ends: by row of the batch, one past its last committed token.
+        rows: the rows of the batch that are still being decoded, in the order of the caches.
+    """
+
+    def __init__(self, prompt: Tensor, first: list[int], max_length: int, pad_token_id: int):
+        batch, self.prompt_width = prompt.shape
+        self.pad_token_id = pad_token_id
+        self.max_length = max(max_length, self.prompt_width + 1)
+        self.tokens = prompt.new_full((batch, 1), pad_token_id)
+        self._make_room(self.prompt_width + 1)
+        self.tokens[:, : self.prompt_width] = prompt
+        self.first = first
+        self.ends = [self.prompt_width] * batch
+        self.rows = list(range(batch))
+        self._draft_width = 0  # columns behind the ends that may hold drafts
+
+    @property
+    def batch_size(self) -> int:
+        """Rows in all, finished ones included."""
+        return len(self.ends)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Committed tokens of each active row, prompt included, padding not."""
+        return [self.ends[row] - self.first[row] for row in self.rows]
+
+    @property
+    def active_ends(self) -> list[int]:
+        return [self.ends[row] for row in self.rows]
+
+    @property
+    def row_index(self) -> Tensor:
+        """`[active rows]`: the active rows as an index into `tokens`."""
+        return to_device(self.rows, self.tokens.device)
+
+    def row(self, row: int) -> Tensor:
+        """The committed tokens of one row of the batch, without padding: `[length]`."""
+        return self.tokens[row, self.first[row] : self.ends[row]]
+
+    def view(self, end: int) -> Tensor:
+        """`[batch, end]`: what vanilla `generate()` holds when it chooses the token of column `end`."""
+        return self.tokens[:, :end]
+
+    def gather(self, starts: list[int], width: int) -> Tensor:
+        """`[active rows, width]`: tokens of the active rows from a column of each row's own; maybe a view."""
+        if len(starts) == 1 and 0 <= starts[0] <= self.tokens.shape[1] - width:
+            return self.tokens[self.rows[0], starts[0] : starts[0] + width][None]
+        columns = to_device(starts, self.tokens.device)[:, None] + self._arange(width)
+        return self.tokens[self.row_index[:, None], columns.clamp(0, self.tokens.shape[1] - 1)]
+
+    def write_drafts(self, draft_tokens: Tensor, offset: int = 0) -> None:
+        """Put drafts `[active rows, k]` behind the committed tokens, `offset` columns on, for all to see.
+
+        What would lie past the last column is lost: it could never be committed.
+        """
+        if draft_tokens.shape[1] == 0:
+            return
+        self._draft_width = max(self._draft_width, offset + draft_tokens.shape[1])
+        self._make_room(max(self.active_ends) + offset + draft_tokens.shape[1])
+        if len(self.rows) == 1:
+            columns = self.tokens[self.rows[0], self.ends[self.rows[0]] + offset :][: draft_tokens.shape[1]]
+            columns.copy_(draft_tokens[0, : len(columns)])
+            return
+        columns = self.first_free[:, None] + offset + self._arange(draft_tokens.shape[1])
+        self.tokens[self.row_index[:, None], columns.clamp(max=self.tokens.shape[1] - 1)] = draft_tokens
+
+    def clear_drafts(self) -> None:
+        """Put padding back behind the committed tokens of the active rows."""
+        if self._draft_width:
+            self.write_drafts(self.tokens.new_full((len(self.rows), self._draft_width), self.pad_token_id))
+        self._draft_width = 0
+
+    @property
+    def first_free(self) -> Tensor:
+        """`[active rows]`: the column of each active row's next token."""
+        return to_device(self.active_ends, self.tokens.device)
+
+    def append(self, row: int, tokens: list[int]) -> None:
+        """Commit `tokens` to a row of the batch."""
+        self._write(row, tokens)
+        self.ends[row] += len(tokens)
+
+    def write_row(self, row: int, tokens: list[int]) -> None:
+        """Put `tokens` behind a row's end, for criteria and processors to see, without committing them."""
+        self._write(row, tokens)
+        self._draft_width = max(self._draft_width, len(tokens))
+
+    def _write(self, row: int, tokens: list[int]) -> None:
+        end = self.ends[row]
+        self._make_room(end + len(tokens))
+        self.tokens[row, end : end + len(tokens)] = to_device(tokens, self.tokens.device)
+
+    def _make_room(self, width: int) -> None:
+        """Have at least `width` columns, or `max_length` of them if that is less."""
+        if min(width, self.max_length) >= self.tokens.shape[1]:
+            room = min(max(2 * width, 1024), self.max_length)
+            with torch.inference_mode(False):  # tokens are written in and outside of it
+                tokens = self.tokens.new_full((len(self.tokens), room + 1), self.pad_token_id)
+            tokens[:, : self.tokens.shape[1] - 1] = self.tokens[:, :-1]
+            self.tokens = tokens
+
+    def _arange(self, width: int) -> Tensor:
+        return torch.arange(width, device=self.tokens.device)
