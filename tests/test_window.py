@@ -33,7 +33,8 @@ from transformers import (
 
 import hf_specdec
 from hf_specdec.cache import window
-from hf_specdec.cache.ragged import RaggedCache, RaggedLayer
+from hf_specdec.cache.ragged import RaggedCache
+from hf_specdec.cache.storage import RaggedLayer
 from hf_specdec.cache.window import Window, WindowLayer, window_layers
 from hf_specdec.loop import invariants
 

@@ -6,8 +6,9 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import Cache, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
-from .ragged import RaggedLayer, entries
+from .ragged import entries
 from .states import has_states, is_known, is_recurrent
+from .storage import RaggedLayer
 from .window import window_layers
 
 

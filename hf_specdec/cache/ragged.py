@@ -7,65 +7,16 @@ and values is in `states.py`.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from ..device import to_device
 from .states import States, copy_states, is_known, is_recurrent
-
-if TYPE_CHECKING:
-    from .window import Window
-
-_ROUND = 64  # capacities are multiples of this many tokens
-
-
-class RaggedLayer(CacheLayerMixin):
-    """One layer's storage: `keys` and `values`, `[rows, kv_heads, capacity, head_dim]`, filled from slot 0."""
-
-    is_croppable = True
-    supports_early_init = False
-    window: "Window | None" = None  # what of the slots is held, where it is not all of them
-
-    def base(self, row: int) -> int:
-        """The first slot that is held of a row of the batch; it is at index 0 of the storage."""
-        return 0 if self.window is None else self.window.base[row]
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        raise NotImplementedError("RaggedCache allocates its layers itself")
-
-    def allocate(self, rows: int, capacity: int, key_states: Tensor, value_states: Tensor) -> None:
-        self.keys, self.values = (
-            _storage(states, rows, states.shape[1], capacity, states.shape[3]) for states in (key_states, value_states)
-        )
-        self.is_initialized = True
-
-    def grow(self, capacity: int, used: int) -> None:
-        """Move the first `used` slots to storage of `capacity` slots."""
-        for name in ("keys", "values"):
-            old = getattr(self, name)
-            new = _storage(old, old.shape[0], old.shape[1], capacity, old.shape[3])
-            new[:, :, :used] = old[:, :, :used]
-            setattr(self, name, new)
-
-    def swap(self, i: int, j: int, used: int) -> None:
-        """Exchange the first `used` slots of two rows."""
-        for states in (self.keys, self.values):
-            states[[i, j], :, :used] = states[[j, i], :, :used]
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError("layers are updated through RaggedCache.update")
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        raise NotImplementedError("ask RaggedCache")
-
-    def get_seq_length(self) -> int:
-        raise NotImplementedError("ask RaggedCache")
-
-    def get_max_length(self) -> int:
-        return -1
+from .storage import RaggedLayer, round_up
+from .window import WindowLayer
 
 
 @dataclass(frozen=True)
@@ -110,7 +61,8 @@ class RaggedCache(Cache):
     ):
         super().__init__(layers=list(layers))
         mine = [layer for layer in layers if isinstance(layer, RaggedLayer)]
-        self.windows = list({id(layer.window): layer.window for layer in mine if layer.window is not None}.values())
+        windows = [layer.window for layer in mine if isinstance(layer, WindowLayer)]
+        self.windows = list({id(window): window for window in windows}.values())
         self.states = States(
             recurrent=[layer for layer in layers if is_recurrent(layer) and (layer in mine or is_known(layer))],
             whole=[layer for layer in layers if layer not in mine and not is_known(layer)],
@@ -218,7 +170,7 @@ class RaggedCache(Cache):
         layer = self._layer(layer_idx, key_states, value_states)
         if not isinstance(layer, RaggedLayer):
             return layer.update(key_states, value_states, *args, **kwargs)
-        if layer.window is not None:
+        if isinstance(layer, WindowLayer):
             return layer.update(key_states, value_states)
         return self._put(layer.keys, key_states, write), self._put(layer.values, value_states, write)
 
@@ -245,7 +197,7 @@ class RaggedCache(Cache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         layer: Any = self.layers[layer_idx] if layer_idx < len(self.layers) else None
-        if layer is not None and getattr(layer, "window", None) is not None:
+        if isinstance(layer, WindowLayer):
             return layer.window.view.used, min(layer.window.view.origins)
         if layer in self.states.whole:
             return layer.get_mask_sizes(query_length)
@@ -336,13 +288,3 @@ def entries(cache: Cache) -> int:
     """
     counts = (int(layer.get_seq_length()) for layer in cache.layers if hasattr(layer, "get_seq_length"))
     return next(filter(None, counts), 0)
-
-
-def _storage(like: Tensor, *shape: int) -> Tensor:
-    """Zeros that may be written in and outside of inference mode."""
-    with torch.inference_mode(False):
-        return like.new_zeros(shape)
-
-
-def round_up(tokens: int) -> int:
-    return -(-max(tokens, 1) // _ROUND) * _ROUND

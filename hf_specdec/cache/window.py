@@ -6,16 +6,31 @@ rolling back stays a change of its `lengths`, because nothing is dropped that a 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..device import to_device
-from .ragged import RaggedCache, RaggedLayer, round_up
+from .storage import RaggedLayer, round_up
 
 _SLACK = 64  # at least so many slots behind a window take new entries before the oldest are let go
 _LAYER_TYPES = ("sliding_attention", "chunked_attention")
+
+
+class _Cache(Protocol):
+    """What a window asks a `RaggedCache`."""
+
+    layers: list[Any]
+    lengths: list[int]
+    capacity: int
+    device: torch.device
+
+    @property
+    def rows(self) -> list[int]: ...
+
+    @property
+    def active_lengths(self) -> list[int]: ...
 
 
 class Window:
@@ -45,7 +60,7 @@ class Window:
         self.base = [0] * rows  # by row of the batch
         self.view = _View([0] * rows, 0)
 
-    def prepare(self, cache: RaggedCache, ends: Sequence[int], query_length: int, prefill: bool) -> None:
+    def prepare(self, cache: _Cache, ends: Sequence[int], query_length: int, prefill: bool) -> None:
         """Make room for `query_length` entries per active row, and say what the forward will see; see the cache's."""
         self._allow(cache)
         if prefill or query_length > self.slack:
@@ -57,12 +72,12 @@ class Window:
         """`[active rows, used]`: the slots that the prepared forward sees."""
         return to_device(self.view.origins, device)[:, None] + torch.arange(self.view.used, device=device)
 
-    def load(self, cache: RaggedCache) -> None:
+    def load(self, cache: _Cache) -> None:
         """Be ready for the entries of another cache, which the lengths tell of already."""
         self._allow(cache)
         self.base = [max(length - self.size + 1, 0) for length in cache.lengths]
 
-    def _in_place(self, cache: RaggedCache, ends: Sequence[int], query_length: int) -> "_InPlace":
+    def _in_place(self, cache: _Cache, ends: Sequence[int], query_length: int) -> "_InPlace":
         """A few entries, behind those in storage."""
         rows, lengths = cache.rows, cache.active_lengths
         starts = [length - self.base[row] for row, length in zip(rows, lengths)]
@@ -80,7 +95,7 @@ class Window:
         slots = to_device(starts, cache.device)[:, None] + torch.arange(query_length, device=cache.device)
         return _InPlace(origins, stop - first, first, 0, slots)
 
-    def _join(self, cache: RaggedCache, ends: Sequence[int], query_length: int, prefill: bool) -> "_Joined":
+    def _join(self, cache: _Cache, ends: Sequence[int], query_length: int, prefill: bool) -> "_Joined":
         """Many entries: shown joined to those held, and only what is needed later is put into storage."""
         rows, lengths = cache.rows, cache.active_lengths
         settled = lengths if prefill else [min(length, end) for length, end in zip(lengths, ends)]
@@ -101,7 +116,7 @@ class Window:
         used = max(stop - start for start, stop in held) + query_length
         return _Joined(origins, used, held, kept)
 
-    def _compact(self, cache: RaggedCache, oldest: list[int]) -> None:
+    def _compact(self, cache: _Cache, oldest: list[int]) -> None:
         """Let go of the slots before `oldest` in each active row."""
         moves = []
         for row, length, slot in zip(cache.rows, cache.active_lengths, oldest):
@@ -111,17 +126,17 @@ class Window:
         for layer in self._layers(cache):
             layer.move_to_front(moves)
 
-    def _allow(self, cache: RaggedCache) -> None:
+    def _allow(self, cache: _Cache) -> None:
         """Short contexts do not fill the window: no more slots than other layers have."""
         if self.capacity < min(cache.capacity, self.limit):
             self._grow(cache, min(cache.capacity, self.limit))
 
-    def _grow(self, cache: RaggedCache, capacity: int) -> None:
+    def _grow(self, cache: _Cache, capacity: int) -> None:
         self.capacity = capacity
         for layer in self._layers(cache):
             layer.grow_to(self.capacity)
 
-    def _layers(self, cache: RaggedCache) -> "list[WindowLayer]":
+    def _layers(self, cache: _Cache) -> "list[WindowLayer]":
         return [
             layer
             for layer in cache.layers
@@ -203,6 +218,9 @@ class WindowLayer(RaggedLayer):
     def __init__(self, window: Window):
         super().__init__()
         self.window = window
+
+    def base(self, row: int) -> int:
+        return self.window.base[row]
 
     def allocate(self, rows: int, capacity: int, key_states: Tensor, value_states: Tensor) -> None:
         super().allocate(rows, self.window.capacity, key_states, value_states)

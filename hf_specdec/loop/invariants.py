@@ -9,8 +9,8 @@ import os
 from torch import Tensor
 from transformers import DynamicCache
 
-from ..cache.ragged import RaggedLayer
 from ..cache.states import is_recurrent, states_of
+from ..cache.storage import RaggedLayer
 from ..models.cached import CachedModel
 from ..sampling.context import Context
 
