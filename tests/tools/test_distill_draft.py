@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from hf_specdec.pairs import SpecPair
 from hf_specdec.tools.distillation import Distillation
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "distill_draft.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "distill_draft.py"
 SMALL = "--steps 6 --rows 4 --lr 0.01 --examples 8 --block-tokens 16 --prompts 6 --prompt-tokens 6 --new-tokens 8 "
 SMALL += "--checkpoint-every 4 --device cpu --threads 1"
 Script = Callable[..., int]

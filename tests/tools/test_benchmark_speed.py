@@ -11,7 +11,7 @@ import pytest
 from hf_specdec.tools import figures, report
 from hf_specdec.tools.measure import Comparison
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import benchmark_speed
 
 FEW = ["--new-tokens", "6", "--rounds", "1", "--prompt-tokens", "16", "--device", "cpu"]

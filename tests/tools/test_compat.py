@@ -249,7 +249,7 @@ def test_a_worker_that_dies_or_hangs_is_told_and_started_again(tmp_path: Path, m
         "    return {'did': question['do']}\n"
         "serve(answer)\n"
     )
-    paths = [str(tmp_path), str(Path(__file__).parent.parent)]
+    paths = [str(tmp_path), str(Path(__file__).parents[2])]
     monkeypatch.setenv("PYTHONPATH", ":".join(paths))
     worker = Worker("moody")
     assert worker.ask({"do": "work"}, 60) == {"did": "work"}

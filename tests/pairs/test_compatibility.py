@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, SIZES, VOCAB, make_model, perturbed
 from rich.console import Console
-from test_pairs import make_tokenizer
+from test_pair import make_tokenizer
 from transformers import (
     LlamaConfig,
     MambaConfig,

@@ -444,7 +444,7 @@ def test_a_wrapper_around_a_draft_is_refused_with_the_model_inside(pair, wrapper
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_compiled_models_are_taken_for_what_they_compile(pair, log):
     target, draft = pair
-    with torch.compiler.set_stance("force_eager"):  # tests/test_cache_kinds.py compiles
+    with torch.compiler.set_stance("force_eager"):  # tests/cache/test_cache_kinds.py compiles
         assert_lossless((target, torch.compile(draft)), {**make_prompts(2), **GREEDY}, gammas=(3,))
         target.forward = torch.compile(target.forward)
         assert_lossless(pair, {**make_prompts(2), **GREEDY}, gammas=(3,))

@@ -27,7 +27,7 @@ from hf_specdec.tools.measure import Method, Record, Run
 from hf_specdec.tools.settings import Setting
 from hf_specdec.tools.summary import Spread
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 def script(name: str) -> ModuleType:

@@ -405,7 +405,7 @@ def test_a_missing_hf_specdec_is_named(repository, llama_pair, no_hf_specdec):
 
 def test_requirements_are_those_of_the_package(repository):
     lines = (Path(repository) / "custom_generate" / "requirements.txt").read_text().splitlines()
-    pyproject = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    pyproject = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     required = [line for line in lines if not line.startswith("#")]
     assert required and all(f'"{line}"' in pyproject for line in required)
 

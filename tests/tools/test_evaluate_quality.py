@@ -25,7 +25,7 @@ from hf_specdec.tools.quality import Comparison
 evaluate = pytest.importorskip("evaluate")
 pytestmark = pytest.mark.usefixtures("evaluate_cache")
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "evaluate_quality.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "evaluate_quality.py"
 SMALL = ["--prompts", "3", "--new-tokens", "10", "--seeds", "2", "--prompt-tokens", "40"]
 
 BLEU = '''

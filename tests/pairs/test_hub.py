@@ -17,7 +17,7 @@ import torch
 from conftest import make_pair, make_prompts
 from hub_server import TOKEN, USER, Hub
 from huggingface_hub import ModelCard
-from test_pairs import make_tokenizer
+from test_pair import make_tokenizer
 
 import hf_specdec
 from hf_specdec.pairs import SpecPair

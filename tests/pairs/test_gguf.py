@@ -184,7 +184,7 @@ def test_the_command_line_takes_gguf_files(folder: Path, capsys: pytest.CaptureF
 
 def test_a_draft_is_trained_for_a_target_in_gguf(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """distill_draft loads its target by itself."""
-    path = Path(__file__).parents[1] / "scripts" / "distill_draft.py"
+    path = Path(__file__).parents[2] / "scripts" / "distill_draft.py"
     spec = importlib.util.spec_from_file_location("distill_draft", path)
     assert spec is not None and spec.loader is not None
     script = importlib.util.module_from_spec(spec)

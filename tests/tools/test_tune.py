@@ -21,7 +21,7 @@ from hf_specdec.tools.settings import Setting
 from hf_specdec.tools.summary import Spread
 from hf_specdec.tools.tuning import Contender, candidates, outcome, pair_file_for, race
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import tune
 
 CONSTANT = {"num_assistant_tokens_schedule": "constant"}

@@ -324,7 +324,10 @@ def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         target.save_pretrained(folder / (prefix or "target").rstrip("_"))
         perturbed(target, 0.12).save_pretrained(folder / f"{prefix}draft")
     shared = {**os.environ, "MASTER_ADDR": "localhost", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": "2"}
-    shared |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(Path(hf_specdec.__file__).parents[1])])}
+    shared |= {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(map(str, (Path(hf_specdec.__file__).parents[1], Path(__file__).parents[1]))),
+    }
     ranks = [
         subprocess.Popen(
             [sys.executable, __file__, str(folder), *[c.__name__ for c in _CHECKS if c.__name__ in selected]],

@@ -29,7 +29,7 @@ from hf_specdec.tools import two_sample
 from hf_specdec.tools.lossless import BUG, IDENTICAL, TIE, Comparison, Row, compare, spacing
 from hf_specdec.tools.two_sample import chi_squared, critical_value, detectable_bias, rounding_of_laws, tail
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "check_lossless.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "check_lossless.py"
 SMALL = ["--prompts", "2", "--new-tokens", "24", "--gamma", "3", "--samples", "0", "--prompt-tokens", "30"]
 
 Check = Callable[..., tuple[int, dict[str, Any]]]
