@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 from ..cache.states import is_recurrent, states_of
 from ..cache.storage import RaggedLayer
+from ..cache.window import WindowLayer
 from ..models.cached import CachedModel
 from ..sampling.context import Context
 
@@ -61,7 +62,7 @@ def _check_entries(context: Context, cached: CachedModel) -> None:
             if not isinstance(mine, RaggedLayer) or not mine.is_initialized:
                 continue
             base = mine.base(row)
-            if mine.window is not None and base > max(end - mine.window.size + 1, begin):
+            if isinstance(mine, WindowLayer) and base > max(end - mine.window.size + 1, begin):
                 raise InvariantError(
                     f"row {row}, layer {layer}: slots before {base} are gone, but the window needs them"
                 )

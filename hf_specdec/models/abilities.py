@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from ..cache.layers import cache_layers
 from ..cache.states import has_states, rows_are_independent
-from ..cache.window import Window
+from ..cache.window import Window, WindowLayer
 from ..device import first_line, forward_parameters, hidden_parameters, model_device
 from .answers import Answer, CannotBeAsked, Differs, ask, check_same, ordinary_tokens
 from .masks import follows_masks, takes_masks
@@ -263,7 +263,7 @@ def check_windows(model: PreTrainedModel, columns: int) -> None:
     """
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     layers = cache_layers(cache, model.config, 1, columns)
-    for window in {layer.window for layer in layers if getattr(layer, "window", None) is not None}:
+    for window in {layer.window for layer in layers if isinstance(layer, WindowLayer)}:
         if window.size >= columns:
             continue
         answer = ask(model, ("window", window.size), functools.partial(_probe_window, model, layers, window))
@@ -288,7 +288,7 @@ class _PastWindow(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         past = [s.new_zeros(*s.shape[:2], self._window.size, s.shape[3]) for s in (key_states, value_states)]
-        if self.layers[layer_idx].window is self._window:
+        if getattr(self.layers[layer_idx], "window", None) is self._window:
             past[1][:, :, 0] = self._mark
         return torch.cat([past[0], key_states], dim=2), torch.cat([past[1], value_states], dim=2)
 
