@@ -17,6 +17,13 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(invariants, "ENABLED", True)
 
 
+@pytest.fixture
+def asked_pair(llama_pair: tuple[PreTrainedModel, PreTrainedModel]) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """What the models can do is asked before something is broken, which the probes would find first."""
+    decode(*llama_pair, batch=2, gamma=3)
+    return llama_pair
+
+
 def decode(target: PreTrainedModel, draft: PreTrainedModel, batch: int, gamma: int, **kwargs: Any) -> torch.Tensor:
     return target.generate(
         **make_prompts(batch, seed=batch),
@@ -39,7 +46,7 @@ def test_caches_stand_for_the_committed_tokens_after_every_iteration(name: str, 
 
 
 def test_a_rollback_that_keeps_one_token_too_many_is_noticed(
-    llama_pair: tuple[PreTrainedModel, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+    asked_pair: tuple[PreTrainedModel, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commit = CachedModel.commit
 
@@ -51,11 +58,11 @@ def test_a_rollback_that_keeps_one_token_too_many_is_noticed(
 
     monkeypatch.setattr(CachedModel, "commit", too_long)
     with pytest.raises(invariants.InvariantError, match="holds"):
-        decode(*llama_pair, batch=2, gamma=3, do_sample=False)
+        decode(*asked_pair, batch=2, gamma=3, do_sample=False)
 
 
 def test_entries_in_the_wrong_slot_are_noticed(
-    llama_pair: tuple[PreTrainedModel, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+    asked_pair: tuple[PreTrainedModel, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     update = RaggedCache.update
 
@@ -64,14 +71,14 @@ def test_entries_in_the_wrong_slot_are_noticed(
 
     monkeypatch.setattr(RaggedCache, "update", shifted)
     with pytest.raises(invariants.InvariantError, match="off by"):
-        decode(*llama_pair, batch=1, gamma=3, do_sample=False)
+        decode(*asked_pair, batch=1, gamma=3, do_sample=False)
 
 
 def test_rollback_moves_no_memory(
-    llama_pair: tuple[PreTrainedModel, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+    asked_pair: tuple[PreTrainedModel, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The storage of each layer is allocated once and stays where it is, though most drafts are rejected."""
-    target = llama_pair[0]
+    target = asked_pair[0]
     places: set[int] = set()
     update = RaggedCache.update
 
