@@ -79,6 +79,8 @@ def test_rollback_moves_no_memory(
 ) -> None:
     """The storage of each layer is allocated once and stays where it is, though most drafts are rejected."""
     target = asked_pair[0]
+    draft = perturbed(target, 0.5)
+    decode(target, draft, batch=3, gamma=4)
     places: set[int] = set()
     update = RaggedCache.update
 
@@ -88,5 +90,5 @@ def test_rollback_moves_no_memory(
         return result
 
     monkeypatch.setattr(RaggedCache, "update", remember)
-    decode(target, perturbed(target, 0.5), batch=3, gamma=4, do_sample=False)
+    decode(target, draft, batch=3, gamma=4, do_sample=False)
     assert len(places) == 2 * target.config.num_hidden_layers  # the target's and the draft's
