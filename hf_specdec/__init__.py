@@ -6,7 +6,8 @@ Importing registers `strategy="spec"` on `generate()`:
 """
 
 from .drafters import Draft, Drafter, DraftRequest, ModelDrafter, PromptLookupDrafter
-from .generate.strategy import register, speculative, unregister
+from .generate.method import speculative
+from .generate.strategy import register, unregister
 from .pairs.catalogue import Suggestion, suggest_draft
 from .pairs.pair import SpecPair, demo_pair
 from .pairs.pair_file import PairConfig

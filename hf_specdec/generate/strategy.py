@@ -7,149 +7,22 @@
 import copy
 import functools
 import inspect
-import sys
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    GenerationMixin,
-    LogitsProcessorList,
-    PreTrainedModel,
-    StoppingCriteriaList,
-    StopStringCriteria,
-)
-from transformers.generation.streamers import BaseStreamer
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, StoppingCriteriaList, StopStringCriteria
 from transformers.utils import logging
 
-from ..device import model_device
-from ..drafters import Drafter, ModelDrafter
-from ..kernels.attention import compile_attention, folded_attention
-from ..kernels.packing import packed_linears
-from ..models.later import KNOWN_INPUTS
 from ..models.prompt import check_not_empty
 from ..models.sharding import check_synced_gpus, sharded
-from ..options import OPTION_NAMES, check_cache_implementation, check_generation_config, resolve_options
-from ..pairs.pair import make_drafter
-from ..records.stats import SpeculationStats
-from ..records.trace import Trace
-from .session import finish, prepare
+from ..options import OPTION_NAMES, check_cache_implementation
+from .method import SpeculativeMethod, check_handed_over, speculative
 
 logger = logging.get_logger(__name__)
 
-Assistant: TypeAlias = PreTrainedModel | Drafter | str
-DecodingMethod: TypeAlias = Callable[..., Any]
-
 _original: Callable[..., Any] | None = None
 _overrides: dict[Any, Callable[..., Any]] = {}  # by class, the `generate()` of its own that we have wrapped
-
-
-def speculative(
-    assistant_model: Assistant | None = None,
-    *,
-    streamer: BaseStreamer | None = None,
-    tokenizer: Any = None,
-    assistant_tokenizer: Any = None,
-    speculation_stats: SpeculationStats | None = None,
-    speculation_trace: Trace | None = None,
-    **options: Any,
-) -> DecodingMethod:
-    """A decoding method for `model.generate(..., custom_generate=speculative(draft))`; needs no registration.
-
-    Args:
-        assistant_model: the draft: a model, a Hub id or local path, or a `Drafter`. Without one, prompt look-up.
-        streamer: transformers hands a streamer to its own decoding methods only, so pass it here.
-        tokenizer, assistant_tokenizer: of target and draft, to compare where their vocabularies differ in size.
-        speculation_stats: filled in place.
-        speculation_trace: filled in place.
-        options: `num_assistant_tokens`, `num_assistant_tokens_schedule`, `assistant_confidence_threshold`,
-            `prompt_lookup_num_tokens`, `max_matching_ngram_size`, as in the generation config; `speculation_compile`,
-            to have `torch.compile` compile the draft's steps ("draft") or the blocks that the target verifies
-            ("target"), or the machine's C++ compiler attention of few queries on CPUs ("attention"), or all (True);
-            `speculation_pack_weights`, whether linear layers on the CPU may keep their weights a second time, as its
-            products want them (`None`: where it pays, once calls may have taken 64 tokens). In float32, logits may move
-            by rounding when packing begins; which shapes it pays for is measured once per machine.
-
-    Raises:
-        TypeError: for an option of another name, or a record of another type.
-    """
-    unknown = sorted(set(options) - set(OPTION_NAMES))
-    if unknown:
-        raise TypeError(f"speculative() got unknown options {unknown}; it knows {', '.join(OPTION_NAMES)}")
-    if not isinstance(speculation_stats, (SpeculationStats, type(None))):
-        raise TypeError(f"`speculation_stats` must be a SpeculationStats, got {type(speculation_stats).__name__}")
-    if not isinstance(speculation_trace, (Trace, type(None))):
-        raise TypeError(f"`speculation_trace` must be a Trace, got {type(speculation_trace).__name__}")
-
-    def decode(
-        model: PreTrainedModel,
-        input_ids: Tensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        inputs_tensor: Tensor | None = None,
-        **model_kwargs: Any,
-    ) -> Any:
-        vars(decode)["asked"] = True
-        _refuse_what_was_not_handed_over(sys._getframe(1))
-        _check_decoding_method(model)
-        check_generation_config(generation_config, sys._getframe(1).f_locals.get("kwargs", {}))
-        together = sharded(model, assistant_model)
-        resolved = resolve_options(options, generation_config, model, assistant_model, together)
-        drafter = make_drafter(assistant_model, model, resolved, tokenizer, assistant_tokenizer)
-        decoding = prepare(
-            model,
-            drafter,
-            resolved,
-            input_ids,
-            logits_processor,
-            stopping_criteria,
-            generation_config,
-            streamer,
-            SpeculationStats() if speculation_stats is None else speculation_stats,
-            speculation_trace,
-            model_kwargs,
-            inputs_tensor,
-            _given_inputs(model, sys._getframe(1)),
-        )
-        models = [model, drafter.model] if isinstance(drafter, ModelDrafter) else [model]
-        new_tokens = decoding.context.max_length - decoding.context.prompt_width
-        packed = packed_linears(models, resolved.speculation_pack_weights, new_tokens, by_clock=together is None)
-        compiles = resolved.compiles("attention") and model_device(model).type == "cpu"
-        if compiles:
-            decoding.stats.compile_seconds += compile_attention(models)
-        with folded_attention(compiles), packed as packing_seconds:
-            decoding.stats.packing_seconds += packing_seconds
-            width = decoding.run()
-            decoding.streamer.end()
-            return finish(decoding, width, generation_config, model_kwargs)
-
-    return decode
-
-
-def _given_inputs(model: PreTrainedModel, frame: Any) -> dict[str, Any]:
-    """The model inputs that the user gave to `generate()`: the images themselves, not what came of them since."""
-    given = frame.f_locals
-    kwargs = {"input_ids": given.get("inputs"), **given.get("kwargs", {})}
-    names = {*inspect.signature(model.forward).parameters}
-    names |= {*inspect.signature(model.prepare_inputs_for_generation).parameters}
-    mine = names - KNOWN_INPUTS | {"input_ids", "attention_mask"}
-    if kwargs["input_ids"] is None or kwargs.get("inputs_embeds") is not None:
-        return {}
-    return {name: value for name, value in kwargs.items() if name in mine and value is not None}
-
-
-def _refuse_what_was_not_handed_over(frame: Any) -> None:
-    """`generate()` keeps some arguments from custom decoding methods; ignoring them would be silent."""
-    given = frame.f_locals
-    for name in ("streamer", "assistant_model"):
-        if frame.f_code.co_name == "generate" and given.get(name) is not None:
-            raise ValueError(
-                f"`generate()` does not hand `{name}` to a custom decoding method: pass it as speculative({name}=...)"
-            )
-    if frame.f_code.co_name == "generate":
-        check_synced_gpus(given.get("synced_gpus"))
 
 
 def _generate_speculatively(original: Callable[..., Any], model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
@@ -183,11 +56,11 @@ def _generate_speculatively(original: Callable[..., Any], model: PreTrainedModel
             criteria = StoppingCriteriaList([*criteria, StopStringCriteria(arguments["tokenizer"], stop_strings)])
         call["stopping_criteria"] = criteria
     method = speculative(**arguments, **{name: value for name, value in options.items() if value is not None})
-    return _call(original, model, method, call)
+    return _call(original, model, method.of_call(call), call)
 
 
-def _call(original: Callable[..., Any], model: PreTrainedModel, method: DecodingMethod, call: dict[str, Any]) -> Any:
-    """Call `generate()` with our decoding method, and see that it was asked.
+def _call(original: Callable[..., Any], model: PreTrainedModel, method: SpeculativeMethod, call: dict[str, Any]) -> Any:
+    """Call `generate()` with our decoding method, and see that it was called.
 
     Raises:
         ValueError: if a `generate()` of the model's own has no use for a decoding method.
@@ -196,22 +69,12 @@ def _call(original: Callable[..., Any], model: PreTrainedModel, method: Decoding
     try:
         result = original(model, custom_generate=method, **call)
     except ValueError as error:
-        if hasattr(method, "asked") or "custom_generate" not in str(error):
+        if method.was_called or "custom_generate" not in str(error):
             raise
         raise ValueError(f"{own} takes no decoding method (`custom_generate`). Drop the strategy") from error
-    if not hasattr(method, "asked"):
+    if not method.was_called:
         raise ValueError(f"{own} does not decode token by token, so there is nothing to draft. Drop the strategy")
     return result
-
-
-def _check_decoding_method(model: PreTrainedModel) -> None:
-    """Our loop stands in for transformers' own; one that does more than choose tokens cannot be replaced by it."""
-    name = type(model).__name__
-    if getattr(model._sample, "__func__", None) is not GenerationMixin._sample:
-        raise ValueError(
-            f"strategy='spec' cannot be used with {name}: it decodes by a method of its own (`_sample`), "
-            "which does more at each step than choose a token. Drop the strategy"
-        )
 
 
 def _bind(original: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -274,6 +137,10 @@ def register() -> None:
 def _with_strategy(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def generate(self: PreTrainedModel, *args: Any, strategy: str | None = None, **kwargs: Any) -> Any:
+        if strategy is None and isinstance(kwargs.get("custom_generate"), SpeculativeMethod):
+            call = _bind(original, self, *args, **kwargs)
+            check_handed_over(call)
+            return original(self, **{**call, "custom_generate": kwargs["custom_generate"].of_call(call)})
         if strategy is None:
             return original(self, *args, **kwargs)
         if strategy not in STRATEGIES:

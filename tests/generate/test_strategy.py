@@ -70,7 +70,7 @@ def test_without_a_strategy_generate_is_what_it_was(strategy, monkeypatch, regis
     target, _ = pair()
     expected = target.generate(**prompts(2), **GREEDY)
     for name in ("prepare", "make_drafter", "resolve_options"):
-        monkeypatch.setattr(hf_specdec.generate.strategy, name, None)
+        monkeypatch.setattr(hf_specdec.generate.method, name, None)
     assert target.generate(**prompts(2), **GREEDY, **strategy).equal(expected)
     hf_specdec.unregister()
     assert target.generate(**prompts(2), **GREEDY).equal(expected)

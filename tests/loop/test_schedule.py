@@ -14,7 +14,7 @@ from transformers import GenerationConfig, LlamaConfig, LogitsProcessor, LogitsP
 from transformers.generation.candidate_generator import AssistedCandidateGenerator
 
 from hf_specdec import Draft, Drafter, PromptLookupDrafter, SpeculationStats
-from hf_specdec.generate import strategy
+from hf_specdec.generate import method
 from hf_specdec.loop.schedule import make_schedule
 from hf_specdec.options import Options
 from hf_specdec.pairs import pair as pairs
@@ -188,7 +188,7 @@ def resolved(monkeypatch: pytest.MonkeyPatch) -> list[Options]:
         seen.append(options)
         return pairs.make_drafter(assistant_model, model, options, *args)
 
-    monkeypatch.setattr(strategy, "make_drafter", make_drafter)
+    monkeypatch.setattr(method, "make_drafter", make_drafter)
     return seen
 
 

@@ -1,0 +1,180 @@
+"""The decoding method that `generate()` is given: it prepares a call, decodes, and returns what `generate()` does."""
+
+import copy
+import inspect
+from typing import Any, TypeAlias
+
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from ..device import model_device
+from ..drafters import Drafter, ModelDrafter
+from ..kernels.attention import compile_attention, folded_attention
+from ..kernels.packing import packed_linears
+from ..models.later import KNOWN_INPUTS
+from ..models.sharding import check_synced_gpus, sharded
+from ..options import OPTION_NAMES, check_generation_config, resolve_options
+from ..pairs.pair import make_drafter
+from ..records.stats import SpeculationStats
+from ..records.trace import Trace
+from .session import finish, prepare
+
+Assistant: TypeAlias = PreTrainedModel | Drafter | str
+
+
+def speculative(
+    assistant_model: Assistant | None = None,
+    *,
+    streamer: BaseStreamer | None = None,
+    tokenizer: Any = None,
+    assistant_tokenizer: Any = None,
+    speculation_stats: SpeculationStats | None = None,
+    speculation_trace: Trace | None = None,
+    **options: Any,
+) -> "SpeculativeMethod":
+    """A decoding method for `model.generate(..., custom_generate=speculative(draft))`; needs no registration.
+
+    Args:
+        assistant_model: the draft: a model, a Hub id or local path, or a `Drafter`. Without one, prompt look-up.
+        streamer: transformers hands a streamer to its own decoding methods only, so pass it here.
+        tokenizer, assistant_tokenizer: of target and draft, to compare where their vocabularies differ in size.
+        speculation_stats: filled in place.
+        speculation_trace: filled in place.
+        options: `num_assistant_tokens`, `num_assistant_tokens_schedule`, `assistant_confidence_threshold`,
+            `prompt_lookup_num_tokens`, `max_matching_ngram_size`, as in the generation config; `speculation_compile`,
+            to have `torch.compile` compile the draft's steps ("draft") or the blocks that the target verifies
+            ("target"), or the machine's C++ compiler attention of few queries on CPUs ("attention"), or all (True);
+            `speculation_pack_weights`, whether linear layers on the CPU may keep their weights a second time, as its
+            products want them (`None`: where it pays, once calls may have taken 64 tokens). In float32, logits may move
+            by rounding when packing begins; which shapes it pays for is measured once per machine.
+
+    Raises:
+        TypeError: for an option of another name, or a record of another type.
+    """
+    unknown = sorted(set(options) - set(OPTION_NAMES))
+    if unknown:
+        raise TypeError(f"speculative() got unknown options {unknown}; it knows {', '.join(OPTION_NAMES)}")
+    if not isinstance(speculation_stats, (SpeculationStats, type(None))):
+        raise TypeError(f"`speculation_stats` must be a SpeculationStats, got {type(speculation_stats).__name__}")
+    if not isinstance(speculation_trace, (Trace, type(None))):
+        raise TypeError(f"`speculation_trace` must be a Trace, got {type(speculation_trace).__name__}")
+
+    tokenizers = tokenizer, assistant_tokenizer
+    return SpeculativeMethod(assistant_model, streamer, tokenizers, speculation_stats, speculation_trace, options)
+
+
+class SpeculativeMethod:
+    """What `generate()` calls in place of a decoding method of its own; see `speculative` for the arguments."""
+
+    def __init__(
+        self,
+        assistant_model: Assistant | None,
+        streamer: BaseStreamer | None,
+        tokenizers: tuple[Any, Any],
+        stats: SpeculationStats | None,
+        trace: Trace | None,
+        options: dict[str, Any],
+    ):
+        self._assistant_model = assistant_model
+        self._streamer = streamer
+        self._tokenizers = tokenizers
+        self._stats = stats
+        self._trace = trace
+        self._options = options
+        self._call: dict[str, Any] = {}
+        self._calls: list[object] = []  # one entry per call, shared with copies
+
+    def of_call(self, call: dict[str, Any]) -> "SpeculativeMethod":
+        """The same for one call of `generate()`, whose arguments it is told by name.
+
+        `generate()` hands over only what it has prepared, and not what that was made from, such as images.
+        """
+        method = copy.copy(self)
+        method._call = call
+        return method
+
+    @property
+    def was_called(self) -> bool:
+        """Whether `generate()` has decoded with it."""
+        return bool(self._calls)
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        inputs_tensor: Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        self._calls.append(None)
+        _check_decoding_method(model)
+        check_generation_config(generation_config, self._call)
+        together = sharded(model, self._assistant_model)
+        options = resolve_options(self._options, generation_config, model, self._assistant_model, together)
+        drafter = make_drafter(self._assistant_model, model, options, *self._tokenizers)
+        decoding = prepare(
+            model,
+            drafter,
+            options,
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            self._streamer,
+            SpeculationStats() if self._stats is None else self._stats,
+            self._trace,
+            model_kwargs,
+            inputs_tensor,
+            _given_inputs(model, self._call),
+        )
+        models = [model, drafter.model] if isinstance(drafter, ModelDrafter) else [model]
+        new_tokens = decoding.context.max_length - decoding.context.prompt_width
+        packed = packed_linears(models, options.speculation_pack_weights, new_tokens, by_clock=together is None)
+        compiles = options.compiles("attention") and model_device(model).type == "cpu"
+        if compiles:
+            decoding.stats.compile_seconds += compile_attention(models)
+        with folded_attention(compiles), packed as packing_seconds:
+            decoding.stats.packing_seconds += packing_seconds
+            width = decoding.run()
+            decoding.streamer.end()
+            return finish(decoding, width, generation_config, model_kwargs)
+
+
+def check_handed_over(call: dict[str, Any]) -> None:
+    """Raise a ValueError for arguments that `generate()` keeps from custom decoding methods and would ignore."""
+    for name in ("streamer", "assistant_model"):
+        if call.get(name) is not None:
+            raise ValueError(
+                f"`generate()` does not hand `{name}` to a custom decoding method: pass it as speculative({name}=...)"
+            )
+    check_synced_gpus(call.get("synced_gpus"))
+
+
+def _given_inputs(model: PreTrainedModel, call: dict[str, Any]) -> dict[str, Any]:
+    """The model inputs that the user gave to `generate()`: the images themselves, not what came of them since."""
+    given = {**call, "input_ids": call.get("inputs", call.get("input_ids"))}
+    if given["input_ids"] is None or given.get("inputs_embeds") is not None:
+        return {}
+    names = {*inspect.signature(model.forward).parameters}
+    names |= {*inspect.signature(model.prepare_inputs_for_generation).parameters}
+    mine = names - KNOWN_INPUTS | {"input_ids", "attention_mask"}
+    return {name: value for name, value in given.items() if name in mine and value is not None}
+
+
+def _check_decoding_method(model: PreTrainedModel) -> None:
+    """Our loop stands in for transformers' own; one that does more than choose tokens cannot be replaced by it."""
+    name = type(model).__name__
+    if getattr(model._sample, "__func__", None) is not GenerationMixin._sample:
+        raise ValueError(
+            f"strategy='spec' cannot be used with {name}: it decodes by a method of its own (`_sample`), "
+            "which does more at each step than choose a token. Drop the strategy"
+        )
