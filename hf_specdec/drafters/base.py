@@ -21,7 +21,8 @@ class Draft:
     """What a drafter proposes for the active rows of a context.
 
     Attributes:
-        tokens: `[rows, k]` int64, k >= 0 and at most what was asked for.
+        tokens: `[rows, k]` int64, k >= 0 and at most what was asked for, on the device of `Context.tokens`; so is the
+            rest.
         probs: `[rows, k, vocab]` float32, the distributions the tokens were *really drawn from* (the q of the
             acceptance test), or `None` when the tokens were not drawn at all (argmax, look-up): then q is one-hot.
         lengths: how many of its k tokens each row proposes; `None` means k for all.
@@ -38,17 +39,27 @@ class Draft:
         """How many tokens each row proposes."""
         return [self.tokens.shape[1]] * len(self.tokens) if self.lengths is None else self.lengths
 
+    def cut(self, lengths: list[int]) -> "Draft":
+        """The first so many tokens of each row."""
+        longest = max(lengths)
+        probs = None if self.probs is None else self.probs[:, :longest]
+        return Draft(self.tokens[:, :longest], probs, lengths, self.valid)
+
+
+def no_draft(context: Context) -> Draft:
+    """Nothing, for every active row."""
+    rows = len(context.rows)
+    return Draft(context.tokens.new_empty(rows, 0), lengths=[0] * rows)
+
 
 @dataclass(frozen=True)
 class DraftRequest:
-    """What a drafter may want to know about the `generate()` call that it works for.
+    """What a drafter may want to know about the `generate()` call that it works for, besides its context.
 
     Attributes:
         do_sample: whether the target samples. Drafts may be drawn then, in which case `Draft.probs` must say from what.
         vocab_size: ids below this are the target's tokens.
         processors: the call's logits processors that may be run on drafts.
-        device: where `Draft.tokens` and `Draft.probs` must be.
-        first: by row of the batch, the column where its tokens begin.
         lockstep: all rows always have the same number of columns.
         prefill_chunk_size: feed at most so many tokens per row at once, `None` for all.
         static: forwards are to have fixed shapes.
@@ -59,8 +70,6 @@ class DraftRequest:
 
     do_sample: bool
     vocab_size: int
-    device: torch.device
-    first: list[int]
     lockstep: bool = False
     processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
     prefill_chunk_size: int | None = None
@@ -85,7 +94,7 @@ class Drafter(ABC):
     reads_prompts = False
     compile_seconds = 0.0
 
-    def start(self, request: DraftRequest, context: Context) -> None:
+    def start(self, call: DraftRequest, context: Context) -> None:
         """A new `generate()` call begins. `context` holds the prompts; state of an earlier call must go."""
 
     @abstractmethod
@@ -93,7 +102,7 @@ class Drafter(ABC):
         """Up to `max_tokens` tokens for each row in `context.rows`, in that order."""
 
     def commit(self, context: Context) -> None:
-        """The context now ends behind what was committed; rejected drafts must be forgotten."""
+        """The context now ends after what was committed; rejected drafts must be forgotten."""
 
     def end(self) -> None:
         """The `generate()` call is over."""

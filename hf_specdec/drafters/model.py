@@ -1,6 +1,7 @@
 """A draft model: one tight loop over `forward`, all rows together, with a RaggedCache of its own."""
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,11 +11,12 @@ from transformers.utils import ModelOutput, logging
 from ..cache.layers import cache_layers
 from ..cache.ragged import RaggedCache
 from ..device import model_device, to_device
-from ..models.abilities import carries_its_own, continues_states, decodes_ragged_rows
+from ..models.abilities import continues_states, decodes_ragged_rows, needs_own_code
 from ..models.cached import CachedModel
+from ..models.layout import Layout
 from ..models.masks import hands_positions_on
 from ..models.multimodal_prompt import FirstForward, prepared_call, show, split_axes
-from ..models.self_fed import PreparedModel
+from ..models.self_fed import SelfFedModel
 from ..models.static import STEPS, borrow, compilable
 from ..sampling.acceptance import draw
 from ..sampling.context import Context
@@ -39,7 +41,7 @@ class ModelDrafter(Drafter):
 
     in_vocabulary = True
     reads_prompts = True
-    cached: CachedModel
+    cached: CachedModel | SelfFedModel
 
     def __init__(self, model: PreTrainedModel, confidence_threshold: float = 0.0, compiles: bool = False):
         self.model = model
@@ -59,62 +61,58 @@ class ModelDrafter(Drafter):
     def takes_ragged_rows(self) -> bool:
         return decodes_ragged_rows(self.model, drafts=True)
 
-    def start(self, request: DraftRequest, context: Context) -> None:
-        self._request = request
-        self._process = BlockProcessors(request.processors)
+    def start(self, call: DraftRequest, context: Context) -> None:
+        self._call = call
+        self._process = BlockProcessors(call.processors)
         config = self.model.config.get_text_config(decoder=True)
         limits = (getattr(config, name, None) for name in ("max_position_embeddings", "max_target_positions"))
         self._max_positions: int = next(filter(None, limits), context.max_length)
-        if carries_its_own(self.model):
-            self.cached = self._prepared(context, request.first)
+        if needs_own_code(self.model):
+            self.cached = self._self_fed(context)
             return
         rows, device, static = context.batch_size, model_device(self.model), None
-        columns = torch.arange(context.prompt_width, device=device)
-        padding_mask = columns >= to_device(request.first, device)[:, None]
         layers = cache_layers(DynamicCache(config=self.model.config), config, rows, context.max_length)
         cache = RaggedCache(rows, device, context.prompt_width + 256, context.max_length, layers)
-        padded = (request.lockstep or bool(cache.states)) and max(request.first) > 0
-        encoded = None if request.encoder is None else request.encoder.for_draft(self.model)
-        seen = show(self.model, request.inputs, rows) if request.inputs else None
+        padded = (call.lockstep or bool(cache.states)) and max(context.first) > 0
+        encoded = None if call.encoder is None else call.encoder.for_draft(self.model)
+        seen = show(self.model, call.inputs, rows) if call.inputs else None
         changing = padded or bool(cache.states) or encoded is not None or seen is not None
-        fixed = (request.static or self.compiles) and not changing and self.takes_ragged_rows
+        fixed = (call.static or self.compiles) and not changing and self.takes_ragged_rows
         widths = compilable(self.model, STEPS, fixed, "drafts") if self.compiles else ()
-        if fixed and (request.static or widths):
+        if fixed and (call.static or widths):
             cache, static = borrow(self.model, rows, device, context.max_length, widths)
             self.compile_seconds = static.compile_seconds
-        self.cached = CachedModel(
-            self.model,
-            cache,
-            first=request.first,
-            padding_mask=padding_mask if padded else None,
-            position_offset=[-f for f in request.first] if padded else None,
-            max_slot=[self._max_positions - 1] * context.batch_size,
-            static=static,
-            encoded=encoded,
-            unnamed_positions=hands_positions_on(self.model),
+        layout = Layout(
+            first=[0] * rows if padded else context.first,
+            padding_mask=context.prompt_mask.to(device) if padded else None,
+            position_offset=[-f for f in context.first] if padded else None,
+            max_slot=[self._max_positions - 1] * rows,
         )
+        unnamed = hands_positions_on(self.model)
+        self.cached = CachedModel(self.model, cache, layout, static=static, encoded=encoded, unnamed_positions=unnamed)
         if seen is not None:
-            self._take_over(*seen)
+            self._take_over(self.cached, *seen)
         if cache.states and not continues_states(self.model):
             self.cached.at_once = 1
 
-    def _prepared(self, context: Context, first: list[int]) -> PreparedModel:
+    def _self_fed(self, context: Context) -> SelfFedModel:
         """A draft that only its own code can feed; it reads the prompt with its first forward."""
-        device, width = model_device(self.model), context.prompt_width
-        ids = context.view(width).to(device).clamp(0, self.model.config.get_text_config(decoder=True).vocab_size - 1)
-        mask = torch.arange(width, device=device) >= to_device(first, device)[:, None]
-        return PreparedModel(self.model, *prepared_call(self.model, {"input_ids": ids, "attention_mask": mask.long()}))
+        device = model_device(self.model)
+        ids = context.view(context.prompt_width).to(device)
+        ids = ids.clamp(0, self.model.config.get_text_config(decoder=True).vocab_size - 1)
+        inputs = {"input_ids": ids, "attention_mask": context.prompt_mask.to(device).long()}
+        return SelfFedModel(self.model, *prepared_call(self.model, inputs))
 
-    def _take_over(self, first_forward: FirstForward, output: ModelOutput) -> None:
+    def _take_over(self, cached: CachedModel, first_forward: FirstForward, output: ModelOutput) -> None:
         """Go on from a forward over the whole prompt, image and all."""
-        cached, rows = self.cached, len(self._request.first)
+        rows = len(cached.layout.first)
         cached.take_over(first_forward, output)
         cached.prefill_forwards += 1
         positions, axes = split_axes(first_forward.inputs.get("position_ids"), rows)
-        if positions is not None:  # position ids minus slots
+        if positions is not None:
             last = positions[:, -1].expand(rows).tolist()
-            cached.position_offset = [p - cached.cache.lengths[row] + 1 for row, p in enumerate(last)]
-            cached.axes = axes
+            offset = [p - cached.cache.lengths[row] + 1 for row, p in enumerate(last)]
+            cached.layout = replace(cached.layout, position_offset=offset, axes=axes).on(cached.device)
 
     def propose(self, context: Context, max_tokens: int) -> Draft:
         with self.cached.no_bookkeeping():
@@ -132,14 +130,14 @@ class ModelDrafter(Drafter):
             scores = self._next_scores(context, step, tokens[-1] if tokens else None)
             highest, argmax = scores[:, 0].max(dim=-1, keepdim=True)
             best.append(highest)
-            if self._request.do_sample:
+            if self._call.do_sample:
                 q = scores.softmax(dim=-1).nan_to_num(nan=1.0)
                 drawn = draw(q[:, 0])
                 probs.append(q)
             else:
                 drawn = argmax
             tokens.append(drawn)
-            if self._request.processors:
+            if self._call.processors:
                 context.write_drafts(drawn, offset=step)  # for them to see
             lengths, done = self._stop(step, lengths, scores, drawn)
             if done:
@@ -152,7 +150,7 @@ class ModelDrafter(Drafter):
 
     def _stop(self, step: int, lengths: list[int], scores: Tensor, drawn: Tensor) -> tuple[list[int], bool]:
         """Where the rows' drafts end, as far as it is known after a step, and whether that was the last one."""
-        go_on, last = self._request.go_on, step + 1 >= max(lengths)
+        go_on, last = self._call.go_on, step + 1 >= max(lengths)
         if self.confidence_threshold == 0 and (go_on is None or last):
             return lengths, last
         chosen = scores[:, 0].gather(-1, drawn) - scores[:, 0].logsumexp(dim=-1, keepdim=True)
@@ -183,25 +181,24 @@ class ModelDrafter(Drafter):
 
     def _catch_up(self, context: Context) -> None:
         """Feed what the cache is behind, prompts at first, unless the next forward can do it in passing."""
-        cached, chunk = self.cached, self._request.prefill_chunk_size
+        cached, chunk = self.cached, self._call.prefill_chunk_size
         missing = cached.missing(context)
-        unequal = len(set(missing)) > 1 and max(missing) > (1 if cached.cache.states else 2)
-        alone = cached.at_once is not None and max(missing) > cached.at_once and cached.cache.get_seq_length() > 0
+        unequal = len(set(missing)) > 1 and max(missing) > (1 if cached.has_states else 2)
+        alone = cached.at_once is not None and max(missing) > cached.at_once and cached.has_begun
         if max(missing) > (chunk or max(missing)) or unequal or alone:
             cached.prefill(context, chunk)
 
     def _next_scores(self, context: Context, step: int, drawn: Tensor | None) -> Tensor:
-        """`[rows, 1, vocab]` float32, processed, for the token behind the first `step` drafts, `drawn` the last one."""
+        """`[rows, 1, vocab]` float32, processed, for the token after the first `step` drafts, `drawn` the last one."""
         missing = [n + step for n in self.cached.missing(context)]
         equal = min(missing) == max(missing)
         logits = self.cached.forward(context, max(missing), 1 if equal else None, drawn).logits
-        for row, n in zip(context.rows, missing):
-            self.cached.cache.lengths[row] -= max(missing) - n  # what was fed behind its own tokens
         if not equal:
+            self.cached.forget(context.rows, [max(missing) - n for n in missing])  # what was fed after their own tokens
             last = to_device(missing, logits.device)[:, None, None] - 1
             logits = logits.gather(1, last.expand(-1, 1, logits.shape[2]))
-        logits = _fit_vocabulary(logits.float().to(self._request.device), self._request.vocab_size)
-        if not self._request.processors:
+        logits = _fit_vocabulary(logits.float().to(context.tokens.device), self._call.vocab_size)
+        if not self._call.processors:
             return logits
         scores = self._process(logits, context, offset=step)
         # Where processors leave the draft nothing to say, it speaks unprocessed: q is what was drawn from.

@@ -24,7 +24,7 @@ from ..options import OPTION_NAMES, check_generation_config, resolve_options
 from ..pairs.pair import make_drafter
 from ..records.stats import SpeculationStats
 from ..records.trace import Trace
-from .session import finish, prepare
+from .session import PreparedCall, finish, prepare
 
 Assistant: TypeAlias = PreTrainedModel | Drafter | str
 
@@ -121,21 +121,18 @@ class SpeculativeMethod:
         together = sharded(model, self._assistant_model)
         options = resolve_options(self._options, generation_config, model, self._assistant_model, together)
         drafter = make_drafter(self._assistant_model, model, options, *self._tokenizers)
-        decoding = prepare(
+        call = PreparedCall(
             model,
-            drafter,
-            options,
             input_ids,
             logits_processor,
             stopping_criteria,
             generation_config,
-            self._streamer,
-            SpeculationStats() if self._stats is None else self._stats,
-            self._trace,
             model_kwargs,
             inputs_tensor,
             _given_inputs(model, self._call),
         )
+        stats = SpeculationStats() if self._stats is None else self._stats
+        decoding = prepare(call, drafter, options, self._streamer, stats, self._trace)
         models = [model, drafter.model] if isinstance(drafter, ModelDrafter) else [model]
         new_tokens = decoding.context.max_length - decoding.context.prompt_width
         packed = packed_linears(models, options.speculation_pack_weights, new_tokens, by_clock=together is None)
@@ -146,7 +143,7 @@ class SpeculativeMethod:
             decoding.stats.packing_seconds += packing_seconds
             width = decoding.run()
             decoding.streamer.end()
-            return finish(decoding, width, generation_config, model_kwargs)
+            return finish(decoding, width, call)
 
 
 def check_handed_over(call: dict[str, Any]) -> None:

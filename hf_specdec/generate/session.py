@@ -3,7 +3,8 @@ becomes transformers' output classes and caches again.
 """
 
 import functools
-from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from enum import Enum
 from typing import Any
 
 from torch import Tensor
@@ -32,7 +33,6 @@ from ..loop.schedule import make_schedule
 from ..loop.stopping import Stopping
 from ..loop.streaming import StepStreamer
 from ..models.abilities import (
-    carries_its_own,
     check_blocks,
     check_padded_blocks,
     check_states,
@@ -41,16 +41,18 @@ from ..models.abilities import (
     decodes_ragged_rows,
     is_fed_by_itself,
     keeps_a_cache,
+    needs_own_code,
     ragged_rows,
     unexplained_windows,
 )
 from ..models.cached import CachedModel
 from ..models.encoded import EncoderSide, decoder_kwargs, read_encoder, with_later_inputs
+from ..models.layout import Layout
 from ..models.masks import takes_position_ids
 from ..models.prompt import Prompt, read_prompt, whole_numbers
 from ..models.rope import check_lengths
-from ..models.self_fed import PreparedModel
-from ..models.static import BLOCKS, borrow, compilable
+from ..models.self_fed import SelfFedModel
+from ..models.static import BLOCKS, StaticForwards, borrow, compilable
 from ..options import STATIC_KINDS, Options
 from ..records.stats import SpeculationStats
 from ..records.trace import Trace
@@ -60,115 +62,113 @@ from ..sampling.processors import known, unknown_names
 logger = logging.get_logger(__name__)
 
 
+class Feeding(Enum):
+    """Who feeds the target, and where the tokens of its rows are."""
+
+    RAGGED = "rows hold no padding and have lengths of their own"
+    ALIGNED = "rows are as vanilla has them, padding included, and always have equal lengths"
+    SELF_FED = "the model's own code makes its forwards, rows aligned"
+
+
+@dataclass
+class PreparedCall:
+    """What `generate()` hands to a decoding method.
+
+    Attributes:
+        input_ids: `[batch, columns]` int64, the prompt; of an encoder-decoder model, the decoder's.
+        processors, criteria, config: the call's logits processors, stopping criteria and generation config.
+        kwargs: what forwards are prepared from: cache, mask, positions, and whatever else the model takes.
+        encoder_inputs: what `generate()` has given to the encoder, if there is one.
+        given: the model inputs that the user gave to `generate()`, by name.
+    """
+
+    model: PreTrainedModel
+    input_ids: Tensor
+    processors: LogitsProcessorList
+    criteria: StoppingCriteriaList
+    config: GenerationConfig
+    kwargs: dict[str, Any]
+    encoder_inputs: Tensor | None = None
+    given: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def cache(self) -> Any:
+        """The cache that transformers has made, or the user has given, under the name that the model has for it."""
+        return self.kwargs.get("past_key_values", self.kwargs.get("cache_params"))
+
+    @property
+    def max_length(self) -> int:
+        """Columns that the output may have."""
+        limits = [c.max_length for c in self.criteria if type(c) is MaxLengthCriteria]
+        return min(limits, default=self.config.max_length)
+
+    @property
+    def is_static(self) -> bool:
+        """Whether forwards are to have fixed shapes."""
+        return self.config.cache_implementation in STATIC_KINDS
+
+
+@dataclass
+class _Checked:
+    """A call that the target can be used for, and what was found out about it on the way.
+
+    Attributes:
+        call: with ids in int64, and of an encoder-decoder model the decoder's side alone.
+        encoder: the other side.
+        cross: the cross-attention that the call's cache holds, if it is an encoder-decoder model's.
+        self_fed: the model's own code makes its forwards.
+        cache: transformers' for this model, with what is cached already; an empty one if it is self-fed.
+        columns: slots of the longest row, with what was cached before the context began.
+    """
+
+    call: PreparedCall
+    encoder: EncoderSide | None
+    cross: Cache | None
+    self_fed: bool
+    cache: Cache
+    prompt: Prompt
+    columns: int
+
+
 def prepare(
-    model: PreTrainedModel,
+    call: PreparedCall,
     drafter: Drafter,
     options: Options,
-    input_ids: Tensor,
-    logits_processor: LogitsProcessorList,
-    stopping_criteria: StoppingCriteriaList,
-    generation_config: GenerationConfig,
     streamer: BaseStreamer | None,
     stats: SpeculationStats,
     trace: Trace | None,
-    model_kwargs: dict[str, Any],
-    encoder_inputs: Tensor | None,
-    given: dict[str, Any],
 ) -> SpeculativeDecoding:
-    """Build the decoding of one prepared `generate()` call. Nothing has been fed to any model yet.
+    """Build the decoding of one prepared `generate()` call. No prompt has been fed to any model yet.
 
-    Args:
-        encoder_inputs: what `generate()` has given to the encoder, if there is one.
-        given: the model inputs that `generate()` was given, by name.
+    Raises:
+        ValueError, TypeError: for what speculation cannot be lossless with.
     """
-    check_user_cache(model_kwargs.get("past_key_values"), model, generation_config.max_length)
-    input_ids, encoder = whole_numbers(input_ids), None
-    if model.config.is_encoder_decoder:
-        encoder = read_encoder(model, model_kwargs, encoder_inputs, len(input_ids))
-        encoder = with_later_inputs(encoder, model, input_ids, model_kwargs)
-        user_cache, model_kwargs = model_kwargs["past_key_values"], decoder_kwargs(model, input_ids, model_kwargs)
-    check_target(model, input_ids.shape[0])
-    by_itself = is_fed_by_itself(model)
-    cache = prepared_cache(model_kwargs)
-    if by_itself:
-        check_given(model, cache, generation_config)
-        cache = DynamicCache()  # what there is of the prompt so far: nothing
-    else:
-        check_cache(cache)
-        check_states(model, cache, "the model")
-        check_windows(model, generation_config.max_length)
-    vocab_size: int = model.config.get_text_config(decoder=True).vocab_size
-    held = None if by_itself else cache
-    prompt = read_prompt(model, input_ids, generation_config, held, model_kwargs, vocab_size)
-    if not by_itself and not keeps_a_cache(model):  # asked last of what is refused without running anything
-        by_itself, cache = True, DynamicCache()
-        check_given(model, prepared_cache(model_kwargs), generation_config)
-        prompt = read_prompt(model, input_ids, generation_config, None, model_kwargs, vocab_size)
-    max_length = min(
-        [c.max_length for c in stopping_criteria if type(c) is MaxLengthCriteria], default=generation_config.max_length
-    )
-    columns = max_length + prompt.column_offset
-    fed_at_once = 0 if generation_config.prefill_chunk_size else prompt.mask.shape[1] - max(prompt.first) - 1
-    check_lengths(model, fed_at_once, columns - min(prompt.first))
-    if not by_itself:
-        check_blocks(model, cache, columns)
-    stopping = Stopping(stopping_criteria, max_length)
-
-    batch = len(prompt.first)
-    unknown = [*unknown_names(logits_processor), *stopping.unknown]
-    windows = [] if by_itself or encoder is not None else unexplained_windows(model, cache, columns)
-    lockstep = batch > 1 and _needs_lockstep(model, drafter, prompt, unknown, windows)
-    if lockstep and any(prompt.first) and encoder is None and not by_itself and not model.training:
-        check_padded_blocks(model, cache, columns)
-    # Vanilla pads recurrent layers on the left, which tell what is padding only there; and who is not told positions
-    # counts columns, padding included.
-    whole = by_itself or has_states(cache)
-    aligned = prompt.holes or lockstep or whole or (any(prompt.first) and not takes_position_ids(model))
-    first = [0] * batch if aligned else prompt.first
-
-    pad = generation_config._pad_token_tensor
-    context_first = [max(f - prompt.column_offset, 0) for f in prompt.first]
-    context = Context(prompt.input_ids, context_first, max_length, 0 if pad is None else int(pad))
-    keeps_all = _may_go_far_back(generation_config, cache, batch, lockstep, stopping)
-    compiles = options.compiles("target")
-    make_target: Callable[[], CachedModel] = functools.partial(
-        _cached_target, model, cache, prompt, context, first, aligned, keeps_all, generation_config, encoder, compiles
-    )
-    if by_itself:
-        make_target = functools.partial(PreparedModel, model, input_ids, generation_config, model_kwargs)
+    checked = _check(call)
+    stopping = Stopping(call.criteria, call.max_length)
+    unknown = [*unknown_names(call.processors), *stopping.unknown]
+    lockstep = _needs_lockstep(checked, drafter, unknown)
+    feeding = _feeding(checked, lockstep)
+    prompt, pad = checked.prompt, call.config._pad_token_tensor
+    first = [max(f - prompt.column_offset, 0) for f in prompt.first]
+    context = Context(prompt.input_ids, first, call.max_length, 0 if pad is None else int(pad))
+    unbounded = _needs_unbounded_windows(checked, lockstep, stopping)
+    make_target = functools.partial(_make_target, checked, feeding, unbounded, options.compiles("target"))
     target = make_target()
     if target.static is not None:
         stats.compile_seconds += target.static.compile_seconds
-    if target.encoded is not None:
-        target.encoded.load(user_cache.cross_attention_cache)
-    sizes = [getattr(layer, "sliding_window", None) for layer in cache.layers]
-    recorder = Recorder(
-        generation_config,
-        context,
-        first,
-        prompt.column_offset,
-        prompt.past,
-        sizes,
-        encoder is not None,
-        type(model).__name__,
-    )
-    schedule = make_schedule(
-        options.num_assistant_tokens_schedule,
-        options.prompt_lookup_num_tokens or options.num_assistant_tokens,
-        model,
-        drafter,
-    )
+    if target.encoded is not None and checked.cross is not None:
+        target.encoded.load(checked.cross)
+    draft_length = options.prompt_lookup_num_tokens or options.num_assistant_tokens
+    schedule = make_schedule(options.num_assistant_tokens_schedule, draft_length, call.model, drafter)
     request = DraftRequest(
-        do_sample=bool(generation_config.do_sample),
-        vocab_size=vocab_size,
-        device=context.tokens.device,
-        first=context_first,
+        do_sample=bool(call.config.do_sample),
+        vocab_size=_vocab_size(call.model),
         lockstep=lockstep,
-        processors=known(logits_processor),
-        prefill_chunk_size=generation_config.prefill_chunk_size,
-        static=target.static is not None and generation_config.cache_implementation in STATIC_KINDS,
-        inputs={} if prompt.first_forward is None or prompt.past else given,
-        encoder=encoder,
+        processors=known(call.processors),
+        prefill_chunk_size=call.config.prefill_chunk_size,
+        static=target.static is not None and call.is_static,
+        inputs={} if prompt.first_forward is None or prompt.past else call.given,
+        encoder=checked.encoder,
         go_on=schedule.go_on,
     )
     return SpeculativeDecoding(
@@ -178,25 +178,97 @@ def prepare(
         drafter=drafter,
         request=request,
         schedule=schedule,
-        processors=logits_processor,
+        processors=call.processors,
         stopping=stopping,
-        recorder=recorder,
+        recorder=_make_recorder(checked, context, feeding),
         streamer=StepStreamer(streamer, context),
-        in_order=bool(unknown),
+        sequential=bool(unknown),
         lockstep=lockstep,
-        prefill_chunk_size=generation_config.prefill_chunk_size,
+        prefill_chunk_size=call.config.prefill_chunk_size,
         stats=stats,
         trace=trace,
     )
 
 
+def _check(call: PreparedCall) -> _Checked:
+    """Raise what is wrong with a call, cheapest questions first; see `_Checked` for what is returned."""
+    model, config, encoder, cross = call.model, call.config, None, None
+    check_user_cache(call.kwargs.get("past_key_values"), model, config.max_length)
+    call = replace(call, input_ids=whole_numbers(call.input_ids))
+    if model.config.is_encoder_decoder:
+        encoder = read_encoder(model, call.kwargs, call.encoder_inputs, len(call.input_ids))
+        encoder = with_later_inputs(encoder, model, call.input_ids, call.kwargs)
+        cross = getattr(call.kwargs.get("past_key_values"), "cross_attention_cache", None)
+        call = replace(call, kwargs=decoder_kwargs(model, call.input_ids, call.kwargs))
+    check_target(model, len(call.input_ids))
+    self_fed = is_fed_by_itself(model)
+    if not self_fed:
+        check_cache(call.cache)
+        check_states(model, call.cache, "the model")
+        check_windows(model, config.max_length)
+        prompt = _read_prompt(call, call.cache)
+        self_fed = not keeps_a_cache(model)  # asked last of what is refused without running anything
+    if self_fed:
+        check_given(model, call.cache, config)
+        prompt = _read_prompt(call, None)
+    columns = call.max_length + prompt.column_offset
+    fed_at_once = 0 if config.prefill_chunk_size else prompt.mask.shape[1] - max(prompt.first) - 1
+    check_lengths(model, fed_at_once, columns - min(prompt.first))
+    if not self_fed:
+        check_blocks(model, call.cache, columns)
+    cache = DynamicCache() if self_fed else call.cache
+    return _Checked(call, encoder, cross, self_fed, cache, prompt, columns)
+
+
+def _read_prompt(call: PreparedCall, cache: Cache | None) -> Prompt:
+    return read_prompt(call.model, call.input_ids, call.config, cache, call.kwargs, _vocab_size(call.model))
+
+
+def _vocab_size(model: PreTrainedModel) -> int:
+    size: int = model.config.get_text_config(decoder=True).vocab_size
+    return size
+
+
+def _feeding(checked: _Checked, lockstep: bool) -> Feeding:
+    """Vanilla pads recurrent layers on the left, which tell what is padding only there; and models without position ids
+    count columns, padding included.
+    """
+    if checked.self_fed:
+        return Feeding.SELF_FED
+    model, prompt, cache = checked.call.model, checked.prompt, checked.cache
+    if lockstep and any(prompt.first) and checked.encoder is None and not model.training:
+        check_padded_blocks(model, cache, checked.columns)
+    counts_columns = any(prompt.first) and not takes_position_ids(model)
+    aligned = prompt.holes or lockstep or has_states(cache) or counts_columns
+    return Feeding.ALIGNED if aligned else Feeding.RAGGED
+
+
+def _slots_begin(checked: _Checked, feeding: Feeding) -> list[int]:
+    """By row, the column of slot 0."""
+    return checked.prompt.first if feeding is Feeding.RAGGED else [0] * len(checked.prompt.first)
+
+
+def _make_recorder(checked: _Checked, context: Context, feeding: Feeding) -> Recorder:
+    prompt = checked.prompt
+    return Recorder(
+        checked.call.config,
+        context,
+        _slots_begin(checked, feeding),
+        prompt.column_offset,
+        prompt.past,
+        [getattr(layer, "sliding_window", None) for layer in checked.cache.layers],
+        checked.encoder is not None,
+        type(checked.call.model).__name__,
+    )
+
+
 def finish(
-    decoding: SpeculativeDecoding, width: int, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
+    decoding: SpeculativeDecoding, width: int, call: PreparedCall
 ) -> GenerateDecoderOnlyOutput | GenerateEncoderDecoderOutput | Tensor:
     """The result of `generate()` for a decoding that has run, and the cache that it leaves behind."""
-    cache, target = prepared_cache(model_kwargs), decoding.target
-    wants_dict = bool(generation_config.return_dict_in_generate)
-    if isinstance(target, PreparedModel):
+    cache, target = call.cache, decoding.target
+    wants_dict = bool(call.config.return_dict_in_generate)
+    if isinstance(target, SelfFedModel):
         cache = target.hand_back(decoding.context, width) if wants_dict else None
     elif wants_dict or getattr(cache, "_is_user_defined", False):
         hand_back_cache(decoding, width, cache)
@@ -236,30 +308,26 @@ def hand_back_cache(decoding: SpeculativeDecoding, width: int, cache: Cache) -> 
     Rows that ended early have padding columns, which vanilla feeds too; they are fed here, in one forward.
     """
     context, target = decoding.context, decoding.target
+    assert isinstance(target, CachedModel)
     context.rows = list(range(context.batch_size))
     context.ends = [width] * context.batch_size
-    if target.cache.states and context.batch_size > 1:  # those of rows that ended are gone: once more from the start
+    if target.has_states and context.batch_size > 1:  # those of rows that ended are gone: once more from the start
         target = decoding.make_target()
+        assert isinstance(target, CachedModel)
         if target.prompt_is_unread:
             target.read_prompt()
     shortest = min(target.cache.lengths)
-    for row, offset in enumerate(target.slot_offset):
+    for row, offset in enumerate(target.layout.slot_offset):
         held = min(target.cache.lengths[row], width + offset - 1)
         target.cache.lengths[row] = min(shortest, held) if decoding.lockstep else held
     target.prefill(context, decoding.prefill_chunk_size)
     cache.reset()
-    first = [target.column_offset - offset for offset in target.slot_offset]
     own = getattr(cache, "self_attention_cache", cache)
-    for index, keys, values in target.cache.columns(first, width + target.column_offset - 1):
+    for index, keys, values in target.cache.columns(list(target.layout.first), width + target.layout.column_offset - 1):
         own.update(keys, values, index)
     target.cache.copy_states_to(own)
     if target.encoded is not None:
         target.encoded.hand_back(cache)
-
-
-def prepared_cache(model_kwargs: dict[str, Any]) -> Any:
-    """The cache that transformers has made, or the user has given, under the name that the model has for it."""
-    return model_kwargs.get("past_key_values", model_kwargs.get("cache_params"))
 
 
 def check_given(model: PreTrainedModel, cache: Any, config: GenerationConfig) -> None:
@@ -285,21 +353,25 @@ def check_cache(cache: Any) -> None:
     check_layers(cache, "the model")
 
 
-def _needs_lockstep(
-    model: PreTrainedModel, drafter: Drafter, prompt: Prompt, unknown: list[str], windows: list[int]
-) -> bool:
+def _needs_lockstep(checked: _Checked, drafter: Drafter, unknown: list[str]) -> bool:
     """Whether the rows of a batch must advance together; says once why.
 
     Args:
-        windows: that the text may leave, and of which only the model's own code knows.
+        unknown: names of processors and criteria that may keep state between calls.
     """
+    model, prompt = checked.call.model, checked.prompt
+    if len(prompt.first) == 1:
+        return False
+    windows = []
+    if not checked.self_fed and checked.encoder is None:
+        windows = unexplained_windows(model, checked.cache, checked.columns)
     if unknown:
         reason = f"{', '.join(unknown)} may keep state, so it is called step by step on the whole batch"
     elif prompt.holes:
         reason = "the attention mask has zeros after a row's first token"
     elif prompt.first_forward is not None and prompt.first_forward.places_tokens_itself:
         reason = f"{type(model).__name__} makes its own position ids"
-    elif carries_its_own(model):
+    elif needs_own_code(model):
         reason = f"{type(model).__name__} carries a state of its own from step to step"
         if hidden := hidden_parameters(model):
             reason = f"the forward of {type(model).__name__} does not name {hidden[0]}"
@@ -315,62 +387,61 @@ def _needs_lockstep(
     return True
 
 
-def _may_go_far_back(config: GenerationConfig, cache: Cache, batch: int, lockstep: bool, stopping: Stopping) -> bool:
+def _needs_unbounded_windows(checked: _Checked, lockstep: bool, stopping: Stopping) -> bool:
     """Whether more than a block may be asked of layers with a window, which therefore hold every slot.
 
     Attention weights are recorded over all slots. A cache that is handed back stands for the columns of the output,
     which some rows may have passed; and in lockstep, where rows ended early, all go back to where the first one ended.
     """
-    hands_back = config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
+    config = checked.call.config
+    hands_back = config.return_dict_in_generate or getattr(checked.cache, "_is_user_defined", False)
     ends_with_others = all(type(criterion) is MaxLengthCriteria for criterion in stopping.criteria)
-    uneven_ends = batch > 1 and not ends_with_others and (lockstep or not stopping.pads_finished_rows)
+    several = len(checked.prompt.first) > 1
+    uneven_ends = several and not ends_with_others and (lockstep or not stopping.pads_finished_rows)
     return bool(config.return_dict_in_generate and config.output_attentions) or bool(hands_back and uneven_ends)
 
 
-def _cached_target(
-    model: PreTrainedModel,
-    source: Cache,
-    prompt: Prompt,
-    context: Context,
-    first: list[int],
-    aligned: bool,
-    keeps_all: bool,
-    generation_config: GenerationConfig,
-    encoder: EncoderSide | None,
-    compiles: bool,
-) -> CachedModel:
-    columns = context.max_length + prompt.column_offset
-    padded = aligned and not bool(prompt.mask.all())
-    device = model_device(model)
-    layers = cache_layers(source, model.config, len(first), columns, windowed=not keeps_all)
-    cache = RaggedCache(len(first), device, prompt.mask.shape[1] + 256, max_capacity=columns, layers=layers)
-    static, is_static = None, generation_config.cache_implementation in STATIC_KINDS
-    if is_static or compiles:
-        moving = prompt.positions is not None or prompt.axes is not None or prompt.first_forward is not None
-        moving = moving or padded or encoder is not None or bool(cache.states) or not decodes_ragged_rows(model)
-        if moving and is_static:
-            logger.warning_once(f"{type(model).__name__} and this prompt need forwards of changing shapes.")
-            layers = cache_layers(source, model.config, len(first), columns, windowed=False)
-            cache = RaggedCache(len(first), device, capacity=columns, max_capacity=columns, layers=layers)
-        widths = compilable(model, BLOCKS, not moving, "verifies") if compiles else ()
-        if not moving and (is_static or widths):
-            cache, static = borrow(model, len(first), device, columns, widths)
+def _make_target(checked: _Checked, feeding: Feeding, unbounded: bool, compiles: bool) -> CachedModel | SelfFedModel:
+    """The target, fed with nothing yet."""
+    call, prompt, columns = checked.call, checked.prompt, checked.columns
+    model = call.model
+    if feeding is Feeding.SELF_FED:
+        return SelfFedModel(model, call.input_ids, call.config, call.kwargs)
+    first = _slots_begin(checked, feeding)
+    padded = feeding is Feeding.ALIGNED and not bool(prompt.mask.all())
+    cache, static = _make_cache(checked, padded, unbounded, compiles)
     if prompt.past:
-        cache.load(source, first)
-    # Position ids minus slots: slot = column - first.
-    position_offset = [offset + f for offset, f in zip(prompt.position_offset, first)]
-    return CachedModel(
-        model,
-        cache,
+        cache.load(checked.cache, first)
+    layout = Layout(
         first=first,
         column_offset=prompt.column_offset,
         padding_mask=prompt.mask if padded else None,
-        position_offset=position_offset,
+        position_offset=[offset + f for offset, f in zip(prompt.position_offset, first)],  # slot = column - first
         prompt_positions=prompt.positions,
         axes=prompt.axes,
-        prompt_embeds=prompt.embeds,
-        first_forward=prompt.first_forward,
         max_slot=[columns - 2 - f for f in first],
-        static=static,
-        encoded=None if encoder is None else encoder.for_target(model),
     )
+    encoded = None if checked.encoder is None else checked.encoder.for_target(model)
+    return CachedModel(model, cache, layout, prompt.embeds, prompt.first_forward, static, encoded)
+
+
+def _make_cache(
+    checked: _Checked, padded: bool, unbounded: bool, compiles: bool
+) -> tuple[RaggedCache, StaticForwards | None]:
+    """The cache, and the forwards of fixed shapes that run on it, where they are asked for and possible."""
+    model, prompt, columns, is_static = checked.call.model, checked.prompt, checked.columns, checked.call.is_static
+    rows, device = len(prompt.first), model_device(model)
+    layers = cache_layers(checked.cache, model.config, rows, columns, windowed=not unbounded)
+    cache = RaggedCache(rows, device, prompt.mask.shape[1] + 256, max_capacity=columns, layers=layers)
+    if not is_static and not compiles:
+        return cache, None
+    moving = prompt.positions is not None or prompt.axes is not None or prompt.first_forward is not None
+    moving = moving or padded or checked.encoder is not None or bool(cache.states) or not decodes_ragged_rows(model)
+    if moving and is_static:
+        logger.warning_once(f"{type(model).__name__} and this prompt need forwards of changing shapes.")
+        layers = cache_layers(checked.cache, model.config, rows, columns, windowed=False)
+        cache = RaggedCache(rows, device, capacity=columns, max_capacity=columns, layers=layers)
+    widths = compilable(model, BLOCKS, not moving, "verifies") if compiles else ()
+    if not moving and (is_static or widths):
+        return borrow(model, rows, device, columns, widths)
+    return cache, None

@@ -16,10 +16,10 @@ from transformers.utils import ModelOutput, logging
 
 from ..device import to_device
 from ..drafters import Draft, Drafter, DraftRequest
-from ..drafters.base import check_draft
-from ..models.cached import CachedModel
+from ..drafters.base import check_draft, no_draft
 from ..models.multimodal_prompt import DoesNotFit
-from ..models.self_fed import PreparedModel
+from ..models.self_fed import SelfFedModel
+from ..models.target import Target
 from ..records.stats import Iteration, RowStep, SpeculationStats
 from ..records.trace import Trace
 from ..sampling.acceptance import Verdict, accept_greedy, accept_sampled
@@ -76,14 +76,14 @@ class SpeculativeDecoding:
     """One `generate()` call, prepared (see `session.py`), ready to run.
 
     Attributes:
-        in_order: logits processors and stopping criteria are called as vanilla calls them, step by step.
+        sequential: logits processors and stopping criteria are called as vanilla calls them, step by step.
         lockstep: all rows commit equally many tokens per iteration.
         make_target: makes the target as it was before anything was fed to it.
     """
 
     context: Context
-    target: CachedModel
-    make_target: Callable[[], CachedModel]
+    target: Target
+    make_target: Callable[[], Target]
     drafter: Drafter
     request: DraftRequest
     schedule: Schedule
@@ -91,13 +91,13 @@ class SpeculativeDecoding:
     stopping: Stopping
     recorder: Recorder
     streamer: StepStreamer
-    in_order: bool
+    sequential: bool
     lockstep: bool
     prefill_chunk_size: int | None = None
     stats: SpeculationStats = field(default_factory=SpeculationStats)
     trace: Trace | None = None
-    _done_at: dict[int, int] = field(default_factory=dict)  # row -> column behind which it met a criterion
-    _fed_before: list[int] = field(default_factory=list)  # by active row, queries of tokens that were pending
+    _stop_column: dict[int, int] = field(default_factory=dict)  # row -> one past the column at which it met a criterion
+    _pending: list[int] = field(default_factory=list)  # by active row, queries of the last forward before its own
     _finished: set[int] = field(default_factory=set)  # rows that leave the batch after this iteration
 
     def run(self) -> int:
@@ -135,71 +135,48 @@ class SpeculativeDecoding:
         is_special = self.prefill_chunk_size or self.recorder.forward_kwargs
         if self.target.prompt_is_unread:
             pass  # that is the first verification
-        elif unlike or is_special or self.target.cache.states:
+        elif unlike or is_special or self.target.has_states:
             chunks = self.target.prefill(self.context, self.prefill_chunk_size, **self.recorder.forward_kwargs)
         for counts, output in chunks:
             self.recorder.layers(output, counts)
         self.stats.add_prefill(perf_counter() - start, len(chunks), self.drafter.compile_seconds)
 
     def draft(self) -> Draft:
-        """Up to γ tokens for each active row, but never so many that the target's own would not fit behind them."""
-        context = self.context
-        room = [max(context.max_length - end - 1, 0) for end in context.active_ends]
-        reads_prompt = self.target.prompt_is_unread or any(self.target.prompt_left(context)) or self._is_first_of_long()
-        gamma = 0 if reads_prompt else self.schedule.plan(len(context.rows))
-        if self.target.cache.states and not reads_prompt:
-            room = [min(space, most) for space, most in zip(room, self._beside_pending(gamma))]
+        """Up to γ tokens for each active row, but never so many that the target's own would not fit after them."""
+        context, rows = self.context, len(self.context.rows)
+        if self.target.prompt_is_unread or any(self.target.prompt_left(context)) or self._is_first_of_long():
+            return no_draft(context)
+        gamma = self.schedule.plan(rows)
+        left = (max(context.max_length - end - 1, 0) for end in context.active_ends)
+        room = [min(pair) for pair in zip(left, self.target.room(context, gamma))]
         max_tokens = min(gamma, max(room))
         if max_tokens == 0:
-            return Draft(context.tokens.new_empty(len(context.rows), 0), lengths=[0] * len(context.rows))
+            return no_draft(context)
         draft = self.drafter.propose(context, max_tokens)
-        check_draft(draft, len(context.rows), max_tokens, self.request.vocab_size, self.drafter)
+        check_draft(draft, rows, max_tokens, self.request.vocab_size, self.drafter)
         lengths = [min(length, space) for length, space in zip(draft.row_lengths, room)]
         if self.target.encoded is not None:
             lengths = self.target.encoded.up_to_uncounted(context, self.target.missing(context), draft.tokens, lengths)
-        longest = max(lengths)
-        probs = None if draft.probs is None else draft.probs[:, :longest]
-        return Draft(draft.tokens[:, :longest], probs, lengths, draft.valid)
+        return draft.cut(lengths)
 
     def _is_first_of_long(self) -> bool:
         """Whether the first tokens would have to wait until the draft model has read long prompts too."""
         begins = self.context.active_ends[0] == self.context.prompt_width
         return begins and self.drafter.reads_prompts and max(self.context.lengths) > _LONG
 
-    def _beside_pending(self, gamma: int) -> list[int]:
-        """How many drafts fit behind the pending tokens of each active row, where all rows are fed equally many.
-
-        A row with more of them gets fewer drafts, and at times none, after which nothing is pending any more. So a
-        forward is never over more than 2γ + 1 tokens per row, and each row gets a token from each.
-        """
-        pending = self.target.missing(self.context)
-        width = max(min(gamma + min(pending), 2 * gamma + 1), max(pending))
-        return [width - n for n in pending]
-
     def verify(self, draft: Draft) -> ModelOutput:
         """One target forward over each row's uncached tokens and its drafts: `[rows, γ + 1, vocab]` logits."""
-        context, target = self.context, self.target
-        if target.prompt_is_unread:
+        if self.target.prompt_is_unread:
             output = self._read_prompt()
             self.recorder.prompt(output)
             return CausalLMOutputWithPast(logits=output.logits)
-        context.clear_drafts()
-        if target.cache.states and not draft.tokens.shape[1] and len(set(target.missing(context))) > 1:
-            target.prefill(context)  # without drafts to fill them up, some rows would stay behind for ever
-        context.write_drafts(draft.tokens)
-        missing = target.missing(context)
-        width = max(n + proposed for n, proposed in zip(missing, draft.row_lengths))
-        begin = [n - 1 for n in missing]  # the query of each row that is about its next token
-        of_prompt = begin if any(target.prompt_left(context)) else []
-        output = target.forward(context, width, keep=width - min(begin), **self.recorder.forward_kwargs)
-        self.recorder.layers(output, of_prompt)
-        count = draft.tokens.shape[1] + 1
-        if min(begin) != max(begin) or output.logits.shape[1] != count:
-            at = to_device(begin, output.logits.device)[:, None] - min(begin)
-            at = (at + torch.arange(count, device=at.device)).clamp(max=output.logits.shape[1] - 1)
-            output.logits = output.logits.gather(1, at[..., None].expand(-1, -1, output.logits.shape[2]))
-        self._fed_before = begin
-        return output
+        self.context.clear_drafts()
+        self.context.write_drafts(draft.tokens)
+        options = self.recorder.forward_kwargs
+        verified = self.target.verify(self.context, draft.tokens, draft.row_lengths, **options)
+        self.recorder.layers(verified.output, verified.of_prompt)
+        self._pending = verified.pending
+        return verified.output
 
     def _read_prompt(self) -> ModelOutput:
         """The prompt in vanilla's first forward. From what our cache cannot hold, the model's own code goes on."""
@@ -210,14 +187,14 @@ class SpeculativeDecoding:
                 names = " and ".join(f"`{name}`" for name in self.recorder.forward_kwargs)
                 raise ValueError(f"{found}, and strategy='spec' does not record {names} then: leave it out") from found
             logger.warning_once(f"{found}: forwards are made by its own code, on copies of what it caches.")
-            self.target, self.lockstep = PreparedModel.going_on(found.first_forward, found.output), True
+            self.target, self.lockstep = SelfFedModel.going_on(found.first_forward, found.output), True
             found.output.logits = found.output.logits[:, -1:]
             return found.output
 
     def accept(self, draft: Draft, logits: Tensor) -> Committed:
         """The committed set of each row, cut where vanilla would have stopped."""
         logits = logits.to(device=self.context.tokens.device, dtype=torch.float32, copy=True)
-        return self._accept_in_order(draft, logits) if self.in_order else self._accept_block(draft, logits)
+        return self._accept_sequential(draft, logits) if self.sequential else self._accept_block(draft, logits)
 
     def _accept_block(self, draft: Draft, logits: Tensor) -> Committed:
         """All positions at once: processors are functions of a prefix, and each position's prefix is known."""
@@ -240,9 +217,9 @@ class SpeculativeDecoding:
     def _finish(self, row: int, tokens: list[int]) -> str | None:
         """Cut `tokens` in place where the row ends; say why it ends there."""
         end = self.context.ends[row]
-        hit = None if row in self._done_at else self.stopping.first_end(self.context, row, tokens)
+        hit = None if row in self._stop_column else self.stopping.first_end(self.context, row, tokens)
         if hit is not None:
-            self._done_at[row] = end + hit[0]
+            self._stop_column[row] = end + hit[0]
         if self.stopping.pads_finished_rows:
             if hit is not None:
                 del tokens[hit[0] :]
@@ -251,7 +228,7 @@ class SpeculativeDecoding:
         del tokens[max(self.context.max_length - end, 0) :]
         return "max_length" if end + len(tokens) >= self.context.max_length else None
 
-    def _accept_in_order(self, draft: Draft, logits: Tensor) -> Committed:
+    def _accept_sequential(self, draft: Draft, logits: Tensor) -> Committed:
         """One position after the other, as vanilla goes: processors, choice, criteria, on committed tokens only."""
         context, rows = self.context, self.context.rows
         index = context.row_index
@@ -285,12 +262,12 @@ class SpeculativeDecoding:
             for slot in going:
                 row = rows[slot]
                 if done[row]:
-                    self._done_at.setdefault(row, end + i + 1)
+                    self._stop_column.setdefault(row, end + i + 1)
                     if self.stopping.pads_finished_rows or end + i + 1 >= context.max_length:
                         reason = self.stopping.reason(context, row, tokens[slot][0], end + i + 1)
                         committed.finished[slot] = reason or "stopping_criteria"
             going = [slot for slot in going if committed.finished[slot] is None]
-            all_done = len(self._done_at) == context.batch_size
+            all_done = len(self._stop_column) == context.batch_size
             if all_done or not going or any(accepted[slot] == 0 for slot in going):
                 break
         return committed
@@ -325,7 +302,7 @@ class SpeculativeDecoding:
 
     def _raise_no_distribution(self, model: str, row: int) -> None:
         raise ValueError(
-            f"The {model} gave no distribution over the vocabulary for row {row} behind column "
+            f"The {model} gave no distribution over the vocabulary for row {row} after column "
             f"{self.context.ends[row] - 1}: its scores hold NaN or +inf, or are all -inf. Check its weights and dtype, "
             "and what the logits processors leave"
         )
@@ -357,7 +334,7 @@ class SpeculativeDecoding:
     def commit(self, committed: Committed, output: ModelOutput) -> None:
         """Append each row's committed set."""
         self.context.clear_drafts()
-        self.recorder.layers(output, [len(tokens) for tokens in committed.tokens], self._fed_before)
+        self.recorder.layers(output, [len(tokens) for tokens in committed.tokens], self._pending)
         for row, tokens in zip(self.context.rows, committed.tokens):
             self.context.append(row, tokens)
         self._finished = {row for row, why in zip(self.context.rows, committed.finished) if why is not None}
@@ -370,7 +347,7 @@ class SpeculativeDecoding:
             invariants.check_iteration(self.context, self.target, getattr(self.drafter, "cached", None))
         rows = self.context.rows
         width = self.output_width
-        if len(self._done_at) == self.context.batch_size:  # nobody needs to go beyond the last one's end
+        if len(self._stop_column) == self.context.batch_size:  # nobody needs to go beyond the last one's end
             self._finished |= {row for row in rows if self.context.ends[row] >= width}
         for row in self._finished:  # the last row fills the gap, so that caches move one row only
             gap = rows.index(row)
@@ -380,6 +357,6 @@ class SpeculativeDecoding:
     @property
     def output_width(self) -> int:
         """Columns of the output: known once every row has met a criterion, `max_length` until then."""
-        if len(self._done_at) < self.context.batch_size:
+        if len(self._stop_column) < self.context.batch_size:
             return self.context.max_length
-        return max(self._done_at.values())
+        return max(self._stop_column.values())

@@ -13,6 +13,7 @@ from ..cache.states import is_recurrent, states_of
 from ..cache.storage import RaggedLayer
 from ..cache.window import WindowLayer
 from ..models.cached import CachedModel
+from ..models.target import Target
 from ..sampling.context import Context
 
 ENABLED = os.environ.get("HF_SPECDEC_CHECK", "") not in ("", "0")
@@ -23,32 +24,30 @@ class InvariantError(AssertionError):
     """A bug in hf_specdec: please report it with the call that showed it."""
 
 
-def check_iteration(context: Context, target: CachedModel, draft: CachedModel | None = None) -> None:
+def check_iteration(context: Context, target: Target, draft: Target | None = None) -> None:
     """Raise an InvariantError unless caches and context agree for the active rows."""
-    for row in context.rows:
-        held, due = target.cache.lengths[row], context.ends[row] + target.slot_offset[row] - 1
-        if held > due or (held < due and not target.cache.states):
-            raise InvariantError(f"row {row}: the target's cache holds {held} tokens instead of {due}")
-        if draft is not None:
-            held, most = draft.cache.lengths[row], context.ends[row] + draft.slot_offset[row] - 1
-            if held > most:
-                raise InvariantError(f"row {row}: the draft's cache holds {held} tokens, but only {most} are committed")
-        behind = context.tokens[row, context.ends[row] : context.max_length]
-        if not bool((behind == context.pad_token_id).all()):
-            raise InvariantError(f"row {row}: tokens stand behind the committed ones")
-    _check_entries(context, target)
-    if draft is not None:
-        _check_entries(context, draft)
+    for row, missing in zip(context.rows, target.missing(context)):
+        if missing < 1 or (missing > 1 and not target.has_states):
+            raise InvariantError(f"row {row}: the target's cache holds all but {missing} tokens, and should all but 1")
+        after = context.tokens[row, context.ends[row] : context.max_length]
+        if not bool((after == context.pad_token_id).all()):
+            raise InvariantError(f"row {row}: tokens stand after the committed ones")
+    for row, missing in zip(context.rows, draft.missing(context) if draft is not None else ()):
+        if missing < 1:
+            raise InvariantError(f"row {row}: the draft's cache holds all but {missing} committed tokens")
+    for model in (target, draft):
+        if isinstance(model, CachedModel):
+            _check_entries(context, model)
 
 
 def _check_entries(context: Context, cached: CachedModel) -> None:
     """Compare keys, values and states with those of one fresh forward over each row's committed tokens."""
-    given = cached.column_offset or cached.prompt_positions is not None or not cached.prompt_is_tokens
+    given = cached.layout.column_offset or cached.layout.prompt_positions is not None or not cached.prompt_is_tokens
     if given or not cached.cache.layers:
         return  # the beginning was not given as tokens of this context
     for index, row in enumerate(cached.cache.rows):
         first = context.first[row]
-        begin, end = first + cached.slot_offset[row], cached.cache.lengths[row]
+        begin, end = first + cached.layout.slot_offset[row], cached.cache.lengths[row]
         if end <= begin or row not in context.rows:
             continue
         fresh = DynamicCache(config=cached.model.config) if cached.cache.states else DynamicCache()

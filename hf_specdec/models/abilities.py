@@ -82,7 +82,7 @@ def check_config(model: PreTrainedModel, owner: str) -> None:
         ) from error
 
 
-def carries_its_own(model: PreTrainedModel) -> bool:
+def needs_own_code(model: PreTrainedModel) -> bool:
     """Whether our cache cannot stand for what a decoder-only model carries from one forward to the next."""
     return is_fed_by_itself(model) or not keeps_a_cache(model)
 
@@ -131,7 +131,7 @@ def ragged_rows(model: PreTrainedModel, drafts: bool = False) -> Answer:
     Args:
         drafts: its tokens need not be vanilla's.
     """
-    if carries_its_own(model):
+    if needs_own_code(model):
         return Answer("carries something of its own from step to step")
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     if not has_states(cache):

@@ -1,11 +1,7 @@
 """CachedModel: a model and its RaggedCache, fed from a Context.
 
-Owns what a forward needs besides tokens: which slots they go to, their positions, and the mask. Target and draft are
-both driven through it. It never chooses a token.
-
-Slots and columns. The cache knows slots, the context columns. In the *ragged* layout slot 0 is a row's first real
-token, so rows hold no padding and have lengths of their own; in the *aligned* layout slot and column coincide, padding
-included, all rows always have equal lengths, and a 2-D mask says what is padding, as in vanilla `generate()`.
+Owns what a forward needs besides tokens; `layout.py` says which slots they go to, at which positions, with which mask.
+Target and draft are both driven through it. It never chooses a token.
 """
 
 from typing import Any
@@ -17,12 +13,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
 from ..cache.ragged import RaggedCache
-from ..device import forward_parameters, no_bookkeeping, to_device
+from ..device import forward_parameters, no_bookkeeping
 from ..sampling.context import Context
 from .encoded import Encoded
-from .masks import Mask, ragged_mask, takes_position_ids
+from .layout import Layout
+from .masks import takes_position_ids
 from .multimodal_prompt import FirstForward, OfRow, OfToken
 from .static import StaticForwards, give_back
+from .target import Verified, aligned, check_logits, room_after
 
 
 class CachedModel:
@@ -31,15 +29,9 @@ class CachedModel:
     Args:
         model: a decoder-only model, or an encoder-decoder model, of which this feeds the decoder.
         cache: an empty cache, or one that holds the beginning of the context.
-        first: by row of the batch, which column is slot 0 of the ragged layout.
-        column_offset: added to a context's columns; not 0 when the cache began before the context did.
-        padding_mask: `[batch, columns]` bool for the aligned layout, `None` for the ragged one.
-        position_offset: by row of the batch, position id minus slot.
-        prompt_positions: `[batch, columns]` position ids of the first columns, where that offset does not give them.
-        axes: `[axes, batch, 1]`, what to add for each axis where a token has a position on several.
+        layout: where the context's tokens are in it.
         prompt_embeds: `[batch, columns, width]`, what the first columns are fed as, where the prompt is embeddings.
         first_forward: reads the prompt, where that is more than tokens; see `read_prompt`.
-        max_slot: by row of the batch, the last slot that will ever be committed; positions are not asked for beyond it.
         static: runs short forwards with fixed shapes; for the ragged layout, and a cache whose capacity never grows.
         encoded: what every forward is given of an encoder.
         unnamed_positions: tell positions though the forward does not name them.
@@ -49,15 +41,9 @@ class CachedModel:
         self,
         model: PreTrainedModel,
         cache: RaggedCache,
-        first: list[int],
-        column_offset: int = 0,
-        padding_mask: Tensor | None = None,
-        position_offset: list[int] | None = None,
-        prompt_positions: Tensor | None = None,
-        axes: Tensor | None = None,
+        layout: Layout,
         prompt_embeds: Tensor | None = None,
         first_forward: FirstForward | None = None,
-        max_slot: list[int] | None = None,
         static: StaticForwards | None = None,
         encoded: Encoded | None = None,
         unnamed_positions: bool = False,
@@ -65,22 +51,15 @@ class CachedModel:
         self.model = model
         self.cache = cache
         self.device = cache.device
-        self.padding_mask = None if padding_mask is None else padding_mask.to(self.device)
-        self._first_real = None if self.padding_mask is None else self.padding_mask.long().argmax(dim=1)  # slots
-        self.column_offset = column_offset
-        self.slot_offset = [column_offset - (0 if padding_mask is not None else f) for f in first]
-        self.position_offset = position_offset or [0] * len(first)
-        self.prompt_positions = None if prompt_positions is None else prompt_positions.to(self.device)
-        self.axes = None if axes is None else axes.to(self.device)
+        self.layout = layout.on(self.device)
         self.prompt_embeds = prompt_embeds
         # Recurrent layers are told padding in forwards over several tokens only: a single one is never padding to them.
-        self._reads_as_vanilla = padding_mask is not None and bool(cache.states)
-        special = prompt_embeds if prompt_embeds is not None else padding_mask if self._reads_as_vanilla else None
+        self._reads_as_vanilla = layout.padding_mask is not None and self.has_states
+        special = layout.padding_mask if prompt_embeds is None and self._reads_as_vanilla else prompt_embeds
         self._prompt_columns = 0 if special is None else special.shape[1]
         self.first_forward = first_forward
         self.prompt_is_tokens = first_forward is None
         self.later_inputs: dict[str, Any] = {}  # what each forward is given besides
-        self.max_slot = max_slot
         self.static = static
         self.encoded = encoded
         self.no_bookkeeping = no_bookkeeping(model, self.device)
@@ -96,21 +75,36 @@ class CachedModel:
         self._takes_logits_to_keep = "logits_to_keep" in parameters
 
     @property
+    def has_states(self) -> bool:
+        """Whether rows are fed equally many tokens, and committed ones may have to be fed again."""
+        return bool(self.cache.states)
+
+    @property
     def prompt_is_unread(self) -> bool:
         """Whether `read_prompt` comes first."""
         return self.first_forward is not None
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether anything is cached."""
+        return self.cache.get_seq_length() > 0
+
+    def forget(self, rows: list[int], counts: list[int]) -> None:
+        """Take the last so many entries of these rows back."""
+        for row, count in zip(rows, counts):
+            self.cache.lengths[row] -= count
+
     def missing(self, context: Context) -> list[int]:
         """How many committed tokens of each active row the cache does not hold yet."""
-        return [context.ends[row] + self.slot_offset[row] - self.cache.lengths[row] for row in context.rows]
+        return [context.ends[row] + self.layout.slot_offset[row] - self.cache.lengths[row] for row in context.rows]
 
     def prompt_left(self, context: Context) -> list[int]:
         """How many columns of a prompt that needs forwards of its own the cache of each active row does not hold yet.
 
         Such a prompt is embeddings, or has padding that recurrent layers must be told as in vanilla.
         """
-        end = self._prompt_columns - self.column_offset
-        return [max(end + self.slot_offset[row] - self.cache.lengths[row], 0) for row in context.rows]
+        end = self._prompt_columns - self.layout.column_offset
+        return [max(end + self.layout.slot_offset[row] - self.cache.lengths[row], 0) for row in context.rows]
 
     def prefill(
         self, context: Context, chunk_size: int | None = None, **kwargs: Any
@@ -124,7 +118,7 @@ class CachedModel:
         outputs = []
         while any(own := self._next_own(context, chunk_size)):
             # With states no row may be fed what is not its own.
-            todo = min(n for n in own if n) if self.cache.states else max(own)
+            todo = min(n for n in own if n) if self.has_states else max(own)
             width = min(chunk_size or todo, todo)
             if self.at_once is not None:
                 width = self.at_once if self.cache.get_seq_length() else todo
@@ -132,7 +126,7 @@ class CachedModel:
             with self.no_bookkeeping():
                 outputs.append((counts, self._feed(context, width, keep=1, prefill=True, **kwargs)))
             self.prefill_forwards += 1
-            if self.cache.states:
+            if self.has_states:
                 most = [self.cache.lengths[row] - width + n for row, n in zip(context.rows, counts)]
                 self.cache.roll_back(context.rows, most)
         self.commit(context)
@@ -164,14 +158,35 @@ class CachedModel:
     def take_over(self, first_forward: FirstForward, output: ModelOutput) -> None:
         """Hold what a forward over the whole prompt has left in a cache of transformers."""
         self.later_inputs = first_forward.later_inputs(output)
-        self.cache.load(first_forward.cache, [self.column_offset - offset for offset in self.slot_offset])
+        self.cache.load(first_forward.cache, list(self.layout.first))
         first_forward.forget()
         self.prompt_is_tokens = False
+
+    def room(self, context: Context, most: int) -> list[int]:
+        """How many drafts, at most `most`, the next forward can take after what each active row has pending."""
+        return room_after(self.missing(context), most) if self.has_states else [most] * len(context.rows)
+
+    def verify(self, context: Context, draft_tokens: Tensor, lengths: list[int], **kwargs: Any) -> Verified:
+        """One forward over each row's uncached tokens and its drafts, which stand after them in the context.
+
+        Args:
+            draft_tokens: `[active rows, γ]`.
+            lengths: how many of them are each row's.
+        """
+        if self.has_states and not draft_tokens.shape[1] and len(set(self.missing(context))) > 1:
+            self.prefill(context)  # without drafts to fill them up, some rows would never catch up
+        missing = self.missing(context)
+        pending = [n - 1 for n in missing]
+        of_prompt = pending if any(self.prompt_left(context)) else []
+        width = max(n + proposed for n, proposed in zip(missing, lengths))
+        output = self.forward(context, width, keep=width - min(pending), **kwargs)
+        output.logits = aligned(output.logits, pending, draft_tokens.shape[1] + 1)
+        return Verified(output, pending, of_prompt)
 
     def forward(
         self, context: Context, width: int, keep: int | None = None, ids: Tensor | None = None, **kwargs: Any
     ) -> ModelOutput:
-        """Feed each active row its uncached tokens and what stands behind them, `width` in all.
+        """Feed each active row its uncached tokens and what stands after them, `width` in all.
 
         Args:
             keep: of how many of them the logits are wanted; by default of all.
@@ -191,19 +206,14 @@ class CachedModel:
             if static is not None and is_plain and static.takes(len(context.rows), width):
                 return CausalLMOutputWithPast(logits=self._feed_static(static, context, width, ids)[:, -keep:])
             output = self._feed(context, width, keep, ids, **kwargs)
-        if output.logits.shape[1] < keep:
-            raise ValueError(
-                f"{type(self.model).__name__} returned the logits of {output.logits.shape[1]} of the {keep} tokens "
-                "that it was asked about, so strategy='spec' cannot verify drafts with it: let its forward return the "
-                "logits of every token, or of as many as `logits_to_keep` says"
-            )
+        check_logits(self.model, output, keep)
         output.logits = output.logits[:, -keep:]
         return output
 
     def commit(self, context: Context) -> None:
         """Keep the entries of committed tokens but the last one, forget those of rejected drafts."""
         self.cache.roll_back(
-            context.rows, [max(context.ends[row] + self.slot_offset[row] - 1, 0) for row in context.rows]
+            context.rows, [max(context.ends[row] + self.layout.slot_offset[row] - 1, 0) for row in context.rows]
         )
 
     def release(self) -> None:
@@ -215,8 +225,10 @@ class CachedModel:
         rows = context.rows
         self.cache.activate(rows)
         starts = [self.cache.lengths[row] for row in rows]
-        last = [self.cache.capacity] * len(rows) if self.max_slot is None else [self.max_slot[row] for row in rows]
-        places = torch.tensor([starts, [self.position_offset[row] for row in rows], last])
+        offset, last = self.layout.position_offset, self.layout.max_slot
+        offsets = [0] * len(rows) if offset is None else [offset[row] for row in rows]
+        limits = [self.cache.capacity] * len(rows) if last is None else [last[row] for row in rows]
+        places = torch.tensor([starts, offsets, limits])
         ids = self._tokens(context, starts, width, ids)
         self._advance(rows, width)
         return static(self.model, ids, places.to(self.device, non_blocking=True))
@@ -224,7 +236,8 @@ class CachedModel:
     def _tokens(self, context: Context, starts: list[int], width: int, ids: Tensor | None) -> Tensor:
         """`[active rows, width]` ids for the slots from `starts` on: those given, or the context's."""
         if ids is None:
-            ids = context.gather([start - self.slot_offset[row] for row, start in zip(context.rows, starts)], width)
+            offset = self.layout.slot_offset
+            ids = context.gather([start - offset[row] for row, start in zip(context.rows, starts)], width)
         return ids.to(self.device).clamp(0, self._vocab_size - 1)
 
     def _feed(
@@ -239,21 +252,21 @@ class CachedModel:
         cache, rows = self.cache, context.rows
         starts = [cache.lengths[row] for row in rows]
         cache.activate(rows)
-        cache.prepare(width, [context.ends[row] + self.slot_offset[row] - 1 for row in rows], prefill)
+        cache.prepare(width, [context.ends[row] + self.layout.slot_offset[row] - 1 for row in rows], prefill)
 
-        slots = to_device(starts, self.device)[:, None] + torch.arange(width, device=self.device)
-        inputs: dict[str, Any] = {self.cache_name: cache, "use_cache": True, "attention_mask": self._mask(slots)}
+        slots = self.layout.slots(starts, width, self.device)
+        mask = self.layout.mask(self.model, cache, slots)
+        inputs: dict[str, Any] = {self.cache_name: cache, "use_cache": True, "attention_mask": mask}
         embeds = self.prompt_embeds
         if embeds is not None and any(self.prompt_left(context)):
-            first = to_device([self.column_offset - self.slot_offset[row] for row in rows], self.device)
-            columns = (slots + first[:, None]).clamp(max=embeds.shape[1] - 1)
+            columns = self.layout.columns(slots, rows).clamp(max=embeds.shape[1] - 1)
             inputs["inputs_embeds"] = (
                 embeds[rows].to(self.device).gather(1, columns[..., None].expand(-1, -1, embeds.shape[2]))
             )
         else:
             inputs["input_ids"] = self._tokens(context, starts, width, ids)
         if self._takes_position_ids:
-            inputs["position_ids"] = self._positions(rows, starts, slots)
+            inputs["position_ids"] = self.layout.positions(rows, starts, slots)
         if self._takes_logits_to_keep:
             inputs["logits_to_keep"] = keep
         for name, value in self.later_inputs.items():
@@ -267,41 +280,3 @@ class CachedModel:
     def _advance(self, rows: list[int], width: int) -> None:
         for row in rows:
             self.cache.lengths[row] += width
-
-    def _positions(self, rows: list[int], starts: list[int], slots: Tensor) -> Tensor:
-        def by_row(values: list[int]) -> Tensor:
-            return to_device([values[row] for row in rows], self.device)[:, None]
-
-        positions, width = slots, slots.shape[1]
-        last = self.max_slot
-        if last is not None and any(start + width - 1 > last[row] for row, start in zip(rows, starts)):
-            positions = positions.clamp(max=by_row(last))  # fill must not ask for positions that do not exist
-        if any(self.position_offset[row] for row in rows):
-            positions = (positions + by_row(self.position_offset)).clamp(min=0)
-        if self.axes is not None:
-            positions = positions + self.axes[:, rows]
-        if self.prompt_positions is None:
-            return positions
-        columns = slots - by_row(self.slot_offset) + self.column_offset
-        known = self.prompt_positions[rows]
-        given = known.gather(1, columns.clamp(max=known.shape[1] - 1))
-        return torch.where(columns < known.shape[1], given, positions)
-
-    def _mask(self, slots: Tensor) -> Mask | None:
-        rows, past = self.cache.rows, self.cache.get_seq_length()
-        used = past + slots.shape[1]
-        if not self.cache.has_entries:  # recurrent layers alone: which of these tokens are real
-            told = self._told_padding(rows, used)
-            return None if told is None or past >= self._prompt_columns else told[:, past:]
-        if not self.cache.sees_one_span:
-            first = None if self._first_real is None else self._first_real[rows]
-            held = {window.layer_type: window.slots(self.device) for window in self.cache.windows}
-            return ragged_mask(self.model, slots, used, held, first)
-        return self._told_padding(rows, used)  # for plain causal attention transformers builds the rest
-
-    def _told_padding(self, rows: list[int], used: int) -> Tensor | None:
-        """`[rows, used]`, which of the first `used` columns are real, as vanilla tells it; `None` where all are."""
-        if self.padding_mask is None:
-            return None
-        prompt = self.padding_mask[rows, :used]
-        return torch.cat([prompt, prompt.new_ones(len(prompt), used - prompt.shape[1])], dim=1).long()

@@ -24,6 +24,7 @@ from ..sampling.context import Context
 from .answers import CannotBeAsked, Differs, apart, check_same, is_rounding, measured_noise, ordinary_tokens, tolerance
 from .cached import CachedModel
 from .encoded import Encoded
+from .layout import Layout
 from .masks import hands_positions_on, looks_ahead, probe_inputs, ragged_mask, takes_position_ids
 from .sharding import OwnLayersCache
 
@@ -359,15 +360,12 @@ def make_cached_model(model: PreTrainedModel, context: Context, ragged: bool, dr
     encoded = None
     if model.config.is_encoder_decoder:
         encoded = Encoded({"encoder_outputs": probe_inputs(model, rows)["encoder_outputs"]}, rows)
-    return CachedModel(
-        model,
-        cache,
+    layout = Layout(
         first=context.first if ragged else [0] * rows,
-        padding_mask=_real(context.prompt_width, context.first, device) if padded else None,
+        padding_mask=context.prompt_mask if padded else None,
         position_offset=None if ragged else [-first for first in context.first],
-        encoded=encoded,
-        unnamed_positions=drafts and hands_positions_on(model),
     )
+    return CachedModel(model, cache, layout, encoded=encoded, unnamed_positions=drafts and hands_positions_on(model))
 
 
 def _real(columns: int, first: list[int], device: torch.device) -> Tensor:

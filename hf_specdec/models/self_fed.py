@@ -1,6 +1,6 @@
-"""PreparedModel: a model that its own code feeds, as in vanilla `generate()`, for what our cache cannot stand for.
+"""SelfFedModel: a model that its own code feeds, as in vanilla `generate()`, for what our cache cannot stand for.
 
-Most models keep keys and values for each token, or states in a cache of transformers: `forward.py` drives these. Some
+Most models keep keys and values for each token, or states in a cache of transformers: `cached.py` drives these. Some
 carry something else from one forward to the next, under a name and in a class of their own (RWKV's `state`), or nothing
 at all (the whole text is read each time), or more entries than there are tokens (an image that is no part of the text).
 Of these only this is asked: that the steps of vanilla can be taken several tokens at a time, from a copy of what was
@@ -21,7 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.utils import ALL_CACHE_NAMES
 from transformers.utils import ModelOutput
 
-from ..device import first_line, model_device
+from ..device import first_line, model_device, no_bookkeeping
 from ..sampling.context import Context
 from .answers import (
     CannotBeAsked,
@@ -32,8 +32,10 @@ from .answers import (
     measured_noise,
     ordinary_tokens,
 )
-from .cached import CachedModel
+from .encoded import Encoded
 from .multimodal_prompt import FirstForward, prepared_call
+from .static import StaticForwards
+from .target import Verified, check_logits, room_after
 
 _BY_TOKEN = {"loss", "logits", "hidden_states", "attentions"}  # of an output: nothing that is carried on
 
@@ -56,34 +58,7 @@ class _Carried:
         return all(self.output.get(name) is None for name in ALL_CACHE_NAMES)
 
 
-class _Columns:
-    """Stands where a RaggedCache is elsewhere: how many columns are held, the same for all rows, and going back."""
-
-    layers: tuple[Any, ...] = ()
-    states = True  # what is committed may have to be fed again
-
-    def __init__(self, rows: int, device: torch.device):
-        self.device = device
-        self.lengths = [0] * rows
-        self.history: list[_Carried] = []  # the last one stands for all that is held, unless nothing is carried
-
-    def get_seq_length(self) -> int:
-        return self.lengths[0]
-
-    def roll_back(self, rows: list[int], most: list[int]) -> None:
-        """Go back to the last place that is not beyond `most`."""
-        if not self.history:
-            return
-        limit = min(self.lengths[0], *most)
-        if not self.history[-1].is_stateless:
-            while self.history[-1].columns > limit:
-                self.history.pop()
-            del self.history[:-1]
-            limit = self.history[0].columns
-        self.lengths = [limit] * len(self.lengths)
-
-
-class PreparedModel(CachedModel):
+class SelfFedModel:
     """Feeds tokens of a context to a model as vanilla does, all rows together, finished ones included.
 
     Args:
@@ -92,7 +67,10 @@ class PreparedModel(CachedModel):
         generation_config, model_kwargs: what `generate()` has prepared.
     """
 
-    cache: Any  # a _Columns
+    encoded: Encoded | None = None
+    static: StaticForwards | None = None
+    at_once: int | None = None
+    has_states = True  # what is committed may have to be fed again
 
     def __init__(
         self,
@@ -101,9 +79,6 @@ class PreparedModel(CachedModel):
         generation_config: GenerationConfig,
         model_kwargs: dict[str, Any],
     ):
-        device: Any = model_device(model)
-        columns: Any = _Columns(len(input_ids), device)
-        super().__init__(model, columns, first=[0] * len(input_ids))
         if model_kwargs.get("inputs_embeds") is not None:
             raise ValueError(
                 f"The prompt of {type(model).__name__} comes as `inputs_embeds` (given, or made by its own "
@@ -115,13 +90,21 @@ class PreparedModel(CachedModel):
                 f"{type(model).__name__} is given its input bit by bit, which strategy='spec' does not support: pass "
                 "all of it at once"
             )
-        self._text = input_ids.to(device)  # `[batch, columns]`, what is held
+        self.model = model
+        self.device = model_device(model)
+        self.no_bookkeeping = no_bookkeeping(model, self.device)
+        self.held = 0  # columns, the same for all rows
+        self.forwards = 0  # whose logits were wanted
+        self.prefill_forwards = 0
+        self._history: list[_Carried] = []  # the last one stands for all that is held, unless nothing is carried
+        self._vocab_size: int = model.config.get_text_config(decoder=True).vocab_size
+        self._text = input_ids.to(self.device)  # `[batch, columns]`, what is held
         self._prompt = input_ids
         self._config = generation_config
         self._kwargs = model_kwargs
 
     @classmethod
-    def going_on(cls, first_forward: FirstForward, output: ModelOutput) -> "PreparedModel":
+    def going_on(cls, first_forward: FirstForward, output: ModelOutput) -> "SelfFedModel":
         """From a first forward whose outcome our cache cannot hold."""
         if getattr(first_forward.given, "_is_user_defined", False):
             raise ValueError(
@@ -135,7 +118,27 @@ class PreparedModel(CachedModel):
 
     @property
     def prompt_is_unread(self) -> bool:
-        return not self.cache.history
+        return not self._history
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether anything is held."""
+        return self.held > 0
+
+    def forget(self, rows: list[int], counts: list[int]) -> None:
+        """Never needed: all rows are fed equally many tokens of their own."""
+        raise RuntimeError("rows that advance together have different lengths: a bug in hf_specdec")
+
+    def missing(self, context: Context) -> list[int]:
+        """How many committed tokens of each active row are not held yet."""
+        return [context.ends[row] - self.held for row in context.rows]
+
+    def prompt_left(self, context: Context) -> list[int]:
+        """Nothing: `read_prompt` reads the prompt whole."""
+        return [0] * len(context.rows)
+
+    def room(self, context: Context, most: int) -> list[int]:
+        return room_after(self.missing(context), most)
 
     def read_prompt(self, **kwargs: Any) -> ModelOutput:
         """Vanilla's first forward. Returns its output, `logits` `[batch, 1, vocab]` of the last column."""
@@ -145,53 +148,87 @@ class PreparedModel(CachedModel):
         output.logits = output.logits[:, -1:]
         return output
 
-    def prefill(self, context: Context, chunk_size: int | None = None, **kwargs: Any) -> list[Any]:
-        """As of any model; an unread prompt waits for the first `forward`, which reads it as vanilla does."""
-        return [] if self.prompt_is_unread else super().prefill(context, chunk_size, **kwargs)
+    def prefill(
+        self, context: Context, chunk_size: int | None = None, **kwargs: Any
+    ) -> list[tuple[list[int], ModelOutput]]:
+        """Feed all committed tokens but the last one. An unread prompt waits for the first `forward`."""
+        outputs: list[tuple[list[int], ModelOutput]] = []
+        while not self.prompt_is_unread and (left := max(self.missing(context)) - 1) > 0:
+            width = min(chunk_size or left, left)
+            with self.no_bookkeeping():
+                outputs.append(([width] * len(context.rows), self._feed(context, width, keep=1)))
+            self.prefill_forwards += 1
+        self.commit(context)
+        return outputs
+
+    def verify(self, context: Context, draft_tokens: Tensor, lengths: list[int], **kwargs: Any) -> Verified:
+        """One forward over the uncached tokens of all rows, as many in each, and their drafts."""
+        missing = self.missing(context)
+        width = max(missing) + max(lengths)
+        output = self.forward(context, width, keep=width - min(missing) + 1)
+        return Verified(output, [n - 1 for n in missing], [])
+
+    def forward(self, context: Context, width: int, keep: int | None = None, ids: Tensor | None = None) -> ModelOutput:
+        """Feed each active row its uncached tokens and what stands after them, `width` in all; see `CachedModel`."""
+        keep = keep or width
+        self.forwards += 1
+        with self.no_bookkeeping():
+            output = self._feed(context, width, keep, ids)
+        check_logits(self.model, output, keep)
+        output.logits = output.logits[:, -keep:]
+        return output
 
     def commit(self, context: Context) -> None:
-        super().commit(context)
+        """Go back to the last place that is not beyond what was committed, but the last token."""
         if self.prompt_is_unread:
             return
-        at, held = self.cache.history[-1], self.cache.get_seq_length()
+        held = min(self.held, *(max(context.ends[row] - 1, 0) for row in context.rows), self.held)
+        if not self._history[-1].is_stateless:
+            while self._history[-1].columns > held:
+                self._history.pop()
+            del self._history[:-1]
+            held = self._history[0].columns
+        self.held = held
+        at = self._history[-1]
         if at.is_stateless and held > at.columns:  # else each forward would go over all columns again
-            self.cache.history = [_Carried(held, at.output, self._next(at, held - at.columns))]
+            self._history = [_Carried(held, at.output, self._next(at, held - at.columns))]
+
+    def release(self) -> None:
+        """Nothing is kept for the next call."""
 
     def hand_back(self, context: Context, width: int) -> Any:
         """What vanilla would leave behind: something that stands for all columns but the last."""
         context.rows = list(range(context.batch_size))
         context.ends = [width] * context.batch_size
         self.prefill(context)
-        kwargs = self._next(self.cache.history[-1], 1)
+        kwargs = self._next(self._history[-1], 1)
         return next((kwargs[name] for name in ALL_CACHE_NAMES if name in kwargs), None)
 
-    def _feed(
-        self, context: Context, width: int, keep: int, ids: Tensor | None = None, *_: Any, **__: Any
-    ) -> ModelOutput:
-        rows, begin = context.rows, self.cache.get_seq_length()
+    def _feed(self, context: Context, width: int, keep: int, ids: Tensor | None = None) -> ModelOutput:
+        rows, begin = context.rows, self.held
         if self.prompt_is_unread:
             output = self.read_prompt()
             self.forwards -= 1
-            begin, width = self.cache.get_seq_length(), width - self.cache.get_seq_length()
+            begin, width = self.held, width - self.held
         if width:
             new = context.tokens[:, begin : begin + width].to(self.device, copy=True)
             if ids is not None:
                 new[rows] = ids.to(self.device)
             new = new.clamp(0, self._vocab_size - 1)
             self._text = torch.cat([self._text[:, :begin], new], dim=1)
-            before = self.cache.history[-1]
+            before = self._history[-1]
             output, after = self._step(before, self._text, width, keep)
             if not before.is_stateless:
-                self.cache.history.append(after)
-            self.cache.lengths = [begin + width] * len(self.cache.lengths)
+                self._history.append(after)
+            self.held = begin + width
         if rows != list(range(len(self._text))):
             output.logits = output.logits[rows]
         return output
 
     def _begin(self, output: ModelOutput) -> None:
         columns = self._prompt.shape[1]
-        self.cache.history = [_Carried(columns, _carried(output), self._kwargs)]
-        self.cache.lengths = [columns] * len(self._prompt)
+        self._history = [_Carried(columns, _carried(output), self._kwargs)]
+        self.held = columns
         self._check()
 
     def _next(self, carried: _Carried, width: int) -> dict[str, Any]:
@@ -214,7 +251,7 @@ class PreparedModel(CachedModel):
         """Raise a ValueError unless several tokens at once, from a copy, get the logits that they get one by one."""
         if self.model.training:
             return  # with dropout all answers differ
-        mask, start = self._kwargs.get("attention_mask"), self.cache.history[-1]
+        mask, start = self._kwargs.get("attention_mask"), self._history[-1]
         windows = [w for w in _windows(start.output) if start.columns + w < self._config.max_length]
         padded = mask is not None and not bool(mask.all())
         given = frozenset(name for name, value in self._kwargs.items() if value is not None)

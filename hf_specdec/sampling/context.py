@@ -60,6 +60,11 @@ class Context:
         """`[active rows]`: the active rows as an index into `tokens`."""
         return to_device(self.rows, self.tokens.device)
 
+    @property
+    def prompt_mask(self) -> Tensor:
+        """`[batch, prompt_width]` bool: what of the prompt is not left padding."""
+        return self._arange(self.prompt_width) >= to_device(self.first, self.tokens.device)[:, None]
+
     def row(self, row: int) -> Tensor:
         """The committed tokens of one row of the batch, without padding: `[length]`."""
         return self.tokens[row, self.first[row] : self.ends[row]]

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from ..models.cached import CachedModel
-from ..models.self_fed import PreparedModel
+from ..models.self_fed import SelfFedModel
 from ..records.stats import SpeculationStats
 from .bare import BareForwards
 
@@ -139,9 +139,9 @@ def timed(target: PreTrainedModel, batch: Batch, new_tokens: int, options: dict[
 
 
 # Where our loop calls a model.
-_FEEDING: list[tuple[type[CachedModel], str]] = [
+_FEEDING: list[tuple[type, str]] = [
     *((CachedModel, name) for name in ("_feed", "_feed_static", "read_prompt")),
-    *((PreparedModel, name) for name in ("_step", "read_prompt")),
+    *((SelfFedModel, name) for name in ("_step", "read_prompt")),
 ]
 
 
@@ -153,7 +153,7 @@ def counting(target: PreTrainedModel, count: Callable[[], None], ours: bool) -> 
     originals: list[Any] = [getattr(cls, name) for cls, name in _FEEDING]
 
     def counted(original: Any) -> Any:
-        def feed(self: CachedModel, *args: Any, **kwargs: Any) -> Any:
+        def feed(self: Any, *args: Any, **kwargs: Any) -> Any:
             if self.model is target:
                 count()
             return original(self, *args, **kwargs)

@@ -374,7 +374,7 @@ def look_up(
 
 
 def propose(drafter: Drafter, context: Context, max_tokens: int, vocab: int = 100) -> list[list[int]]:
-    drafter.start(DraftRequest(False, vocab, torch.device("cpu"), context.first), context)
+    drafter.start(DraftRequest(False, vocab), context)
     draft = drafter.propose(context, max_tokens)
     assert ((draft.tokens >= 0) & (draft.tokens < vocab)).all()
     return [tokens[:n] for tokens, n in zip(draft.tokens.tolist(), draft.row_lengths, strict=True)]

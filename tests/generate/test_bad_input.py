@@ -404,7 +404,7 @@ def test_the_row_whose_model_breaks_on_the_way_is_named(pair, who):
     # The first row ends first, and the last one moves up into its place.
     handle = broken(target if who == "target" else draft, float("nan"), slot=0, rows=2)
     kwargs = {**prompts(3), "eos_token_id": eos}
-    refused(target, draft, ValueError, f"The {who} model .*for row 2 behind column", runs=True, **kwargs)
+    refused(target, draft, ValueError, f"The {who} model .*for row 2 after column", runs=True, **kwargs)
     handle.remove()
     works(target, draft)
 

@@ -687,7 +687,7 @@ def test_prompt_lookup_reads_what_the_encoder_was_given() -> None:
     encoder = EncoderSide(None, mask, more={}, inputs=ids, input_name="input_ids", module=module, batch_size=2)
     drafter = PromptLookupDrafter(max_matching_ngram_size=2)
     context = Context(torch.tensor([[0, START, 5], [START, 11, 5]]), first=[1, 0], max_length=20, pad_token_id=0)
-    drafter.start(DraftRequest(False, VOCAB, torch.device("cpu"), [1, 0], encoder=encoder), context)
+    drafter.start(DraftRequest(False, VOCAB, encoder=encoder), context)
     draft = drafter.propose(context, 4)
     assert draft.row_lengths == [2, 0]
     assert draft.tokens[0, :2].tolist() == [9, 8]

@@ -25,7 +25,7 @@ from transformers import (
 
 import hf_specdec
 from hf_specdec.models import answers
-from hf_specdec.models.self_fed import PreparedModel
+from hf_specdec.models.self_fed import SelfFedModel
 from hf_specdec.tools import compat, tiny_models
 from hf_specdec.tools.tiny_inputs import inputs_of
 
@@ -128,14 +128,14 @@ def test_forwards_are_bounded(kind: str, monkeypatch: pytest.MonkeyPatch) -> Non
     """No more than 2γ + 1 tokens are fed at once, and never more forwards than vanilla makes."""
     target, draft = pair(kind)
     widths: list[int] = []
-    step = PreparedModel._step
+    step = SelfFedModel._step
 
-    def counted(self: PreparedModel, carried: Any, text: torch.Tensor, width: int, keep: int) -> Any:
+    def counted(self: SelfFedModel, carried: Any, text: torch.Tensor, width: int, keep: int) -> Any:
         widths.append(width)
         return step(self, carried, text, width, keep)
 
     speculate(target, make_prompts(1), draft)  # what the model can do is asked once
-    monkeypatch.setattr(PreparedModel, "_step", counted)
+    monkeypatch.setattr(SelfFedModel, "_step", counted)
     stats = hf_specdec.SpeculationStats()
     target.generate(
         **make_prompts(1), max_new_tokens=NEW_TOKENS, strategy="spec", prompt_lookup_num_tokens=3,
@@ -279,7 +279,7 @@ def test_state_on_modules_is_refused() -> None:
 def test_input_that_comes_bit_by_bit_is_refused() -> None:
     target, _ = pair("nothing")
     with pytest.raises(ValueError, match=r"given its input bit by bit.*pass all of it at once"):
-        PreparedModel(target, make_prompts(1)["input_ids"], target.generation_config, {"chunks": iter([1, 2])})
+        SelfFedModel(target, make_prompts(1)["input_ids"], target.generation_config, {"chunks": iter([1, 2])})
 
 
 def test_options_that_leave_no_place_are_refused() -> None:
@@ -310,13 +310,13 @@ def test_the_model_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: Any) -> str:
         raise AssertionError("asked again")
 
-    monkeypatch.setattr(PreparedModel, "_rehearse", never)
+    monkeypatch.setattr(SelfFedModel, "_rehearse", never)
     speculate(target, make_prompts(1, seed=1), draft)
     assert all(answers._answers[target].values())
 
 
 def test_llama_is_not_fed_this_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(PreparedModel, "_step")
+    monkeypatch.delattr(SelfFedModel, "_step")
     target, draft = make_pair("llama")
     assert isinstance(target.config, LlamaConfig)
     speculate(target, make_prompts(2), draft)

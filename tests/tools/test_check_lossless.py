@@ -23,6 +23,7 @@ from hf_specdec import demo_pair
 from hf_specdec.loop import decoding
 from hf_specdec.models import abilities
 from hf_specdec.models.cached import CachedModel
+from hf_specdec.models.layout import Layout
 from hf_specdec.sampling import acceptance
 from hf_specdec.sampling.acceptance import Verdict
 from hf_specdec.tools import two_sample
@@ -142,12 +143,12 @@ def accept_everything(monkeypatch):
 
 def shift_positions(monkeypatch):
     """Positions are off by one while verifying, not over the prompt (rotary positions are relative)."""
-    positions = CachedModel._positions
+    positions = Layout.positions
 
-    def shifted(self: CachedModel, rows: list[int], *args: Any) -> Tensor:
-        return positions(self, rows, *args) + (self.cache.get_seq_length() > 0)
+    def shifted(self: Layout, rows: list[int], starts: list[int], slots: Tensor) -> Tensor:
+        return positions(self, rows, starts, slots) + (max(starts) > 0)
 
-    monkeypatch.setattr(CachedModel, "_positions", shifted)
+    monkeypatch.setattr(Layout, "positions", shifted)
     monkeypatch.setattr(abilities, "rehearse", lambda *_, **__: None)  # which would find it first
 
 

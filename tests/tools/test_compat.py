@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hf_specdec.models import abilities, cached
+from hf_specdec.models import abilities, layout
 from hf_specdec.models.abilities import decodes_ragged_rows
 from hf_specdec.tools import compat, compat_table, tiny_configs, tiny_models
 from hf_specdec.tools.compat import ERROR, IDENTICAL, OURS, REFUSED, TIE, WRONG
@@ -142,12 +142,12 @@ def test_a_class_that_cannot_is_refused_by_name(name: str) -> None:
 
 def test_other_tokens_are_called_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """One position too far where drafts are verified, and the table says so."""
-    original = cached.CachedModel._positions
+    original = layout.Layout.positions
 
     def broken(self: Any, *args: Any) -> torch.Tensor:
         return original(self, *args) + (args[-1].shape[1] == compat.GAMMA + 1)
 
-    monkeypatch.setattr(cached.CachedModel, "_positions", broken)
+    monkeypatch.setattr(layout.Layout, "positions", broken)
     monkeypatch.setattr(abilities, "rehearse", lambda *_, **__: None)  # which would find it first
     result = examine(ENTRIES["LlamaForCausalLM"], batches=(1,), assisted=False)
     kind, message = compat_table.outcome(result, OURS, 1)
@@ -188,7 +188,7 @@ def test_exceptions_raised_on_purpose_are_refusals_and_others_are_errors() -> No
         raise ValueError("not our words")
 
     def our_mistake() -> None:
-        cached.CachedModel._positions(None, [], None)  # type: ignore[arg-type]
+        layout.Layout.positions(None, [], None)  # type: ignore[arg-type]
 
     for run in (somebody_elses, our_mistake):
         found = compat.outcome(run, lambda answer: {"outcome": IDENTICAL}, "hf_specdec/")
