@@ -188,12 +188,12 @@ def test_api_page_has_every_public_name() -> None:
 def test_troubleshooting_quotes_messages_that_exist() -> None:
     """What differs from call to call is `…` in both."""
     messages = [
-        "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+        "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
         if isinstance(node, ast.JoinedStr)
-        else node.value
+        else str(node.value)
         for path in PACKAGE.rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))
+        if isinstance(node, (ast.JoinedStr, ast.Constant))
     ]
     text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     quotes = [
