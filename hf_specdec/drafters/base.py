@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 
-from ..models.encoded import EncoderSide
+from ..models.encoder_side import EncoderSide
 from ..sampling.context import Context
 
 # Whether to draft another token, given the probabilities of the latest ones, by active row.

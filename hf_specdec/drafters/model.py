@@ -11,10 +11,9 @@ from transformers.utils import ModelOutput, logging
 from ..cache.layers import cache_layers
 from ..cache.ragged import RaggedCache
 from ..device import model_device, to_device
-from ..models.abilities import continues_states, decodes_ragged_rows, needs_own_code
+from ..models.abilities import Abilities
 from ..models.cached import CachedModel
 from ..models.layout import Layout
-from ..models.masks import hands_positions_on
 from ..models.multimodal_prompt import FirstForward, prepared_call, show, split_axes
 from ..models.self_fed import SelfFedModel
 from ..models.static import STEPS, borrow, compilable
@@ -59,7 +58,7 @@ class ModelDrafter(Drafter):
 
     @property
     def takes_ragged_rows(self) -> bool:
-        return decodes_ragged_rows(self.model, drafts=True)
+        return bool(Abilities.of(self.model).ragged_drafts)
 
     def start(self, call: DraftRequest, context: Context) -> None:
         self._call = call
@@ -67,7 +66,7 @@ class ModelDrafter(Drafter):
         config = self.model.config.get_text_config(decoder=True)
         limits = (getattr(config, name, None) for name in ("max_position_embeddings", "max_target_positions"))
         self._max_positions: int = next(filter(None, limits), context.max_length)
-        if needs_own_code(self.model):
+        if Abilities.of(self.model).needs_own_code:
             self.cached = self._self_fed(context)
             return
         rows, device, static = context.batch_size, model_device(self.model), None
@@ -88,11 +87,11 @@ class ModelDrafter(Drafter):
             position_offset=[-f for f in context.first] if padded else None,
             max_slot=[self._max_positions - 1] * rows,
         )
-        unnamed = hands_positions_on(self.model)
+        unnamed = Abilities.of(self.model).positions
         self.cached = CachedModel(self.model, cache, layout, static=static, encoded=encoded, unnamed_positions=unnamed)
         if seen is not None:
             self._take_over(self.cached, *seen)
-        if cache.states and not continues_states(self.model):
+        if cache.states and not Abilities.of(self.model).states():
             self.cached.at_once = 1
 
     def _self_fed(self, context: Context) -> SelfFedModel:

@@ -32,21 +32,10 @@ from ..loop.outputs import Recorder
 from ..loop.schedule import make_schedule
 from ..loop.stopping import Stopping
 from ..loop.streaming import StepStreamer
-from ..models.abilities import (
-    check_blocks,
-    check_padded_blocks,
-    check_states,
-    check_target,
-    check_windows,
-    decodes_ragged_rows,
-    is_fed_by_itself,
-    keeps_a_cache,
-    needs_own_code,
-    ragged_rows,
-    unexplained_windows,
-)
+from ..models.abilities import Abilities, unexplained_windows
 from ..models.cached import CachedModel
-from ..models.encoded import EncoderSide, decoder_kwargs, read_encoder, with_later_inputs
+from ..models.checks import check_blocks, check_padded_blocks, check_states, check_target, check_windows
+from ..models.encoder_side import EncoderSide, decoder_kwargs, read_encoder, with_later_inputs
 from ..models.layout import Layout
 from ..models.masks import takes_position_ids
 from ..models.prompt import Prompt, read_prompt, whole_numbers
@@ -201,13 +190,14 @@ def _check(call: PreparedCall) -> _Checked:
         cross = getattr(call.kwargs.get("past_key_values"), "cross_attention_cache", None)
         call = replace(call, kwargs=decoder_kwargs(model, call.input_ids, call.kwargs))
     check_target(model, len(call.input_ids))
-    self_fed = is_fed_by_itself(model)
+    able = Abilities.of(model)
+    self_fed = not able.own_cache
     if not self_fed:
         check_cache(call.cache)
         check_states(model, call.cache, "the model")
         check_windows(model, config.max_length)
         prompt = _read_prompt(call, call.cache)
-        self_fed = not keeps_a_cache(model)  # asked last of what is refused without running anything
+        self_fed = not able.keeps_cache  # asked last of what is refused without running anything
     if self_fed:
         check_given(model, call.cache, config)
         prompt = _read_prompt(call, None)
@@ -371,13 +361,13 @@ def _needs_lockstep(checked: _Checked, drafter: Drafter, unknown: list[str]) -> 
         reason = "the attention mask has zeros after a row's first token"
     elif prompt.first_forward is not None and prompt.first_forward.places_tokens_itself:
         reason = f"{type(model).__name__} makes its own position ids"
-    elif needs_own_code(model):
+    elif Abilities.of(model).needs_own_code:
         reason = f"{type(model).__name__} carries a state of its own from step to step"
         if hidden := hidden_parameters(model):
             reason = f"the forward of {type(model).__name__} does not name {hidden[0]}"
     elif windows:
         reason = f"{type(model).__name__} has a window of {windows[0]} tokens that its cache knows nothing of"
-    elif not (answer := ragged_rows(model)):
+    elif not (answer := Abilities.of(model).ragged):
         reason = f"{type(model).__name__} cannot decode rows of different lengths together ({answer.reason})"
     elif isinstance(drafter, ModelDrafter) and not drafter.takes_ragged_rows:
         reason = f"{type(drafter.model).__name__} cannot decode rows of different lengths together"
@@ -436,7 +426,7 @@ def _make_cache(
     if not is_static and not compiles:
         return cache, None
     moving = prompt.positions is not None or prompt.axes is not None or prompt.first_forward is not None
-    moving = moving or padded or checked.encoder is not None or bool(cache.states) or not decodes_ragged_rows(model)
+    moving = moving or padded or checked.encoder is not None or bool(cache.states) or not Abilities.of(model).ragged
     if moving and is_static:
         logger.warning_once(f"{type(model).__name__} and this prompt need forwards of changing shapes.")
         layers = cache_layers(checked.cache, model.config, rows, columns, windowed=False)

@@ -10,12 +10,15 @@ import contextlib
 import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..device import first_line, model_device
+
+T = TypeVar("T")
 
 # Of the standard deviation of logits, root mean square over the vocabulary.
 _FACTOR = 6.0  # how far an answer may be off, in units of the noise that was measured
@@ -66,26 +69,34 @@ class Answer:
         return error
 
 
-# model -> (question, precision) -> answer
-_answers: "weakref.WeakKeyDictionary[PreTrainedModel, dict[Hashable, Answer]]" = weakref.WeakKeyDictionary()
-_noise: "weakref.WeakKeyDictionary[PreTrainedModel, dict[Hashable, float]]" = weakref.WeakKeyDictionary()
+# model -> (question, precision) -> what was found out
+_memory: "weakref.WeakKeyDictionary[PreTrainedModel, dict[Hashable, Any]]" = weakref.WeakKeyDictionary()
+
+
+def remembered(model: PreTrainedModel, question: Hashable, find_out: Callable[[], T]) -> T:
+    """What was found out about a model, once per attention implementation and precision.
+
+    Nothing is remembered of models in training mode, whose answers are random with dropout.
+    """
+    known = _memory.setdefault(model, {})
+    key = question, precision(model)
+    if key not in known or model.training:
+        found = find_out()
+        if model.training:
+            return found
+        known[key] = found
+    result: T = known[key]
+    return result
 
 
 def ask(model: PreTrainedModel, question: Hashable, probe: Callable[[int], None]) -> Answer:
-    """The answer to a question, remembered by attention implementation and precision.
+    """The answer to a question; see `remembered`.
 
     Args:
-        model: is not remembered for models in training mode, whose answers are random with dropout.
         question: what is asked, the same in every call.
         probe: asks it with another text for each number that it is given; it raises if the answer is no.
     """
-    known = _answers.setdefault(model, {})
-    key = question, precision(model)
-    if key not in known or model.training:
-        known[key] = _ask(probe)
-        if model.training:
-            return known.pop(key)
-    return known[key]
+    return remembered(model, question, lambda: _ask(probe))
 
 
 @torch.no_grad()
@@ -152,11 +163,7 @@ def is_rounding(model: PreTrainedModel, noise: float) -> bool:
 
 def measured_noise(model: PreTrainedModel, measure: Callable[[], float]) -> float:
     """A model's noise in its present precision, measured once."""
-    known = _noise.setdefault(model, {})
-    key = precision(model)
-    if key not in known or model.training:
-        known[key] = measure()
-    return known[key]
+    return remembered(model, "noise", measure)
 
 
 def apart(got: Tensor, expected: Tensor) -> float:

@@ -5,37 +5,19 @@ call: the encoder's outputs, its padding mask, and the keys and values of cross-
 them in its first forward. Owns these, for one decoder, and hands out those of the active rows.
 """
 
-import copy
-import inspect
-import weakref
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
+from transformers import DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
-from ..device import first_line, forward_parameters, model_device
 from ..sampling.context import Context
-from .answers import Differs, apart, ask, check_same, measured_noise, ordinary_tokens
-from .later import claimed_steps, difference, equal, only_limits_logits, prepares_inputs_itself
 
 # Inputs of a decoder's forward that carry this prefix where the model has an encoder too.
 PREFIX = "decoder_"
 _PREFIXED = ("input_ids", "attention_mask", "position_ids")
-_OF_THE_DECODER = {
-    "decoder_attention_mask",
-    "decoder_position_ids",
-    "past_key_values",
-    "use_cache",
-    "logits_to_keep",
-    "output_attentions",
-    "output_hidden_states",
-}
-_OF_THE_ENCODER = {"encoder_outputs", "attention_mask", "inputs_embeds"}
-_PER_TOKEN = {"token_type_ids", "mm_token_type_ids", "position_ids"}
 
 
 class Encoded:
@@ -87,7 +69,7 @@ class Encoded:
 
     def of_row(self, row: int) -> "Encoded":
         """The same for one row of the batch alone, with nothing cached."""
-        inputs = {name: _select(value, torch.tensor([row]), self._batch_size) for name, value in self._inputs.items()}
+        inputs = {name: select(value, torch.tensor([row]), self._batch_size) for name, value in self._inputs.items()}
         return Encoded(inputs, 1, self.prefix)
 
     def load(self, cross: Cache) -> None:
@@ -108,7 +90,7 @@ class Encoded:
         if rows == self._rows:
             return
         index = torch.tensor(rows)
-        self._selected = {name: _select(value, index, self._batch_size) for name, value in self._inputs.items()}
+        self._selected = {name: select(value, index, self._batch_size) for name, value in self._inputs.items()}
         layers = self._cross.layers
         if layers and not self._storage:
             self._storage = [(layer.keys, layer.values) for layer in layers]
@@ -125,314 +107,12 @@ class Encoded:
         self._rows = list(rows)
 
 
-def _select(value: Any, rows: Tensor, batch_size: int) -> Any:
+def select(value: Any, rows: Tensor, batch_size: int) -> Any:
     """The lines of `rows` of all tensors in `value` that have one for each row of the batch."""
     if isinstance(value, Tensor):
         return value[rows.to(value.device)] if value.shape[:1] == (batch_size,) else value
     if isinstance(value, ModelOutput):
-        return type(value)(**{name: _select(part, rows, batch_size) for name, part in value.items()})
+        return type(value)(**{name: select(part, rows, batch_size) for name, part in value.items()})
     if isinstance(value, (tuple, list)):
-        return type(value)(_select(part, rows, batch_size) for part in value)
+        return type(value)(select(part, rows, batch_size) for part in value)
     return value
-
-
-@dataclass(frozen=True)
-class EncoderSide:
-    """What one call knows of the target's encoder: enough to condition a draft on the same inputs.
-
-    Attributes:
-        outputs: of the target's encoder; tensors are `[batch, ...]`.
-        mask: `[batch, columns]`, which of its inputs are real; `None` for all.
-        more: what else the user gave to encoder or model, which `generate()` passes on in every step.
-        inputs: what the encoder was given, before rows were repeated for `num_return_sequences`; `None` if unknown.
-        input_name: under which name.
-        module: the encoder.
-        batch_size: rows in all.
-    """
-
-    outputs: Any
-    mask: Tensor | None
-    more: dict[str, Any]
-    inputs: Tensor | None
-    input_name: str
-    module: torch.nn.Module
-    batch_size: int
-
-    def for_target(self, target: PreTrainedModel) -> Encoded:
-        """What the forwards of the target are given."""
-        self._check_decoder(target, "the target", self.outputs)
-        inputs = {**self.more, "encoder_outputs": self.outputs, "attention_mask": self.mask}
-        return Encoded(inputs, self.batch_size, uncounted=_uncounted.get(target))
-
-    def for_draft(self, draft: PreTrainedModel) -> Encoded | None:
-        """What the forwards of a draft model are given; `None` for a causal language model, which has no use for it.
-
-        A draft with an encoder runs it on the target's inputs, unless it is the target's or a copy. One without, whose
-        forward takes encoder outputs, is given the target's (Distil-Whisper's decoder).
-        """
-        if draft.config.is_encoder_decoder:
-            outputs = self.outputs if _is_copy(draft.get_encoder(), self.module) else self._encode(draft)
-            self._check_decoder(draft, "`assistant_model`", outputs)
-            return Encoded({"encoder_outputs": outputs, "attention_mask": self.mask}, self.batch_size)
-        parameters = forward_parameters(draft)
-        if "encoder_outputs" in parameters:
-            inputs = {"encoder_outputs": self.outputs}
-        elif "encoder_hidden_states" in parameters and getattr(draft.config, "add_cross_attention", False):
-            inputs = {"encoder_hidden_states": self.outputs[0], "encoder_attention_mask": self.mask}
-        else:
-            return None
-        given, width = self.outputs[0].shape[-1], cross_attention_width(draft)
-        if given != width:
-            raise ValueError(
-                f"`assistant_model` ({type(draft).__name__}) attends to encoder outputs of width {width}, but the "
-                f"target's encoder gives {given}: use a draft that was made for this encoder, or one with its own"
-            )
-        return Encoded(inputs, self.batch_size, prefix="")
-
-    def token_ids(self) -> Tensor | None:
-        """`[batch, columns]` ids that the encoder was given, -1 for padding; `None` where it was given none."""
-        if self.inputs is None or self.inputs.is_floating_point() or self.inputs.ndim != 2:
-            return None
-        ids = self.inputs.repeat_interleave(self.batch_size // len(self.inputs), dim=0)
-        return ids if self.mask is None else ids.masked_fill(self.mask.to(ids.device) == 0, -1)
-
-    def _check_decoder(self, model: PreTrainedModel, role: str, outputs: Any) -> None:
-        """Raise a ValueError unless several tokens on a filled cache get the logits that they get one by one."""
-        if model.training:  # with dropout all answers differ
-            return
-        given = {**self.more, "encoder_outputs": outputs, "attention_mask": self.mask}
-        one_row = Encoded(given, self.batch_size).of_row(0)
-        answer = ask(model, "decoder blocks", lambda seed: _try_blocks(model, one_row, seed))
-        if not answer:
-            raise answer.refusal(
-                f"The decoder of {role} ({type(model).__name__}) {answer.reason}, so drafts cannot be verified in one "
-                "forward: strategy='spec' does not support it"
-            )
-
-    def _encode(self, draft: PreTrainedModel) -> Any:
-        """The outputs of the draft's own encoder for the target's inputs."""
-        name, expected = type(draft).__name__, encoder_input_name(draft)
-        if self.inputs is None:
-            raise ValueError(
-                f"`assistant_model` ({name}) has an encoder of its own, but `encoder_outputs` were given without what "
-                f"they were made from: pass `{expected}` as well, or a draft that shares the target's encoder"
-            )
-        if self.input_name != expected:
-            raise ValueError(
-                f"`assistant_model` ({name}) encodes `{expected}`, but the target's encoder was given "
-                f"`{self.input_name}`: use a draft with the same inputs"
-            )
-        encoder = draft.get_encoder()
-        copies = self.batch_size // len(self.inputs)
-        given = {**self.more, "attention_mask": self.mask}
-        taken = {name: value for name, value in given.items() if name in inspect.signature(encoder.forward).parameters}
-        originals = torch.arange(0, self.batch_size, copies)
-        inputs = {name: _select(value, originals, self.batch_size) for name, value in taken.items()}
-        try:
-            outputs = encoder(**inputs, **{self.input_name: self.inputs}, return_dict=True)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            shape, reason = list(self.inputs.shape), (str(error).splitlines() or [""])[0]
-            raise ValueError(
-                f"The encoder of `assistant_model` ({name}) cannot read the target's `{expected}` of shape {shape} "
-                f"({type(error).__name__}: {reason}). {_differing_inputs(encoder, self.module)}Use a draft that was "
-                "made for the same inputs, or one that shares the target's encoder"
-            ) from error
-        rows = torch.arange(len(self.inputs)).repeat_interleave(copies)
-        return outputs if copies == 1 else _select(outputs, rows, len(self.inputs))
-
-
-def _differing_inputs(draft: torch.nn.Module, target: torch.nn.Module) -> str:
-    """A sentence on what the configs of two encoders expect differently of their inputs; empty if nothing shows."""
-    mine, theirs = (vars(getattr(encoder, "config", None) or object) for encoder in (draft, target))
-    names = [name for name in mine.keys() & theirs.keys() if any(part in name for part in _ABOUT_INPUTS)]
-    found = [f"{name} {mine[name]} (target: {theirs[name]})" for name in sorted(names) if mine[name] != theirs[name]]
-    return f"Its config has {', '.join(found)}. " if found else ""
-
-
-_ABOUT_INPUTS = ("mel", "feat", "channels", "source", "image", "patch", "sampling", "vocab")  # in names of a config
-_copies: "weakref.WeakKeyDictionary[torch.nn.Module, tuple[weakref.ref[torch.nn.Module], bool]]"
-_copies = weakref.WeakKeyDictionary()
-
-
-def _is_copy(encoder: torch.nn.Module, other: torch.nn.Module) -> bool:
-    """Whether two encoders have the same weights, as those of Distil-Whisper and its target; compared once."""
-    known = _copies.get(encoder)
-    if known is None or known[0]() is not other:
-        mine, theirs = encoder.state_dict(), other.state_dict()
-        same = mine.keys() == theirs.keys() and all(_equal(mine[name], theirs[name]) for name in mine)
-        _copies[encoder] = weakref.ref(other), same
-    return _copies[encoder][1]
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return a is b or (a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b))
-
-
-_uncounted: "weakref.WeakKeyDictionary[PreTrainedModel, int]" = weakref.WeakKeyDictionary()
-
-
-def _try_blocks(model: PreTrainedModel, encoded: Encoded, seed: int) -> None:
-    """Raise `Differs` unless blocks of tokens can be verified; asked of the model itself, with a few tokens.
-
-    Some models make positions of how many tokens of a forward are no padding; theirs is noted in `_uncounted`.
-    """
-    padding = model.config.get_text_config(decoder=True).pad_token_id
-    a, b, c, d = ordinary_tokens(model, 4, seed)
-
-    def feed(tokens: list[int], cache: Cache) -> Tensor:
-        ids = torch.tensor([tokens], device=model_device(model))
-        inputs = encoded.of_row(0).join({"input_ids": ids, "past_key_values": cache, "use_cache": True}, [0])
-        logits: Tensor = model(**inputs, return_dict=True).logits[0].float()
-        return logits
-
-    begun = DynamicCache()
-    try:
-        feed([a], begun)
-        if begun.get_seq_length() != 1:
-            raise Differs("does not keep what it was fed in its cache")
-        block, other = feed([b, c], copy.deepcopy(begun)), feed([b, d], copy.deepcopy(begun))
-        skipping = None if padding is None else (feed([padding, b], copy.deepcopy(begun)), copy.deepcopy(begun))
-        steps = torch.cat([feed([b], begun), feed([c], begun)])
-        if skipping is not None:
-            skipped = torch.cat([feed([padding], skipping[1]), feed([b], skipping[1])])
-        whole = feed([a, b, c], DynamicCache())
-    except Differs:
-        raise
-    except Exception as error:
-        raise Differs(f"cannot be fed several tokens on a filled cache ({first_line(error)})") from error
-    noise = measured_noise(model, lambda: apart(whole[1:], steps))
-    check_same(model, other[:1], block[:1], 0.0, "lets a token see those after it")
-    check_same(model, block, steps, noise, "gives several tokens other logits than one by one")
-    rounding = (block - steps).abs().max()
-    spread = steps.max() - steps.min()
-    if skipping is not None and (skipping[0] - skipped)[1].abs().max() > 10 * rounding + 1e-4 * spread:
-        _uncounted[model] = int(padding)
-
-
-def read_encoder(
-    model: PreTrainedModel, model_kwargs: dict[str, Any], inputs: Tensor | None, batch_size: int
-) -> EncoderSide:
-    """The encoder's side of a prepared `generate()` call.
-
-    Args:
-        model: the target.
-        model_kwargs: what `generate()` has prepared.
-        inputs: what it gave to the encoder. For encoder outputs of the user it makes up ids of -100.
-        batch_size: rows in all.
-    """
-    more = {name: value for name, value in model_kwargs.items() if name not in _OF_THE_DECODER | _OF_THE_ENCODER}
-    made_up = inputs is not None and not inputs.is_floating_point() and bool((inputs == -100).all())
-    embeds = model_kwargs.get("inputs_embeds") is not None
-    return EncoderSide(
-        outputs=model_kwargs["encoder_outputs"],
-        mask=model_kwargs.get("attention_mask"),
-        more={name: value for name, value in more.items() if value is not None},
-        inputs=None if made_up else inputs,
-        input_name="inputs_embeds" if embeds else encoder_input_name(model),
-        module=model.get_encoder(),
-        batch_size=batch_size,
-    )
-
-
-def with_later_inputs(
-    side: EncoderSide, model: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any]
-) -> EncoderSide:
-    """The same, with what the decoder's own preparation of inputs adds to each forward.
-
-    Args:
-        input_ids: `[batch, columns]`, the decoder's prompt.
-        model_kwargs: what `generate()` has prepared.
-
-    Raises:
-        ValueError: if it is not the same in each forward, or if it changes tokens, mask or positions.
-    """
-    if not prepares_inputs_itself(model):
-        return side
-    cache = model_kwargs["past_key_values"]
-    columns = cache.get_seq_length() + input_ids.shape[1] if cache.get_seq_length() else input_ids.shape[1]
-    name = type(model).__name__
-    try:
-        first = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **model_kwargs)
-        ids, steps = claimed_steps(model, input_ids, model_kwargs, columns)
-    except Exception as error:
-        raise ValueError(
-            f"{name} could not be asked for the inputs of its next steps ({first_line(error)}), so strategy='spec' "
-            "does not know what to feed: drop the strategy"
-        ) from error
-    mask, positions = model_kwargs.get("decoder_attention_mask"), first.get("decoder_position_ids")
-    for i, inputs in enumerate(steps):
-        if found := difference(inputs, ids[:, : input_ids.shape[1] + 1 + i], mask, positions, i, PREFIX):
-            raise ValueError(f"{name} {found}, which strategy='spec' does not support: drop the strategy")
-    given = {"encoder_outputs": side.outputs, "attention_mask": side.mask, **side.more}
-    usual = {*_OF_THE_DECODER, "decoder_input_ids", "inputs_embeds"}
-    added = {
-        key: value
-        for inputs in (first, *steps)
-        for key, value in inputs.items()
-        if key not in usual and value is not None and not equal(value, given.get(key))
-    }
-    more = dict(side.more)
-    for key, value in added.items():
-        if not all(equal(value, inputs.get(key)) for inputs in (first, *steps)):
-            raise ValueError(
-                f"{name} prepares another `{key}` for its forwards at each step, which strategy='spec' does not "
-                "support for encoder-decoder models: drop the strategy"
-            )
-        if not _only_limits_logits(model, side, key, value):
-            more[key] = value
-    return replace(side, more=more)
-
-
-@torch.no_grad()
-def _only_limits_logits(model: PreTrainedModel, side: EncoderSide, name: str, value: Any) -> bool:
-    ids = torch.zeros(1, 2, dtype=torch.int64, device=model_device(model))
-
-    def logits(more: dict[str, Any]) -> Tensor:
-        inputs = {**side.more, **more, "encoder_outputs": side.outputs, "attention_mask": side.mask}
-        encoded = Encoded(inputs, side.batch_size).of_row(0)
-        fed = encoded.join({"input_ids": ids, "past_key_values": DynamicCache(), "use_cache": True}, [0])
-        found: Tensor = model(**fed, return_dict=True).logits
-        return found
-
-    return only_limits_logits(logits, name, value)
-
-
-def decoder_kwargs(model: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What `generate()` has prepared for the decoder of an encoder-decoder model, as if it were a model alone."""
-    for name, value in model_kwargs.items():
-        own = name.startswith(PREFIX) or name in _PER_TOKEN
-        if own and name not in _OF_THE_DECODER and value is not None:
-            raise ValueError(
-                f"The model input `{name}` is not supported by strategy='spec' yet: leave it out, or drop the strategy"
-            )
-    cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("decoder_attention_mask")
-    kwargs = {name: model_kwargs[name] for name in _OF_THE_DECODER & model_kwargs.keys()}
-    positions = kwargs.pop("decoder_position_ids", None)
-    if positions is None and mask is not None and not bool(mask.all()):
-        # Some models count real tokens, others columns: theirs to say.
-        prepared = model.prepare_inputs_for_generation(
-            input_ids, past_key_values=cache, decoder_attention_mask=mask, is_first_iteration=True
-        )
-        columns = torch.arange(mask.shape[1], device=mask.device)[None]
-        positions = prepared.get("decoder_position_ids", columns)
-    kwargs.pop("decoder_attention_mask", None)
-    return kwargs | {
-        "past_key_values": getattr(cache, "self_attention_cache", cache),
-        "attention_mask": mask,
-        "position_ids": positions,
-    }
-
-
-def encoder_input_name(model: PreTrainedModel) -> str:
-    """The name under which `generate()` gives a model's encoder its main input."""
-    name: str = getattr(getattr(model, "encoder", None), "main_input_name", model.main_input_name)
-    return name
-
-
-def cross_attention_width(model: PreTrainedModel) -> int:
-    """The width of the encoder outputs that a model's decoder attends to."""
-    config = model.config.get_text_config(decoder=True)
-    width: int = getattr(config, "cross_attention_hidden_size", None) or config.hidden_size
-    return width

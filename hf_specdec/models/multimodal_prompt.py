@@ -8,7 +8,6 @@ steps (`later.py`), and the model whether it reads what comes on top of tokens, 
 """
 
 import copy
-import weakref
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -21,6 +20,7 @@ from transformers.utils import ModelOutput, logging
 
 from ..cache.layers import cached_length
 from ..device import model_device
+from .answers import remembered
 from .later import difference, equal, extra_inputs, is_usual, later_steps, only_limits_logits, prepares_inputs_itself
 from .masks import looks_ahead
 
@@ -164,23 +164,25 @@ class FirstForward:
 
     def _reads(self, name: str, others: dict[str, Any], one: Any, other: Any) -> bool:
         """Whether a forward after the prompt depends on which of two values an input has. Asked once of tensors."""
-        known = _reading.setdefault(self.model, {})
-        question = name, *(type(v).__name__ if isinstance(v, Tensor) else repr(v) for v in (one, other))
-        if question not in known:
+        kinds = [type(value).__name__ if isinstance(value, Tensor) else repr(value) for value in (one, other)]
+
+        def differ() -> bool:
             given = [others if value is None else {**others, name: value} for value in (one, other)]
             try:
-                known[question] = not torch.equal(*map(self._logits, given))
+                return not torch.equal(*map(self._logits, given))
             except Exception:  # whatever another value leads to: it was read
-                known[question] = True
-        return known[question]
+                return True
+
+        return remembered(self.model, ("reads", name, *kinds), differ)
 
     def _only_limits_logits(self, name: str, others: dict[str, Any], value: Any) -> bool:
         """Whether an input does nothing but keep the logits of all tokens but the last from being returned."""
-        known = _limiting.setdefault(self.model, {})
-        question = name, repr(value)
-        if question not in known:
-            known[question] = only_limits_logits(lambda more: self._logits({**others, **more}, 2), name, value)
-        return known[question]
+
+        def logits(more: dict[str, Any]) -> Tensor:
+            return self._logits({**others, **more}, 2)
+
+        question = "limits logits", name, repr(value)
+        return remembered(self.model, question, lambda: only_limits_logits(logits, name, value))
 
     def _logits(self, inputs: dict[str, Any], width: int = 1) -> Tensor:
         """`[batch, width or less, vocab]`: of tokens after the prompt. Nothing that is carried on is changed."""
@@ -192,12 +194,6 @@ class FirstForward:
             inputs = {**inputs, "position_ids": positions[..., -1:] + steps}
         logits: Tensor = self.model(input_ids=ids, **cache, use_cache=True, **inputs, return_dict=True).logits
         return logits
-
-
-# model -> (name of an input, two values, or the types of tensors) -> whether the model tells them apart
-_reading: "weakref.WeakKeyDictionary[PreTrainedModel, dict[tuple[str, ...], bool]]" = weakref.WeakKeyDictionary()
-# model -> (name of an input, its value) -> whether it only limits logits
-_limiting: "weakref.WeakKeyDictionary[PreTrainedModel, dict[tuple[str, str], bool]]" = weakref.WeakKeyDictionary()
 
 
 def prepare_first_forward(

@@ -16,7 +16,8 @@ from transformers import AutoTokenizer, DynamicCache, PreTrainedModel, PreTraine
 from ..cache.layers import check_layers
 from ..cache.states import has_states
 from ..device import model_device
-from ..models.abilities import check_config, check_states, continues_states, is_fed_by_itself
+from ..models.abilities import Abilities
+from ..models.checks import check_config, check_states
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -51,11 +52,12 @@ def check_states_of_draft(draft: PreTrainedModel) -> None:
     """Raise a ValueError if a draft model cannot go back to accepted tokens. It may be asked with a few tokens."""
     name = type(draft).__name__
     check_config(draft, "`assistant_model`")
-    if is_fed_by_itself(draft):
+    if not Abilities.of(draft).own_cache:
         return  # what it can do shows with its first prompt
     cache = DynamicCache(config=draft.config.get_text_config(decoder=True))
     check_layers(cache, f"`assistant_model` ({name})")
-    if has_states(cache) and not (continues_states(draft) or (answer := continues_states(draft, at_once=1))):
+    able = Abilities.of(draft)
+    if has_states(cache) and not (able.states() or (answer := able.states(at_once=1))):
         raise answer.refusal(
             f"`assistant_model` ({name}) "
             + ("keeps state where no cache of transformers holds it, so that it" * answer.compared)
@@ -244,7 +246,7 @@ def _finding(
 def _architecture(target: PreTrainedModel, draft: PreTrainedModel) -> Finding:
     names = type(target).__name__, type(draft).__name__
     complaint = ""
-    if not is_fed_by_itself(target):
+    if Abilities.of(target).own_cache:
         cache = DynamicCache(config=target.config.get_text_config(decoder=True))
         complaint = _complaint(check_layers, cache, f"the target ({names[0]})")
         complaint = complaint or _complaint(check_states, target, cache, "the target")

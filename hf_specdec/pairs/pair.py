@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from ..device import model_device
 from ..drafters import Drafter, ModelDrafter, PromptLookupDrafter
-from ..models.abilities import check_mode, unwrapped
+from ..models.checks import check_mode, unwrapped
 from ..options import OPTION_NAMES, Options
 from .card import license_of, write_card
 from .catalogue import suggest_draft

@@ -29,7 +29,7 @@ from hf_specdec.cache.ragged import RaggedCache
 from hf_specdec.device import forward_parameters
 from hf_specdec.kernels import attention
 from hf_specdec.models import static
-from hf_specdec.models.abilities import decodes_ragged_rows
+from hf_specdec.models.abilities import Abilities
 
 NEW_TOKENS = 16
 NOISE = {"gemma2": 0.35}
@@ -284,7 +284,7 @@ def test_weights_that_accelerate_moves_in_for_each_forward():
     assert target.device.type == draft.device.type == "meta"
     check_identical(target, draft)
     check_identical(target, draft, cache_implementation="static")
-    assert decodes_ragged_rows(target)
+    assert Abilities.of(target).ragged
 
 
 # Adapters
@@ -471,7 +471,7 @@ def test_a_target_in_training_mode_is_told_so(caplog):
     random = make_model(LlamaConfig(**{**pair()[0].config.to_dict(), "attention_dropout": 0.3})).train()
     generate(random, pair()[1])
     assert "LlamaForCausalLM is in training mode" in caplog.text
-    assert decodes_ragged_rows(random.eval()), "an answer found under dropout was kept"
+    assert Abilities.of(random.eval()).ragged, "an answer found under dropout was kept"
 
 
 def test_modules_around_a_draft_are_refused():

@@ -8,7 +8,7 @@ from conftest import ARCHITECTURES, VOCAB, make_model, make_pair, make_prompts, 
 from transformers import PreTrainedModel
 
 import hf_specdec
-from hf_specdec.models.abilities import decodes_ragged_rows
+from hf_specdec.models.abilities import Abilities
 
 # How far a draft's weights are moved so that it agrees only in part; the acceptance that this gives is asserted below.
 NOISE = {"bloom": 0.5, "gemma": 0.35, "gemma2": 0.35}
@@ -87,7 +87,7 @@ def test_many_prompts_and_drafts_of_every_quality() -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_only_models_with_alibi_fall_back_to_lockstep(name: str) -> None:
     """They read distances off a 2-D mask; every other model here decodes each row at its own pace."""
-    assert decodes_ragged_rows(pair(name)[0]) == (name not in ("bloom", "falcon-alibi"))
+    assert bool(Abilities.of(pair(name)[0]).ragged) == (name not in ("bloom", "falcon-alibi"))
 
 
 def test_attention_implementations(llama_pair: tuple[PreTrainedModel, PreTrainedModel]) -> None:

@@ -25,7 +25,7 @@ from transformers.generation.streamers import BaseStreamer
 import hf_specdec
 from hf_specdec import device, options
 from hf_specdec.generate import session
-from hf_specdec.models import abilities
+from hf_specdec.models import checks
 
 SMALL = {**SIZES, "num_hidden_layers": 1}
 GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
@@ -62,7 +62,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         if message not in messages:
             messages.append(message)
 
-    for module in (abilities, session):
+    for module in (checks, session):
         monkeypatch.setattr(module.logger, "warning_once", warning_once)
     return messages
 

@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import hf_specdec
 from hf_specdec.models import abilities
-from hf_specdec.models.abilities import decodes_ragged_rows
+from hf_specdec.models.abilities import Abilities
 
 NOISE = {"gemma2": 0.35, "bloom": 0.5}
 NEW_TOKENS = 20
@@ -75,12 +75,12 @@ def test_target_and_draft_may_differ(implementations):
 def test_another_implementation_is_another_question():
     """The answer about masks is kept for each implementation, and what is switched is asked again."""
     target, draft = make_pair("llama", 0.08)
-    assert decodes_ragged_rows(target)
+    assert Abilities.of(target).ragged
     with flash_attention(target):
-        assert not decodes_ragged_rows(target)
+        assert not Abilities.of(target).ragged
         check_identical(target, draft)
     target.set_attn_implementation("eager")
-    assert decodes_ragged_rows(target)
+    assert Abilities.of(target).ragged
     check_identical(target, draft)
 
 
@@ -90,7 +90,7 @@ def test_each_implementation_is_probed_by_itself(monkeypatch):
     monkeypatch.setattr(abilities, "rehearse", lambda model, **_: probed.append(model.config._attn_implementation))
     for implementation in ("sdpa", "eager", "sdpa", "eager"):
         target.set_attn_implementation(implementation)
-        assert decodes_ragged_rows(target)
+        assert Abilities.of(target).ragged
     assert probed == ["sdpa", "eager"]
 
 
@@ -293,5 +293,5 @@ def test_flash_attention_beside_recurrent_layers():
     check_identical(target, draft)
     with flash_attention(target, draft):
         check_identical(target, draft)
-        assert not decodes_ragged_rows(target)
-    assert decodes_ragged_rows(target)
+        assert not Abilities.of(target).ragged
+    assert Abilities.of(target).ragged

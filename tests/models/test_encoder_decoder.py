@@ -41,8 +41,8 @@ from transformers.generation.utils import GenerateEncoderDecoderOutput
 
 import hf_specdec
 from hf_specdec.drafters import DraftRequest, PromptLookupDrafter
-from hf_specdec.models.abilities import decodes_ragged_rows
-from hf_specdec.models.encoded import EncoderSide
+from hf_specdec.models.abilities import Abilities
+from hf_specdec.models.encoder_side import EncoderSide
 from hf_specdec.sampling.context import Context
 
 NEW_TOKENS = 20
@@ -131,9 +131,9 @@ def test_the_drafts_of_these_tests_are_accepted_only_in_part(name: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_only_decoders_that_are_told_positions_let_rows_run_apart(name: str) -> None:
     """The others count from the length of the cache, which is one number: their rows advance in lockstep."""
-    assert decodes_ragged_rows(pair(name)[0]) == (name == "whisper")
+    assert bool(Abilities.of(pair(name)[0]).ragged) == (name == "whisper")
     if name == "whisper":
-        assert decodes_ragged_rows(distilled(), drafts=True), "its forward does not name positions, but hands them on"
+        assert Abilities.of(distilled()).ragged_drafts, "its forward does not name positions, but hands them on"
 
 
 def test_a_row_does_not_depend_on_the_other_rows() -> None:

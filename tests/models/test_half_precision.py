@@ -9,7 +9,7 @@ import torch
 from conftest import ARCHITECTURES, SIZES, assert_same_but_for_ties, make_model, make_prompts, perturbed
 from transformers import LlamaConfig, NemotronHConfig, PreTrainedModel
 
-from hf_specdec.models.abilities import continues_states, decodes_ragged_rows, ragged_rows
+from hf_specdec.models.abilities import Abilities
 
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 DENSE = {"llama", "gemma2", "gpt2", "falcon-alibi", "mixtral"}
@@ -42,7 +42,7 @@ def test_dense_models(name: str, dtype: torch.dtype) -> None:
 def test_recurrent_models(name: str, dtype: torch.dtype) -> None:
     model = test_recurrent.pair(name)[0]
     check(model, dtype)
-    assert decodes_ragged_rows(in_half(model, dtype)[0])
+    assert Abilities.of(in_half(model, dtype)[0]).ragged
 
 
 @HALF
@@ -90,8 +90,8 @@ def _ten_bits(value: torch.Tensor) -> torch.Tensor:
 def test_recurrent_models_in_tf32(name: str) -> None:
     target = perturbed(test_recurrent.pair(name)[0], 0.0)
     with InTF32():
-        assert continues_states(target), continues_states(target).reason
-        assert decodes_ragged_rows(target)
+        assert Abilities.of(target).states(), Abilities.of(target).states().reason
+        assert Abilities.of(target).ragged
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "mixtral"])
@@ -99,13 +99,13 @@ def test_dense_models_in_tf32(name: str) -> None:
     """Rounding to ten bits hides most differences, and makes large ones of the others."""
     target = make_model(ARCHITECTURES[name]())
     with InTF32():
-        assert decodes_ragged_rows(target), ragged_rows(target).reason
+        assert Abilities.of(target).ragged, Abilities.of(target).ragged.reason
         target.generate(**make_prompts(1), strategy="spec", prompt_lookup_num_tokens=3, max_new_tokens=4)
 
 
 def test_one_by_one_states_are_found_in_tf32() -> None:
     with InTF32():
-        assert not continues_states(perturbed(test_recurrent.pair("mamba")[0], 0.0))
+        assert not Abilities.of(perturbed(test_recurrent.pair("mamba")[0], 0.0)).states()
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -129,7 +129,7 @@ def test_answers_are_remembered_by_precision() -> None:
     model.register_forward_pre_hook(lambda *_: asked.append(model.dtype))
     for dtype in (torch.float32, torch.bfloat16):
         model.to(dtype)
-        assert decodes_ragged_rows(model)
-        assert decodes_ragged_rows(model)
+        assert Abilities.of(model).ragged
+        assert Abilities.of(model).ragged
     times = [asked.count(dtype) for dtype in (torch.float32, torch.bfloat16)]
     assert times[0] == times[1] > 0

@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 import hf_specdec
 from hf_specdec.loop import invariants
-from hf_specdec.models.abilities import decodes_ragged_rows
+from hf_specdec.models.abilities import Abilities
 from hf_specdec.tools.tiny_models import build, entries
 
 NEW_TOKENS = 12
@@ -54,7 +54,7 @@ def test_the_image_matters_and_rows_go_at_their_own_pace(name: str) -> None:
     blind = {key: inputs[key] for key in ("input_ids", "attention_mask")}
     target, _ = pair(name)
     assert not torch.equal(target.generate(**blind, max_new_tokens=NEW_TOKENS), vanilla(name, "alone"))
-    assert decodes_ragged_rows(target)
+    assert Abilities.of(target).ragged
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -236,7 +236,7 @@ class WithoutPositions(LlamaForCausalLM):
 @pytest.mark.parametrize("target", [git(), WithoutPositions(ARCHITECTURES["llama"]()).eval()], ids=["git", "columns"])
 def test_models_that_see_padding_their_own_way_advance_in_lockstep(target: PreTrainedModel) -> None:
     target.generation_config.pad_token_id = 0
-    assert not decodes_ragged_rows(target)
+    assert not Abilities.of(target).ragged
     draft = perturbed(target, 0.08)
     assert_lossless((target, draft), make_prompts(4), lambda: {"max_new_tokens": NEW_TOKENS}, gammas=(3,))
 

@@ -10,7 +10,7 @@ from conftest import ARCHITECTURES, SIZES, assert_lossless, make_model, make_pro
 from transformers import GPT2LMHeadModel, GPTNeoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from hf_specdec.models import answers
-from hf_specdec.models.abilities import decodes_ragged_rows, ragged_rows, unexplained_windows
+from hf_specdec.models.abilities import Abilities, unexplained_windows
 from hf_specdec.models.answers import apart, ordinary_tokens, tolerance
 
 NEW_TOKENS = 20
@@ -72,7 +72,7 @@ def test_models_to_which_padding_means_something_decode_in_lockstep() -> None:
     torch.manual_seed(0)
     target = CountsColumns(ARCHITECTURES["gpt2"]()).eval()
     target.generation_config.pad_token_id = 0
-    assert "padded on the left" in ragged_rows(target).reason
+    assert "padded on the left" in Abilities.of(target).ragged.reason
     for seed in (1, 2):
         assert_lossless(
             (target, perturbed(target, 0.1)),
@@ -92,8 +92,8 @@ def build(cls: type[PreTrainedModel], **config: Any) -> PreTrainedModel:
 @pytest.mark.parametrize("cls", [Banded, Flattened, LastRowLeads])
 def test_models_that_follow_no_mask_by_row_decode_in_lockstep(cls: type[PreTrainedModel]) -> None:
     target = build(cls)
-    assert not decodes_ragged_rows(target)
-    assert "rows of different lengths" in ragged_rows(target).reason
+    assert not Abilities.of(target).ragged
+    assert "rows of different lengths" in Abilities.of(target).ragged.reason
     for batch, seed in ((1, 0), (4, 1), (4, 2)):
         assert_lossless(
             (target, perturbed(target, 0.1)),
@@ -118,7 +118,7 @@ class Scaled(LlamaForCausalLM):
 @pytest.mark.parametrize("length", ["get_seq_length", "get_query_offset"])
 def test_lengths_are_found_out_to_matter_before_a_text_is_so_long(monkeypatch: pytest.MonkeyPatch, length: str) -> None:
     monkeypatch.setattr(Scaled, "length", length)
-    assert "goes by the length of the longest row" in ragged_rows(build(Scaled)).reason
+    assert "goes by the length of the longest row" in Abilities.of(build(Scaled)).ragged.reason
 
 
 def test_windows_that_no_cache_knows_of_keep_rows_in_lockstep(caplog: pytest.LogCaptureFixture) -> None:
@@ -175,7 +175,7 @@ def test_answers_keep_no_model_alive() -> None:
     target = build(Fails)
     with pytest.raises(ValueError, match="Fails"):
         target.generate(**make_prompts(1), strategy="spec", prompt_lookup_num_tokens=3, max_new_tokens=8)
-    assert target in answers._answers
+    assert target in answers._memory
     gone = weakref.ref(target)
     del target
     gc.collect()

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 import hf_specdec
 from hf_specdec.cache.states import States
 from hf_specdec.loop import invariants
-from hf_specdec.models.abilities import decodes_ragged_rows
+from hf_specdec.models.abilities import Abilities
 
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -157,7 +157,7 @@ def test_recurrent_models_say_what_they_said(name: str, batch: int) -> None:
 @pytest.mark.parametrize("name", CONTINUING)
 def test_rows_go_each_at_its_own_pace(name: str) -> None:
     """Else a mistake with single rows would not show: models that fail this probe decode in lockstep."""
-    assert decodes_ragged_rows(pair(name)[0])
+    assert Abilities.of(pair(name)[0]).ragged
 
 
 @pytest.mark.parametrize("name", ONE_BY_ONE)

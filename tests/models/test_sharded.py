@@ -157,9 +157,9 @@ def pipeline_stages_with_windows(models: Models) -> None:
 
 
 def pipeline_stages_decode_rows_of_different_lengths(models: Models) -> None:
-    from hf_specdec.models.abilities import decodes_ragged_rows
+    from hf_specdec.models.abilities import Abilities
 
-    assert decodes_ragged_rows(models("target", pp_size=2))
+    assert Abilities.of(models("target", pp_size=2)).ragged
 
 
 def pipeline_stages_hand_their_layers_back(models: Models) -> None:

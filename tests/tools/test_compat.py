@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_specdec.models import abilities, layout
-from hf_specdec.models.abilities import decodes_ragged_rows
+from hf_specdec.models.abilities import Abilities
 from hf_specdec.tools import compat, compat_table, tiny_configs, tiny_models
 from hf_specdec.tools.compat import ERROR, IDENTICAL, OURS, REFUSED, TIE, WRONG
 from hf_specdec.tools.isolated import Worker
@@ -202,7 +202,8 @@ def test_a_model_that_reads_the_length_of_the_longest_row_keeps_rows_in_step() -
         config.attn_temperature_tuning = not honours
         config.floor_scale = 8192
         torch.manual_seed(0)
-        assert decodes_ragged_rows(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()) is honours
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        assert bool(Abilities.of(model).ragged) is honours
 
 
 def test_every_class_of_the_mappings_is_listed_once() -> None:
