@@ -13,10 +13,11 @@ from ..cache.ragged import RaggedCache
 from ..device import model_device, to_device
 from ..models.abilities import Abilities
 from ..models.cached import CachedModel
+from ..models.compiled import STEPS, compilable
+from ..models.graphs import borrow
 from ..models.layout import Layout
 from ..models.multimodal_prompt import FirstForward, prepared_call, show, split_axes
 from ..models.self_fed import SelfFedModel
-from ..models.static import STEPS, borrow, compilable
 from ..sampling.acceptance import draw
 from ..sampling.context import Context
 from ..sampling.processors import BlockProcessors

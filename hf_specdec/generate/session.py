@@ -35,13 +35,14 @@ from ..loop.streaming import StepStreamer
 from ..models.abilities import Abilities, unexplained_windows
 from ..models.cached import CachedModel
 from ..models.checks import check_blocks, check_padded_blocks, check_states, check_target, check_windows
+from ..models.compiled import BLOCKS, compilable
 from ..models.encoder_side import EncoderSide, decoder_kwargs, read_encoder, with_later_inputs
+from ..models.graphs import StaticForwards, borrow
 from ..models.layout import Layout
 from ..models.masks import takes_position_ids
 from ..models.prompt import Prompt, read_prompt, whole_numbers
 from ..models.rope import check_lengths
 from ..models.self_fed import SelfFedModel
-from ..models.static import BLOCKS, StaticForwards, borrow, compilable
 from ..options import STATIC_KINDS, Options
 from ..records.stats import SpeculationStats
 from ..records.trace import Trace

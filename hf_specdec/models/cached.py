@@ -16,10 +16,10 @@ from ..cache.ragged import RaggedCache
 from ..device import forward_parameters, no_bookkeeping
 from ..sampling.context import Context
 from .encoded import Encoded
+from .graphs import StaticForwards, give_back
 from .layout import Layout
 from .masks import takes_position_ids
 from .multimodal_prompt import FirstForward, OfRow, OfToken
-from .static import StaticForwards, give_back
 from .target import Verified, aligned, check_logits, room_after
 
 

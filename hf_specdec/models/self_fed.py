@@ -33,8 +33,8 @@ from .answers import (
     ordinary_tokens,
 )
 from .encoded import Encoded
+from .graphs import StaticForwards
 from .multimodal_prompt import FirstForward, prepared_call
-from .static import StaticForwards
 from .target import Verified, check_logits, room_after
 
 _BY_TOKEN = {"loss", "logits", "hidden_states", "attentions"}  # of an output: nothing that is carried on

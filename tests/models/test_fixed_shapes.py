@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedModel
 
 import hf_specdec
-from hf_specdec.models import static
+from hf_specdec.models import compiled, graphs
 from hf_specdec.models.parts import parts_of
 
 OPTIONS: dict[str, Any] = {"do_sample": False, "max_new_tokens": 9}
@@ -123,12 +123,12 @@ def test_captured_forwards_are_the_models_after_each_change(cuda):
 def test_storage_of_another_dtype_is_not_used_again():
     call = Calls(make_target())
     call()
-    storage = static._kept[call.target][0]
+    storage = graphs._kept[call.target][0]
     for model in (call.target, call.draft):
         model.to(torch.float64)
     call()
-    assert static._kept[call.target][0] is not storage
-    assert {layer.keys.dtype for layer in static._kept[call.target][0].layers} == {torch.float64}
+    assert graphs._kept[call.target][0] is not storage
+    assert {layer.keys.dtype for layer in graphs._kept[call.target][0].layers} == {torch.float64}
 
 
 def test_graphs_replay_with_new_tokens_and_other_rows_and_are_made_on_the_models_device(cuda):
@@ -182,7 +182,7 @@ def hooked(model: PreTrainedModel, kind: str, seen: list[int]) -> Iterator[None]
 
 
 def test_hooks_see_every_forward_though_graphs_were_captured_before(cuda, caplog):
-    static.logger.warning_once.cache_clear()
+    graphs.logger.warning_once.cache_clear()
     call = Calls(make_target(), pretend_cuda.move)
     for kind in ("forward", "pre-hook"):
         captures = len(cuda.captures)
@@ -201,7 +201,7 @@ def test_each_kind_of_hook_is_found(kind):
     model = make_target()
     assert not parts_of(model).hooked
     with hooked(model, kind, []):
-        assert parts_of(model).hooked and static.compilable(model, static.STEPS, True, "drafts") == ()
+        assert parts_of(model).hooked and compiled.compilable(model, compiled.STEPS, True, "drafts") == ()
 
 
 # ------------------------------------------------------------------------- what is compared
@@ -245,7 +245,7 @@ def test_a_forward_that_was_exchanged_does_not_keep_its_model_alive():
     target.forward = types.MethodType(type(target).forward, target)
     gone, draft = weakref.ref(target), perturbed(target, 0.0)
     target.generate(**make_prompts(1), **OPTIONS, assistant_model=draft, strategy="spec", cache_implementation="static")
-    assert target in static._kept
+    assert target in graphs._kept
     del target
     gc.collect()
     assert gone() is None
@@ -278,7 +278,7 @@ def test_a_torch_that_cannot_isolate_compilations_compiles(what, compilations, c
 @pytest.mark.parametrize("what", ["draft", "target"])
 def test_a_torch_that_cannot_leave_out_guards_is_named_and_nothing_is_compiled(what, compilations, caplog, monkeypatch):
     monkeypatch.delattr(torch.compiler, "keep_tensor_guards_unsafe", raising=False)
-    static.logger.warning_once.cache_clear()
+    graphs.logger.warning_once.cache_clear()
     Calls(make_target())(cache_implementation=None, speculation_compile=what)
     assert not compilations
     assert f"could not be compiled (PyTorch {torch.__version__} cannot leave out guards" in caplog.text
@@ -294,7 +294,7 @@ def test_compiled_code_goes_on_with_other_weights_and_not_with_another_kind(comp
 
 
 def test_why_a_model_is_not_compiled_is_the_reason_that_was_found(compilations, caplog):
-    static.logger.warning_once.cache_clear()
+    graphs.logger.warning_once.cache_clear()
     call = Calls(make_target())
     with hooked(call.target, "pre-hook of the model", []):
         call(cache_implementation=None, speculation_compile="target")

@@ -7,13 +7,10 @@ rounded up to a few, so that a step of the same rows is the same kernels on the 
 with the model for the next call. On other devices the same code runs without graphs.
 """
 
-import inspect
-import re
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,21 +18,18 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..cache.ragged import RaggedCache
-from ..device import is_hooked, no_bookkeeping
+from ..device import no_bookkeeping
 from ..kernels import packing
 from ..kernels.attention import folded_attention
 from ..kernels.swap import compiling_ours
+from .compiled import BLOCKS, HOOKED, LONGEST, compiled, has_adapters
 from .masks import ragged_mask
 from .parts import Parts, parts_of
 
 logger = logging.get_logger(__name__)
 
 # Tokens per row; what does not fit is fed in the ordinary way.
-WIDTHS = (1, 2, 3, 5, 9, 17)
-# Widths that are compiled. The steps of a draft model: one token, or two behind a block that was accepted whole.
-STEPS = (1, 2)
-# Blocks that a target verifies, by one code for all of them; what is one token wide is filled up.
-BLOCKS = range(2, WIDTHS[-1] + 1)
+WIDTHS = (1, 2, 3, 5, 9, LONGEST)
 
 
 @dataclass
@@ -129,15 +123,15 @@ class StaticForwards:
             return
         exact = self.compiles is BLOCKS
         try:
-            compiled = torch.compile(self._run, dynamic=False, **_compile_options(exact))
+            run = compiled(self._run, exact)
             with no_bookkeeping(model, self._cache.device)(), folded_attention(), packing.exchanged(), compiling_ours():
                 self._run(model, self._step(rows, 1))  # storage is made
                 for width in BLOCKS[3:4] if exact else self.compiles:
                     step = self._step(rows, width)
                     if exact:
                         torch._dynamo.mark_dynamic(step.ids, 1, min=BLOCKS[0], max=BLOCKS[-1])
-                    compiled(model, step)
-            self._compiled = compiled
+                    run(model, step)
+            self._compiled = run
         except Exception as error:  # of compilers, which may not even be there
             self._failed = True
             reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -181,53 +175,6 @@ class StaticForwards:
             )
 
 
-def compilable(model: PreTrainedModel, widths: Sequence[int], is_fixed: bool, does: str) -> Sequence[int]:
-    """The widths to compile for a model: none, which is said once, where its forwards are not always the same.
-
-    Args:
-        is_fixed: whether forwards keep their shapes.
-        does: what the model does with them, for the message.
-    """
-    reason = "" if is_fixed else "its forwards change their shapes here"
-    if is_hooked(model):
-        reason = _HOOKED
-    elif _has_adapters(model):
-        reason = "it has adapters, which may be switched between calls"
-    if not reason:
-        return widths
-    logger.warning_once(f"{type(model).__name__} {does} uncompiled: {reason}.")
-    return ()
-
-
-_HOOKED = "it has hooks (or accelerate moves its weights), which must see every forward"
-
-
-def _has_adapters(model: PreTrainedModel) -> bool:
-    return hasattr(model, "peft_config")
-
-
-def _compile_options(exact: bool) -> dict[str, Any]:
-    """What to tell `torch.compile`, as far as this version of it can be told."""
-    if not hasattr(torch.compiler, "keep_tensor_guards_unsafe"):  # with all guards, version 2.6 fails to compile
-        raise RuntimeError(f"PyTorch {torch.__version__} cannot leave out guards of compiled code, newer ones can")
-    guards = _of_the_model if exact else torch.compiler.keep_tensor_guards_unsafe
-    told: dict[str, Any] = {"options": {"guard_filter_fn": guards, "emulate_precision_casts": exact}}
-    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
-        told["isolate_recompiles"] = True  # from other models, which would count against the same limit
-    return told
-
-
-def _of_the_model(guards: Sequence[Any]) -> list[bool]:
-    """Which guards of compiled code stay: those on `model`, on tensors and on PyTorch's own modes, which have no name.
-
-    Those on Python objects of ours would see new ones in each call, of which all that matters is a tensor.
-    """
-    return [
-        guard.guard_type == "TENSOR_MATCH" or not guard.name or bool(re.search(r"\bmodel\b", guard.name))
-        for guard in guards
-    ]
-
-
 _kept: "weakref.WeakKeyDictionary[PreTrainedModel, tuple[RaggedCache, StaticForwards]]" = weakref.WeakKeyDictionary()
 
 
@@ -240,7 +187,7 @@ def borrow(
     capacity += WIDTHS[-1]
     parts, kept = parts_of(model), _kept.pop(model, None)  # nobody else may use them meanwhile
     if parts.hooked and device.type == "cuda":
-        logger.warning_once(f"{type(model).__name__} runs without CUDA graphs: {_HOOKED}.")
+        logger.warning_once(f"{type(model).__name__} runs without CUDA graphs: {HOOKED}.")
     if kept is not None and kept[0].is_reusable(rows, device, capacity) and kept[1].is_for(parts, compiles):
         cache, forwards = kept
         cache.clear()
@@ -257,6 +204,6 @@ def borrow(
 
 def give_back(model: PreTrainedModel, cache: RaggedCache, forwards: StaticForwards) -> None:
     """The call is over: keep them for the next one."""
-    if _has_adapters(model):  # these may be switched between calls, which captured graphs would not notice
+    if has_adapters(model):  # these may be switched between calls, which captured graphs would not notice
         return
     _kept[model] = cache, forwards

@@ -15,9 +15,11 @@ from conftest import ARCHITECTURES, SIZES, make_model, make_pair, make_prompts, 
 from transformers import LlamaConfig, PreTrainedModel
 
 import hf_specdec
+from hf_specdec.cache.ragged import RaggedCache
 from hf_specdec.generate import session
 from hf_specdec.kernels import attention, compiled_attention, packing
-from hf_specdec.models import static
+from hf_specdec.models import graphs
+from hf_specdec.models.compiled import BLOCKS
 
 RAGGED = sorted(ARCHITECTURES.keys() - {"bloom", "falcon-alibi"})
 
@@ -26,13 +28,13 @@ RAGGED = sorted(ARCHITECTURES.keys() - {"bloom", "falcon-alibi"})
 def shapes(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[tuple[int, ...]]]:
     """The shapes of what the static forwards gave their models."""
     seen: set[tuple[int, ...]] = set()
-    run = static.StaticForwards._run
+    run = graphs.StaticForwards._run
 
     def spy(self: Any, model: PreTrainedModel, step: Any) -> torch.Tensor:
         seen.add(tuple(step.ids.shape))
         return run(self, model, step)
 
-    monkeypatch.setattr(static.StaticForwards, "_run", spy)
+    monkeypatch.setattr(graphs.StaticForwards, "_run", spy)
     yield seen
 
 
@@ -51,14 +53,14 @@ def test_tokens_are_vanillas_and_shapes_are_few(name, rows, shapes):
             prompts = make_prompts(rows, seed=seed)
             expected = pair[0].generate(**prompts, do_sample=False, max_new_tokens=24)
             assert generate(pair, prompts, num_assistant_tokens=gamma).equal(expected)
-    assert {width for _, width in shapes} <= set(static.WIDTHS)
+    assert {width for _, width in shapes} <= set(graphs.WIDTHS)
     assert rows in {count for count, _ in shapes}
 
 
 @pytest.mark.parametrize("name", ["bloom", "falcon-alibi"])
 def test_models_that_cannot_be_given_masks_are_fed_in_the_ordinary_way(name, shapes, caplog):
     pair, prompts = make_pair(name), make_prompts(2)
-    static.logger.warning_once.cache_clear()
+    graphs.logger.warning_once.cache_clear()
     expected = pair[0].generate(**prompts, do_sample=False, max_new_tokens=24)
     assert generate(pair, prompts, num_assistant_tokens=4).equal(expected)
     assert not shapes
@@ -71,7 +73,7 @@ def test_a_longer_call_gets_a_larger_storage_and_a_shorter_one_the_same(llama_pa
     for new_tokens in (24, 20, 200, 24):
         expected = llama_pair[0].generate(**prompts, do_sample=False, max_new_tokens=new_tokens)
         assert generate(llama_pair, prompts, max_new_tokens=new_tokens).equal(expected)
-        storages.append(static._kept[llama_pair[0]][0])
+        storages.append(graphs._kept[llama_pair[0]][0])
     assert storages[0] is storages[1] is not storages[2]
     assert storages[2] is storages[3]
 
@@ -103,7 +105,7 @@ def test_what_is_kept_does_not_keep_a_model_alive():
     pair = make_pair("llama", seed=5)
     generate(pair, make_prompts(1))
     gone = weakref.ref(pair[0])
-    assert pair[0] in static._kept
+    assert pair[0] in graphs._kept
     del pair
     gc.collect()
     assert gone() is None
@@ -116,7 +118,7 @@ def test_what_is_kept_does_not_keep_a_model_alive():
 def widths(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Rows and widths of steps that ran compiled."""
     seen: list[tuple[int, int]] = []
-    forward = static.StaticForwards._forward
+    forward = graphs.StaticForwards._forward
 
     def spy(self: Any, step: Any) -> Any:
         chosen = forward(self, step)
@@ -124,7 +126,7 @@ def widths(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
             seen.append(tuple(step.ids.shape))
         return chosen
 
-    monkeypatch.setattr(static.StaticForwards, "_forward", spy)
+    monkeypatch.setattr(graphs.StaticForwards, "_forward", spy)
     return seen
 
 
@@ -162,7 +164,7 @@ def test_compiled_steps_multiply_and_attend_as_their_call_wants_it(monkeypatch):
     draft, prompts = perturbed(target, 0.3, seed=22), make_prompts(1)
     expected = target.generate(**prompts, do_sample=False, max_new_tokens=40)
     compiled_runs, used = [], set()
-    forward = static.StaticForwards._forward
+    forward = graphs.StaticForwards._forward
 
     def step(self: Any, step: Any) -> Any:
         chosen = forward(self, step)
@@ -181,7 +183,7 @@ def test_compiled_steps_multiply_and_attend_as_their_call_wants_it(monkeypatch):
         original = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args: (used.add(name), original(*args))[1])
 
-    monkeypatch.setattr(static.StaticForwards, "_forward", step)
+    monkeypatch.setattr(graphs.StaticForwards, "_forward", step)
     spy(compiled_attention, "attend")
     spy(attention, "folded")
     spy(packing, "_multiply")
@@ -220,7 +222,7 @@ def test_a_compiled_target_says_the_same_and_is_compiled_once(name, rows, widths
 
 def test_compiled_blocks_that_are_captured_have_few_widths(monkeypatch):
     """Graphs are for one width each; no block is narrower than those that were compiled."""
-    forwards = static.StaticForwards(hf_specdec.cache.ragged.RaggedCache(2, torch.device("cpu"), 64, 64), static.BLOCKS)
+    forwards = graphs.StaticForwards(RaggedCache(2, torch.device("cpu"), 64, 64), BLOCKS)
     assert [forwards._filled_up(2, width) for width in (1, 6)] == [1, 9]
     monkeypatch.setattr(forwards, "_compiled", forwards._run)
     assert [forwards._filled_up(2, width) for width in (1, 6)] == [2, 6]
@@ -302,7 +304,7 @@ def test_without_a_compiler_the_draft_drafts_uncompiled(monkeypatch, caplog):
         raise RuntimeError("no compiler here")
 
     monkeypatch.setattr(torch, "compile", broken)
-    static.logger.warning_once.cache_clear()
+    graphs.logger.warning_once.cache_clear()
     pair, prompts = make_pair("llama"), make_prompts(2)
     given, _ = compiled(pair, prompts)
     assert given.equal(pair[0].generate(**prompts, do_sample=False, max_new_tokens=24))
@@ -311,7 +313,7 @@ def test_without_a_compiler_the_draft_drafts_uncompiled(monkeypatch, caplog):
 
 def test_a_draft_whose_forwards_change_their_shapes_is_not_compiled(monkeypatch, caplog):
     monkeypatch.delattr(torch, "compile")
-    static.logger.warning_once.cache_clear()
+    graphs.logger.warning_once.cache_clear()
     pair, prompts = make_pair("bloom"), make_prompts(2)
     given, stats = compiled(pair, prompts)
     assert given.equal(pair[0].generate(**prompts, do_sample=False, max_new_tokens=24))
