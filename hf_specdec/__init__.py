@@ -5,6 +5,7 @@ Importing registers `strategy="spec"` on `generate()`:
     model.generate(**inputs, assistant_model=draft, strategy="spec")
 """
 
+from . import metrics
 from .catalogue import Suggestion, suggest_draft
 from .drafters import Draft, Drafter, DraftRequest, ModelDrafter, PromptLookupDrafter
 from .pair_file import PairConfig
@@ -27,6 +28,7 @@ __all__ = [
     "Suggestion",
     "Trace",
     "demo_pair",
+    "metrics",
     "register",
     "speculative",
     "suggest_draft",

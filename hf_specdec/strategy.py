@@ -62,7 +62,7 @@ def speculative(
         streamer: transformers hands a streamer to its own decoding methods only, so pass it here.
         tokenizer, assistant_tokenizer: of target and draft, to compare where their vocabularies differ in size.
         speculation_stats: filled in place.
-        speculation_trace: filled in place.
+        speculation_trace: filled in place; it takes `tokenizer` for its own if it has none.
         options: `num_assistant_tokens`, `num_assistant_tokens_schedule`, `assistant_confidence_threshold`,
             `prompt_lookup_num_tokens`, `max_matching_ngram_size`, as in the generation config; `speculation_compile`,
             to have `torch.compile` compile the draft's steps ("draft") or the blocks that the target verifies
@@ -92,6 +92,8 @@ def speculative(
         **model_kwargs: Any,
     ) -> Any:
         vars(decode)["asked"] = True
+        if speculation_trace is not None and speculation_trace.tokenizer is None:
+            speculation_trace.tokenizer = tokenizer
         _refuse_what_was_not_handed_over(sys._getframe(1))
         _check_decoding_method(model)
         check_generation_config(generation_config, sys._getframe(1).f_locals.get("kwargs", {}))
