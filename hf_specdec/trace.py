@@ -262,7 +262,7 @@ def _html_fragment(trace: Trace, tokenizer: Tokenizer | None) -> str:
             f"{number}, row {step.row}" if len(stats.per_row) > 1 else str(number),
             f"{step.context_length} → {step.next_length}",
             fragment.Html("".join(chip(label(token), role, role) for token, role in _drafts_and_own(step))),
-            ". ".join(filter(None, (_verdict(step, name), _ending(step)))),
+            "; ".join(filter(None, (_verdict(step, name), _ending(step)))),
         )
         for number, step in steps[:LINES]
     ]

@@ -26,7 +26,6 @@ from ..stats import SpeculationStats
 from . import bootstrap
 from .arguments import Prompt
 
-METRICS = Path(__file__).parents[1] / "metrics"
 
 Run = list[list[int]]
 Batch = dict[str, Tensor]
@@ -232,7 +231,7 @@ def load_metric(name: str) -> Any:
     """One of our own `evaluate` modules."""
     import evaluate
 
-    return evaluate.load(str(METRICS / name), keep_in_memory=True)
+    return evaluate.load(metrics.path(name), keep_in_memory=True)
 
 
 def load_text_metrics(names: list[str]) -> tuple[list[TextMetric], dict[str, str]]:
