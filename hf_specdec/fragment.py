@@ -54,7 +54,7 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[str]], above: str = ""
     lines = [_line("th", headers), *(_line("td", row) for row in rows)]
     texts = [f'<div style="margin: .3em 0">{html(text)}</div>' if text else "" for text in (above, below)]
     return Html(
-        f'<div style="overflow-x: auto">{texts[0]}<table style="border-collapse: collapse; margin: 0">'
+        f'<div style="overflow-x: auto">{texts[0]}<table style="border-collapse: collapse; margin: 0 0 .5em">'
         f"{''.join(lines)}</table>{texts[1]}</div>"
     )
 
