@@ -374,7 +374,7 @@ def test_in_jupyter_a_pair_its_report_and_its_records_show_as_tables(notebook, s
         "stats": "6 tokens in",
         "trace": "iterations: 6 tokens in",
     }
-    for outs, title in zip(shown, titles.values(), strict=True):
+    for outs, title in zip(shown, titles, strict=True):
         assert len(outs) == 1 and outs[0].output_type == "execute_result"
         assert "<table" in outs[0].data["text/html"] and title in outs[0].data["text/html"]
     assert "Iteration 1" in coloured[0].data["text/html"]
