@@ -368,12 +368,7 @@ def test_in_jupyter_a_pair_its_report_and_its_records_show_as_tables(notebook, s
     assert [(out.output_type, out.text) for out in printed] == [
         ("stream", str(SpecPair.from_pretrained(saved).check()))
     ]
-    titles = {
-        "pair": "SpecPair",
-        "report": "Target and draft",
-        "stats": "6 tokens in",
-        "trace": "iterations: 6 tokens in",
-    }
+    titles = ("SpecPair", "Target and draft", "6 tokens in", "iterations: 6 tokens in")
     for outs, title in zip(shown, titles, strict=True):
         assert len(outs) == 1 and outs[0].output_type == "execute_result"
         assert "<table" in outs[0].data["text/html"] and title in outs[0].data["text/html"]
