@@ -5,6 +5,7 @@ Importing registers `strategy="spec"` on `generate()`:
     model.generate(**inputs, assistant_model=draft, strategy="spec")
 """
 
+from . import metrics
 from .drafters import Draft, Drafter, DraftRequest, ModelDrafter, PromptLookupDrafter
 from .generate.method import speculative
 from .generate.strategy import register, unregister
@@ -28,6 +29,7 @@ __all__ = [
     "Suggestion",
     "Trace",
     "demo_pair",
+    "metrics",
     "register",
     "speculative",
     "suggest_draft",

@@ -2,8 +2,10 @@
 
 import copy
 import random
+import re
 import string
 from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
 from typing import Any
 
 import pytest
@@ -275,6 +277,57 @@ def assert_lossless(
         given = tokens(**way)
         assert given.tolist() == expected.tolist(), f"{name}: {given.tolist()} instead of {expected.tolist()}"
     return expected
+
+
+class Fragment(HTMLParser):
+    """A `_repr_html_` read back, once it has been seen to touch nothing but itself and to suit light and dark pages.
+
+    Attributes:
+        tables: for each table its lines, headers included, as lists of the text in their cells.
+        chips: (text, style) of each.
+        text: what is outside of tables.
+    """
+
+    def __init__(self, shown: Any) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tables: list[list[list[str]]] = []
+        self.chips: list[tuple[str, str]] = []
+        self.text = ""
+        self.feed(shown._repr_html_())
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag in {"div", "table", "tr", "th", "td", "span", "br"}  # no script, no style sheet, no link
+        found = {name: value or "" for name, value in attrs}
+        assert found.keys() <= {"style", "title"}  # nor ids and classes, which the page may have too
+        style = dict(part.split(": ") for part in found.get("style", "").split("; ") if part)
+        assert "color" not in style and "url" not in found.get("style", "") and style.get("position") is None
+        if "background" in style:
+            alpha = re.fullmatch(r"rgba\(\d+, \d+, \d+, (\.\d+)\)", style["background"])
+            assert alpha and float(alpha[1]) <= 0.3
+        if tag != "br":
+            self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("th", "td"):
+            self.tables[-1][-1].append("")
+        elif tag == "span":
+            self.chips.append(("", found["style"]))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "span" in self.open:
+            self.chips[-1] = (self.chips[-1][0] + data, self.chips[-1][1])
+        if "table" not in self.open:
+            self.text += data
+        else:
+            self.tables[-1][-1][-1] += data
 
 
 def assert_same_but_for_ties(target: PreTrainedModel, inputs: dict[str, torch.Tensor], **way: Any) -> None:

@@ -46,7 +46,7 @@ def speculative(
         streamer: transformers hands a streamer to its own decoding methods only, so pass it here.
         tokenizer, assistant_tokenizer: of target and draft, to compare where their vocabularies differ in size.
         speculation_stats: filled in place.
-        speculation_trace: filled in place.
+        speculation_trace: filled in place; it takes `tokenizer` for its own if it has none.
         options: `num_assistant_tokens`, `num_assistant_tokens_schedule`, `assistant_confidence_threshold`,
             `prompt_lookup_num_tokens`, `max_matching_ngram_size`, as in the generation config; `speculation_compile`,
             to have `torch.compile` compile the draft's steps ("draft") or the blocks that the target verifies
@@ -116,6 +116,8 @@ class SpeculativeMethod:
         **model_kwargs: Any,
     ) -> Any:
         self._calls.append(None)
+        if self._trace is not None and self._trace.tokenizer is None:
+            self._trace.tokenizer = self._tokenizers[0]
         _check_decoding_method(model)
         check_generation_config(generation_config, self._call)
         together = sharded(model, self._assistant_model)

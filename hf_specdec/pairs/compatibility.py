@@ -18,6 +18,7 @@ from ..cache.states import has_states
 from ..device import model_device
 from ..models.abilities import Abilities
 from ..models.checks import check_config, check_states
+from ..records import fragment
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 Tokenizer: TypeAlias = PreTrainedTokenizerBase
 COLOURS = {"ok": "green", "note": "yellow", "error": "bold red"}
+TITLE = "Target and draft"
+HEADERS = ("", "target", "draft", "", "what to know or do")
 
 
 def check_draft_model(
@@ -164,8 +167,8 @@ class Compatibility:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(title="Target and draft", title_justify="left")
-        for header in ("", "target", "draft", "", "what to know or do")[: 4 + with_advice]:
+        table = Table(title=TITLE, title_justify="left")
+        for header in HEADERS[: 4 + with_advice]:
             table.add_column(header, overflow="fold")
         for finding in self.findings:
             # Text, because tokens such as [/INST] would be read as markup.
@@ -178,12 +181,18 @@ class Compatibility:
         """The report in plain text, `width` columns wide at most."""
         from rich.console import Console
 
-        console = Console(file=io.StringIO(), width=width, color_system=None)
+        # In a notebook, or told so by the environment, rich would display the table or measure the terminal instead.
+        console = Console(file=io.StringIO(), width=width, color_system=None, force_jupyter=False, force_terminal=False)
         console.print(self)
         return console.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
 
     def __str__(self) -> str:
         return self.to_text()
+
+    def _repr_html_(self) -> str:
+        verdicts = (fragment.chip(finding.verdict, COLOURS[finding.verdict]) for finding in self.findings)
+        rows = ((f.property, f.target, f.draft, verdict, f.advice) for f, verdict in zip(self.findings, verdicts))
+        return fragment.table(HEADERS, rows, above=TITLE)
 
     def raise_errors(self) -> None:
         """Raise a ValueError that shows the findings that are errors, if there are any."""
@@ -299,19 +308,19 @@ def _positions(target: PreTrainedModel, draft: PreTrainedModel) -> Finding:
 
 
 def _dtype(target: PreTrainedModel, draft: PreTrainedModel) -> Finding:
-    shown = [str(model.dtype).removeprefix("torch.") for model in (target, draft)]
+    shown = [dtype_of(model) for model in (target, draft)]
     return _finding("dtype", shown, "" if shown[0] == shown[1] else "works; one dtype is the usual choice (`dtype`)")
 
 
 def _device(target: PreTrainedModel, draft: PreTrainedModel) -> Finding:
-    shown = (", ".join(sorted({str(p.device) for p in model.parameters()})) for model in (target, draft))
+    shown = (devices_of(model) for model in (target, draft))
     return _finding("device", shown, _complaint(check_device, draft, target), "error")
 
 
 def _parameters(target: PreTrainedModel, draft: PreTrainedModel) -> Finding:
     counts = [model.num_parameters() for model in (target, draft)]
     advice = "" if counts[1] < counts[0] else "a draft that is no smaller than its target cannot pay: use a smaller one"
-    return _finding("parameters", (_count(count) for count in counts), advice)
+    return _finding("parameters", (quantity(count) for count in counts), advice)
 
 
 def _cost_ratio(target: PreTrainedModel, draft: PreTrainedModel) -> Finding:
@@ -320,7 +329,7 @@ def _cost_ratio(target: PreTrainedModel, draft: PreTrainedModel) -> Finding:
     advice = f"c ≈ {ratio:.2f}, estimated from the weights that one token needs; scripts/benchmark_speed measures it"
     if ratio > 0.5:
         advice = f"drafting at more than half the price of the target rarely pays: use a smaller draft ({advice})"
-    target_size, draft_size = (f"{_count(size)}B a token" for size in sizes)
+    target_size, draft_size = (f"{quantity(size)}B a token" for size in sizes)
     return Finding("cost ratio", target_size, draft_size, "note" if ratio > 0.5 else "ok", advice)
 
 
@@ -339,7 +348,16 @@ def _bytes_per_token(model: PreTrainedModel) -> float:
     )
 
 
-def _count(number: float) -> str:
+def dtype_of(model: PreTrainedModel) -> str:
+    return str(model.dtype).removeprefix("torch.")
+
+
+def devices_of(model: PreTrainedModel) -> str:
+    """All devices that hold parameters."""
+    return ", ".join(sorted({str(parameter.device) for parameter in model.parameters()}))
+
+
+def quantity(number: float) -> str:
     """Three digits and the unit's prefix: 6210000 is "6.21 M"."""
     for prefix, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:

@@ -4,7 +4,7 @@ import functools
 import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import HfApi
@@ -20,9 +20,18 @@ from ..device import model_device
 from ..drafters import Drafter, ModelDrafter, PromptLookupDrafter
 from ..models.checks import check_mode, unwrapped
 from ..options import OPTION_NAMES, Options
+from ..records import fragment
 from .card import license_of, write_card
 from .catalogue import suggest_draft
-from .compatibility import Compatibility, check_draft_model, compare, vocabulary_check
+from .compatibility import (
+    Compatibility,
+    check_draft_model,
+    compare,
+    devices_of,
+    dtype_of,
+    quantity,
+    vocabulary_check,
+)
 from .loading import find_pair, load_model, load_tokenizer, pin, save_model
 from .pair_file import FILE_NAME, ModelReference, PairConfig
 
@@ -142,6 +151,35 @@ class SpecPair:
     def check(self) -> Compatibility:
         """A report on how the two fit as they are now: `print(pair.check())`, or `rich.print` it."""
         return compare(self.target, self.draft, self.tokenizer, self.draft_tokenizer)
+
+    def __repr__(self) -> str:
+        lines = [", ".join(self._described(role).values()) for role in ("target", "draft")]
+        return f"SpecPair\n  target: {lines[0]}\n  draft: {lines[1]}\n  recommended: {self._recommended()}"
+
+    def _repr_html_(self) -> str:
+        target, draft = self._described("target"), self._described("draft")
+        rows = ((name, target[name], draft[name]) for name in target)
+        return fragment.table(("", "target", "draft"), rows, "SpecPair", f"recommended: {self._recommended()}")
+
+    def _described(self, role: Literal["target", "draft"]) -> dict[str, str]:
+        """Where a model is from, its class, size, dtype and device, in words."""
+        model: PreTrainedModel = getattr(self, role)
+        source = self.sources[role == "draft"] if self.sources else ModelReference(model.name_or_path)
+        at = f"@{source.revision}" if source.revision else ""
+        return {
+            "from": " ".join(filter(None, (f"{source.name_or_path}{at}", source.gguf_file))) or "made in memory",
+            "class": type(model).__name__,
+            "size": f"{quantity(model.num_parameters()).strip()} parameters",
+            "dtype": dtype_of(model),
+            "device": devices_of(model),
+        }
+
+    def _recommended(self) -> str:
+        """What the pair file recommends, in words."""
+        if not self.config.speculate:
+            return "not to speculate"
+        options = (f"{name}={value!r}" for name, value in self.config.recommended.items())
+        return ", ".join(options) or "the default options"
 
     def save_pretrained(self, folder: str | Path, weights: bool | None = None) -> None:
         """Write the pair file and a card (README.md) into `folder`, with the models where need be.

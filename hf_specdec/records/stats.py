@@ -6,6 +6,10 @@ Only counters are stored; every rate is a property. Nothing here knows about mod
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from . import fragment
+
+ROWS = 24  # of a batch, at most, that a notebook shows one by one
+
 
 @dataclass(frozen=True)
 class RowStep:
@@ -234,6 +238,25 @@ class SpeculationStats(RowStats):
         return ", ".join(parts)
 
     __str__ = summary
+
+    def _repr_html_(self) -> str:
+        def counts(name: str, row: RowStats) -> tuple[str, ...]:
+            numbers = (row.committed_tokens, row.row_iterations, row.drafted_tokens, row.accepted_tokens)
+            return name, *map(str, numbers), f"{row.acceptance_rate:.0%}", f"{row.block_efficiency:.2f}"
+
+        headers = ("", "committed", "iterations", "drafted", "accepted", "acceptance rate α", "block efficiency τ")
+        rows = [counts("all rows", self)]
+        if len(self.per_row) > 1:
+            rows += [counts(f"row {i}", row) for i, row in enumerate(self.per_row[:ROWS])]
+        more = f"… and {len(self.per_row) - ROWS} more rows" if len(self.per_row) > ROWS else ""
+        whole = fragment.table(headers, rows, above=self.summary(), below=more)
+        histogram = self.accepted_length_histogram[:]
+        _grow(histogram, len(self.accepted_by_position) + 1)
+        by_length = (
+            ("iterations that accepted k drafts", *map(str, histogram)),
+            ("k-th drafts that were accepted", "", *(f"{rate:.0%}" for rate in self.acceptance_by_position)),
+        )
+        return whole + fragment.table(("k", *map(str, range(len(histogram)))), by_length)
 
 
 def _ratio(part: int, whole: int) -> float:

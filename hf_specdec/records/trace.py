@@ -13,6 +13,7 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from . import fragment
 from .stats import Iteration, RowStep, SpeculationStats
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ STYLES = {  # how rich shows a role
     "bonus": "bold cyan",
     "target": "bold blue",
 }
+LINES = 24  # of the table in a notebook, each what one iteration did for one row
 TAIL = 60  # characters of the text so far that the HTML page repeats in front of each iteration's tokens
 
 
@@ -63,9 +65,18 @@ class Span(NamedTuple):
 
 @dataclass
 class Trace:
-    """The iterations of one `generate(strategy="spec", speculation_trace=trace)`, in order."""
+    """The iterations of one `generate(strategy="spec", speculation_trace=trace)`, in order.
+
+    Attributes:
+        iterations: one record each.
+        tokenizer: decodes the tokens unless a method is given another. `generate()` sets it to its own `tokenizer`
+            where the trace has none; without any, tokens are shown as ids.
+    """
 
     iterations: list[Iteration] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.tokenizer: Tokenizer | None = None  # no field, so that `asdict` gives plain JSON types
 
     def add(self, iteration: Iteration) -> None:
         self.iterations.append(iteration)
@@ -78,7 +89,7 @@ class Trace:
         return stats
 
     def to_text(self, tokenizer: Tokenizer | None = None) -> str:
-        """Tell each iteration in plain text; without a tokenizer, tokens are shown as ids."""
+        """Tell each iteration in plain text, with another tokenizer than the trace's own if one is given."""
         return "".join(span.text for span in self._walk(tokenizer)) + "\n"
 
     def print(
@@ -94,12 +105,15 @@ class Trace:
     def to_html(self, path: str | Path, tokenizer: Tokenizer | None = None) -> Path:
         """Write one self-contained HTML page to `path` and return it."""
         path = Path(path)
-        path.write_text(_html_page(self, tokenizer), encoding="utf-8")
+        path.write_text(_html_page(self, self.tokenizer if tokenizer is None else tokenizer), encoding="utf-8")
         return path
+
+    def _repr_html_(self) -> str:
+        return _html_fragment(self, self.tokenizer)
 
     def _walk(self, tokenizer: Tokenizer | None, limit: int | None = None) -> Iterator[Span]:
         """The iterations in words, for `to_text` and `print` to render; of the first `limit` iterations if given."""
-        label, stats = _labels(tokenizer), self.stats()
+        label, stats = _labels(self.tokenizer if tokenizer is None else tokenizer), self.stats()
         shown = self.iterations[:limit]
         for number, iteration in enumerate(shown, start=1):
             for step in iteration.rows:
@@ -159,7 +173,7 @@ def _told(step: RowStep, label: Callable[[int], str]) -> Iterator[Span]:
     yield from _line("committed", committed_roles(step), label)
     yield from _line("context", [], label, f"{step.context_length} + {len(step.committed)} = {step.next_length} tokens")
     if step.finished:
-        yield from _line("finished", [], label, FINISHED.get(step.finished, step.finished))
+        yield from _line("finished", [], label, _ending(step))
 
 
 def _line(name: str, tokens: list[tuple[int, str]], label: Callable[[int], str], words: str = "") -> Iterator[Span]:
@@ -234,15 +248,51 @@ def _html_page(trace: Trace, tokenizer: Tokenizer | None) -> str:
     )
 
 
+def _html_fragment(trace: Trace, tokenizer: Tokenizer | None) -> str:
+    """The first iterations as one table for a notebook: what the page has, but for the text."""
+    stats = trace.stats()
+    steps = [(number, step) for number, iteration in enumerate(trace.iterations, start=1) for step in iteration.rows]
+    name, label = _labels(tokenizer), _labels(tokenizer, quote="")
+
+    def chip(text: str, role: str, title: str) -> str:
+        return fragment.chip(text.replace(" ", "·"), STYLES[role], title)
+
+    rows = [
+        (
+            f"{number}, row {step.row}" if len(stats.per_row) > 1 else str(number),
+            f"{step.context_length} → {step.next_length}",
+            fragment.Html("".join(chip(label(token), role, role) for token, role in _drafts_and_own(step))),
+            "; ".join(filter(None, (_verdict(step, name), _ending(step)))),
+        )
+        for number, step in steps[:LINES]
+    ]
+    more = ""
+    if len(steps) > LINES:
+        what = "lines, one for each row of an iteration" if len(stats.per_row) > 1 else "iterations"
+        more = f"… and {len(steps) - LINES} more {what}; to_html(path) writes all of them"
+    legend = "".join(chip(role, role, meaning) for role, meaning in LEGEND.items() if role in STYLES)
+    headers = ("iteration", "context", "drafts, then the target's own token", "verified")
+    above = f"{len(trace.iterations)} iterations: {stats.summary()}"
+    return fragment.table(headers, rows, fragment.Html(f"{escape(above)}<br>{legend}"), more)
+
+
 def _html_step(step: RowStep, tokenizer: Tokenizer | None, many: bool) -> str:
     name, label = _labels(tokenizer), _labels(tokenizer, quote="")
-    tokens = drafted_roles(step) + committed_roles(step)[step.accepted :]
-    chips = "".join(_chip(label(token), role) for token, role in tokens)
-    end = f"<div>■ {FINISHED.get(step.finished, escape(step.finished))}</div>" if step.finished else ""
+    chips = "".join(_chip(label(token), role) for token, role in _drafts_and_own(step))
+    end = f"<div>■ {escape(_ending(step))}</div>" if step.finished else ""
     return (
         f"<small>{f'<b>row {step.row}</b>' * many}{step.context_length} → {step.next_length} tokens</small>"
         f'<div>{chips}<div class="verdict">{escape(_verdict(step, name))}</div>{end}</div>'
     )
+
+
+def _drafts_and_own(step: RowStep) -> list[tuple[int, str]]:
+    return drafted_roles(step) + committed_roles(step)[step.accepted :]
+
+
+def _ending(step: RowStep) -> str:
+    """Why the row ended here; empty if it goes on."""
+    return FINISHED.get(step.finished, step.finished) if step.finished else ""
 
 
 def _chip(text: str, role: str) -> str:

@@ -21,12 +21,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..metrics import path as metric_path
 from ..pairs.pair import DEMO_PAIR
 from ..records.stats import SpeculationStats
 from . import bootstrap
 from .arguments import Prompt
-
-METRICS = Path(__file__).parents[1] / "metrics"
 
 Run = list[list[int]]
 Batch = dict[str, Tensor]
@@ -232,7 +231,7 @@ def load_metric(name: str) -> Any:
     """One of our own `evaluate` modules."""
     import evaluate
 
-    return evaluate.load(str(METRICS / name), keep_in_memory=True)
+    return evaluate.load(metric_path(name), keep_in_memory=True)
 
 
 def load_text_metrics(names: list[str]) -> tuple[list[TextMetric], dict[str, str]]:

@@ -3,6 +3,7 @@
 import doctest
 import random
 import socket
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,25 @@ def test_loading_by_path_opens_no_connection(name: str, monkeypatch: pytest.Monk
         metric = evaluate.load(str(path), module_type="metric")
         assert metric.name == name
         assert metric.description and metric.citation and metric.inputs_description in metric.compute.__doc__
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_package_says_where_a_metric_is(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert evaluate.load(hf_specdec.metrics.path(name)).name == name
+
+
+@pytest.mark.parametrize("name", ["rouge", "", "../metrics/acceptance_rate", "__pycache__"])
+def test_a_metric_that_is_not_ours_is_refused_with_the_names_of_ours(name: str) -> None:
+    with pytest.raises(ValueError, match=f"^Unknown metric '{name}'; known metrics: 'acceptance_rate', 'token_agree"):
+        hf_specdec.metrics.path(name)
+
+
+def test_saying_where_metrics_are_imports_nothing_but_paths() -> None:
+    code = "import runpy, sys; print(runpy.run_path(sys.argv[1])['NAMES'], *sys.modules)"
+    file = str(PACKAGE / "metrics" / "__init__.py")
+    out = subprocess.run([sys.executable, "-I", "-c", code, file], capture_output=True, text=True, check=True).stdout
+    assert out.startswith(str(NAMES)) and not {"torch", "evaluate", "datasets"} & set(out.split())
 
 
 @pytest.mark.parametrize("name", NAMES)

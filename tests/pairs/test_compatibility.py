@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, SIZES, VOCAB, make_model, perturbed
+from conftest import ARCHITECTURES, SIZES, VOCAB, Fragment, make_model, perturbed
 from rich.console import Console
 from test_pair import make_tokenizer
 from transformers import (
@@ -166,6 +166,29 @@ def test_the_report_is_one_table():
     assert [line.rstrip() for line in console.export_text().splitlines()] == [
         line.rstrip() for line in text.splitlines()
     ]
+
+
+def test_the_text_of_a_report_does_not_depend_on_where_it_is_made(monkeypatch):
+    """In a notebook rich displays what it is told to write; and a terminal that knows little has 80 columns."""
+    findings = Compatibility((Finding("device", "cpu", "meta", "error", "move it, " * 12),))
+    narrow, wide = str(findings), findings.to_text(width=200)
+    assert "move it" in narrow and "meta" in wide
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert (str(findings), findings.to_text(width=200)) == (narrow, wide)
+    with pytest.raises(ValueError, match=r"(?s)does not fit the target:.*meta.*move it"):
+        findings.raise_errors()
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "dumb")
+    assert (str(findings), findings.to_text(width=200)) == (narrow, wide)
+
+
+def test_a_notebook_shows_the_report_as_one_table():
+    rows = [("dtype", "float32", "bfloat16", "note", "works"), ("tokens", "9", "8", "error", "<b>'[/INST]' & co</b>")]
+    shown = Fragment(Compatibility(tuple(Finding(*row) for row in rows)))
+    assert shown.tables == [[["", "target", "draft", "", "what to know or do"], *map(list, rows)]]
+    assert shown.text == "Target and draft"
+    (note, yellow), (error, red) = shown.chips
+    assert (note, error) == ("note", "error") and yellow != red
 
 
 def test_tokens_are_shown_as_they_are():

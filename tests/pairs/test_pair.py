@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import VOCAB, make_pair, make_prompts, perturbed
+from conftest import VOCAB, Fragment, make_pair, make_prompts, perturbed
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
@@ -293,7 +293,101 @@ def test_only_the_target_needs_a_tokenizer(saved, tmp_path):
         SpecPair.from_pretrained(tmp_path, saved / "draft")
 
 
+# Pairs in words
+
+
+def test_a_pair_is_told_in_a_few_lines(loaded, saved):
+    size = f"{loaded.target.num_parameters() / 1e3:.3g} k parameters"
+    facts = f"LlamaForCausalLM, {size}, float32, cpu"
+    assert repr(loaded).splitlines() == [
+        "SpecPair",
+        f"  target: {saved}/target, {facts}",
+        f"  draft: {saved}/draft, {facts}",
+        "  recommended: num_assistant_tokens=3",
+    ]
+    sources = (ModelReference("org/target", "abc123"), ModelReference("org/draft", gguf_file="small.gguf"))
+    unpaying = PairConfig(speculate=False, recommended={"num_assistant_tokens": 3})
+    lines = repr(SpecPair(*pair(), make_tokenizer(VOCAB), unpaying, sources=sources)).splitlines()
+    assert lines[1].startswith("  target: org/target@abc123, Llama")
+    assert lines[2].startswith("  draft: org/draft small.gguf, Llama")
+    assert lines[3] == "  recommended: not to speculate"
+
+
+def test_a_pair_from_memory_is_told_as_such():
+    lines = repr(SpecPair(*pair(), make_tokenizer(VOCAB))).splitlines()
+    assert [line.split(",")[0] for line in lines[1:3]] == ["  target: made in memory", "  draft: made in memory"]
+    assert lines[3] == "  recommended: the default options"
+
+
+def test_a_notebook_shows_target_and_draft_side_by_side(loaded):
+    named = copy.copy(loaded)
+    named.sources = (ModelReference("<b>one</b>"), ModelReference("other"))
+    named.draft = copy.deepcopy(loaded.draft).to(torch.bfloat16)
+    shown = Fragment(named)
+    size = f"{loaded.target.num_parameters() / 1e3:.3g} k parameters"
+    assert shown.tables == [
+        [
+            ["", "target", "draft"],
+            ["from", "<b>one</b>", "other"],
+            ["class", "LlamaForCausalLM", "LlamaForCausalLM"],
+            ["size", size, size],
+            ["dtype", "float32", "bfloat16"],
+            ["device", "cpu", "cpu"],
+        ]
+    ]
+    assert shown.text == "SpecPairrecommended: num_assistant_tokens=3"
+
+
+@pytest.fixture
+def notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
+    """Runs cells in a Jupyter kernel, in the root of the checkout, and returns the outputs of each."""
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel")
+    for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+
+    def run(*cells: str) -> list[Any]:
+        made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+        here = {"metadata": {"path": str(Path(pairs.__file__).parents[1])}}
+        nbclient.NotebookClient(made, timeout=300, kernel_name="python3", resources=here).execute()
+        return [cell.outputs for cell in made.cells]
+
+    return run
+
+
+def test_in_jupyter_a_pair_its_report_and_its_records_show_as_tables(notebook, saved):
+    outputs = notebook(
+        f"import hf_specdec, torch; pair = hf_specdec.SpecPair.from_pretrained({str(saved)!r})\n"
+        "trace, stats = hf_specdec.Trace(), hf_specdec.SpeculationStats()\n"
+        "pair.generate(torch.tensor([[1, 5, 9]]), max_new_tokens=6, do_sample=False, speculation_trace=trace,"
+        " speculation_stats=stats)",
+        "print(pair.compatibility, end='')",
+        *("pair", "pair.compatibility", "stats", "trace"),
+        "trace.print(limit=1)",
+    )
+    printed, *shown, coloured = outputs[1:]
+    assert [(out.output_type, out.text) for out in printed] == [
+        ("stream", str(SpecPair.from_pretrained(saved).check()))
+    ]
+    titles = ("SpecPair", "Target and draft", "6 tokens in", "iterations: 6 tokens in")
+    for outs, title in zip(shown, titles, strict=True):
+        assert len(outs) == 1 and outs[0].output_type == "execute_result"
+        assert "<table" in outs[0].data["text/html"] and title in outs[0].data["text/html"]
+    assert "Iteration 1" in coloured[0].data["text/html"]
+    assert re.search(r">w\d+</span>", shown[-1][0].data["text/html"])  # words, by the pair's tokenizer
+
+
 # Pairs generate
+
+
+def test_a_trace_keeps_the_tokenizer_of_its_call_unless_it_has_one(loaded):
+    mine, own, none = Trace(), Trace(), Trace()
+    own.tokenizer = make_tokenizer(VOCAB)
+    given = own.tokenizer
+    for trace in (mine, own):
+        loaded.generate(**prompts(1), **GREEDY, speculation_trace=trace)
+    generate(*pair(), **prompts(1), speculation_trace=none)
+    assert mine.tokenizer is loaded.tokenizer and own.tokenizer is given and none.tokenizer is None
 
 
 def test_recommendations_give_way_to_the_call(loaded):

@@ -5,8 +5,9 @@ import random
 from dataclasses import asdict
 
 import pytest
+from conftest import Fragment
 
-from hf_specdec.records.stats import Iteration, RowStats, RowStep, SpeculationStats
+from hf_specdec.records.stats import ROWS, Iteration, RowStats, RowStep, SpeculationStats
 
 
 def row_step(drafted: int, accepted: int, own: bool = True, row: int = 0) -> RowStep:
@@ -166,3 +167,36 @@ def test_the_summary_is_one_line_with_the_numbers_people_ask_for():
             "acceptance rate α = 75% (6 of 8 drafts), 1.75 s (draft 29%, verify 57%, other 14%)"
         )
     )
+
+
+def test_a_notebook_shows_counters_and_rates():
+    stats = filled([iteration(row_step(3, 2)), iteration(row_step(3, 3)), iteration(row_step(1, 0))])
+    shown = Fragment(stats)
+    assert shown.text == stats.summary()
+    assert shown.tables == [
+        [
+            ["", "committed", "iterations", "drafted", "accepted", "acceptance rate α", "block efficiency τ"],
+            ["all rows", "8", "3", "7", "5", "71%", "2.67"],
+        ],
+        [
+            ["k", "0", "1", "2", "3"],
+            ["iterations that accepted k drafts", "1", "0", "1", "1"],
+            ["k-th drafts that were accepted", "", "67%", "100%", "50%"],
+        ],
+    ]
+
+
+def test_a_notebook_shows_the_rows_of_a_batch_up_to_a_number():
+    few, many = (filled([iteration(*(row_step(4, row % 4, row=row) for row in range(n)))]) for n in (2, ROWS + 3))
+    assert [line[0] for line in Fragment(few).tables[0]] == ["", "all rows", "row 0", "row 1"]
+    assert Fragment(few).tables[0][-1] == ["row 1", "2", "1", "4", "1", "25%", "2.00"]
+    assert len(Fragment(many).tables[0]) == 2 + ROWS
+    assert Fragment(many).text == many.summary() + "… and 3 more rows"
+
+
+def test_a_notebook_shows_empty_stats_and_changes_nothing():
+    stats = SpeculationStats()
+    assert Fragment(stats).tables[1] == [
+        ["k", "0"], ["iterations that accepted k drafts", "0"], ["k-th drafts that were accepted", ""]
+    ]  # fmt: skip
+    assert stats == SpeculationStats()

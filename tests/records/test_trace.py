@@ -1,12 +1,15 @@
 """The trace tells each iteration as it was: as text, in colour and as a page."""
 
 import io
+import json
+from dataclasses import asdict
 from html.parser import HTMLParser
 
 import pytest
+from conftest import Fragment
 
 from hf_specdec.records.stats import Iteration, RowStep
-from hf_specdec.records.trace import LEGEND, STYLES, Trace, committed_roles, drafted_roles, visible
+from hf_specdec.records.trace import LEGEND, LINES, STYLES, Trace, committed_roles, drafted_roles, visible
 
 ROLES = [term for term in LEGEND if term in STYLES]
 
@@ -157,10 +160,23 @@ def test_part_of_a_character_is_told_apart_by_its_id():
     )
 
 
+def test_the_tokenizer_of_a_trace_counts_unless_another_is_given(words, tmp_path):
+    trace = traced([said(words, 5, "yes no", 1, "own")])
+    as_ids, other = lines(trace), WordTokenizer()
+    other("un deux trois")
+    trace.tokenizer = words
+    assert lines(trace) == lines(trace, words) != as_ids
+    assert 'drafted    "' + '" "'.join(other.words[i] for i in words("yes no")) + '"' in lines(trace, other)
+    assert 'committed  "yes" "own"' in printed(trace, None)
+    assert ("own", "correction") in page(trace, tmp_path).chips
+    assert ("own", "correction") not in page(trace, tmp_path, other).chips
+    assert json.loads(json.dumps(asdict(trace))).keys() == {"iterations"}
+
+
 # --- in colour ---
 
 
-def printed(trace: Trace, tokenizer: WordTokenizer, limit: int | None = None, colour: bool = False) -> str:
+def printed(trace: Trace, tokenizer: WordTokenizer | None, limit: int | None = None, colour: bool = False) -> str:
     console = pytest.importorskip("rich.console").Console(
         file=io.StringIO(), width=60, force_terminal=colour, color_system="standard" if colour else None
     )
@@ -297,3 +313,69 @@ def test_the_page_states_the_rates(words, tmp_path):
 def test_an_empty_trace_can_be_shown(tmp_path):
     assert "0 iterations" in Trace().to_text()
     assert page(Trace(), tmp_path).texts == []
+
+
+# --- in a notebook ---
+
+
+def told_in_a_notebook(trace: Trace) -> tuple[Fragment, list[tuple[str, str]]]:
+    """The fragment, and its tokens, each with its role, which the legend's chips tell by their style."""
+    shown = Fragment(trace)
+    legend, tokens = shown.chips[: len(ROLES)], shown.chips[len(ROLES) :]
+    assert [text for text, _ in legend] == ROLES
+    roles = {style: role for role, style in legend}
+    assert len(roles) == len(ROLES)
+    return shown, [(text, roles[style]) for text, style in tokens]
+
+
+def test_a_notebook_shows_what_the_page_shows(words, tmp_path):
+    trace = traced(
+        [said(words, 10, "the quick brown fox jumps", 3, "sly")], [said(words, 14, "a b", 2, "", finished="eos")]
+    )
+    trace.tokenizer = words
+    shown, tokens = told_in_a_notebook(trace)
+    assert tokens == page(trace, tmp_path).chips[len(ROLES) :]
+    assert shown.tables == [
+        [
+            ["iteration", "context", "drafts, then the target's own token", "verified"],
+            [
+                "1",
+                "10 → 14",
+                "thequickbrownfoxjumpssly",
+                '3 of 5 accepted, first rejected: "fox", 1 after it discarded',
+            ],
+            ["2", "14 → 16", "ab", "all 2 accepted, and the run ended there; the end-of-sequence token was committed"],
+        ]
+    ]
+    assert shown.text == f"2 iterations: {trace.stats().summary()}" + "".join(ROLES)
+
+
+def test_a_notebook_shows_ids_without_a_tokenizer_and_names_rows(words):
+    steps = [RowStep(row, 5, [11, 12], 1, [11, 42]) for row in range(2)]
+    shown, tokens = told_in_a_notebook(traced(steps))
+    assert tokens == [("11", "accepted"), ("12", "rejected"), ("42", "correction")] * 2
+    assert [line[0] for line in shown.tables[0][1:]] == ["1, row 0", "1, row 1"]
+
+
+@pytest.mark.parametrize(("rows", "more"), [(1, "3 more iterations"), (2, "6 more lines, one for each row of an it")])
+def test_a_notebook_shows_the_first_iterations_and_says_how_many_more_there_are(words, rows, more):
+    def trace(lines: int) -> Trace:
+        steps = [said(words, 5, "a", 1, "b", row=row) for row in range(rows)]
+        return traced(*([steps] * (lines // rows)))
+
+    whole, cut = Fragment(trace(LINES)), Fragment(trace(LINES + 3 * rows))
+    assert len(whole.tables[0]) == len(cut.tables[0]) == 1 + LINES
+    assert "more" not in whole.text and f"… and {more}" in cut.text
+
+
+def test_no_token_can_write_html_into_a_notebook(words):
+    evil = ["<script>alert(1)</script>", "\"'><img", "&amp;"]
+    trace = traced([said(words, 5, " ".join(evil), 0, evil[1], finished="<img>")])
+    trace.tokenizer = words
+    shown, tokens = told_in_a_notebook(trace)
+    assert [text for text, _ in tokens] == [*evil, evil[1]]
+    assert shown.tables[0][1][3].endswith('first rejected: "<script>alert(1)</script>", 2 after it discarded; <img>')
+
+
+def test_an_empty_trace_can_be_shown_in_a_notebook():
+    assert len(Fragment(Trace()).tables[0]) == 1
