@@ -24,7 +24,8 @@ from ..options import OPTION_NAMES, check_generation_config, resolve_options
 from ..pairs.pair import make_drafter
 from ..records.stats import SpeculationStats
 from ..records.trace import Trace
-from .session import PreparedCall, finish, prepare
+from .outcome import finish
+from .session import PreparedCall, prepare
 
 Assistant: TypeAlias = PreTrainedModel | Drafter | str
 

@@ -1,6 +1,4 @@
-"""Between `generate()` and the loop: what transformers has prepared becomes a `SpeculativeDecoding`, and its outcome
-becomes transformers' output classes and caches again.
-"""
+"""From `generate()` to the loop: the call that transformers has prepared becomes a `SpeculativeDecoding`."""
 
 import functools
 from dataclasses import dataclass, field, replace
@@ -18,7 +16,6 @@ from transformers import (
 )
 from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
-from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 from transformers.utils import logging
 
 from ..cache.layers import cache_layers, check_layers
@@ -251,74 +248,6 @@ def _make_recorder(checked: _Checked, context: Context, feeding: Feeding) -> Rec
         checked.encoder is not None,
         type(checked.call.model).__name__,
     )
-
-
-def finish(
-    decoding: SpeculativeDecoding, width: int, call: PreparedCall
-) -> GenerateDecoderOnlyOutput | GenerateEncoderDecoderOutput | Tensor:
-    """The result of `generate()` for a decoding that has run, and the cache that it leaves behind."""
-    cache, target = call.cache, decoding.target
-    wants_dict = bool(call.config.return_dict_in_generate)
-    if isinstance(target, SelfFedModel):
-        cache = target.hand_back(decoding.context, width) if wants_dict else None
-    elif wants_dict or getattr(cache, "_is_user_defined", False):
-        hand_back_cache(decoding, width, cache)
-    target.release()
-    sequences = decoding.context.view(width).clone()
-    if not wants_dict:
-        return sequences
-    steps, recorder = width - decoding.context.prompt_width, decoding.recorder
-    common = {
-        "sequences": sequences,
-        "scores": recorder.scores(steps),
-        "logits": recorder.logits(steps),
-        "past_key_values": cache,
-    }
-    output: GenerateDecoderOnlyOutput | GenerateEncoderDecoderOutput
-    if decoding.request.encoder is None:
-        output = GenerateDecoderOnlyOutput(
-            **common, attentions=recorder.attentions(steps), hidden_states=recorder.hidden_states(steps)
-        )
-    else:
-        encoded = decoding.request.encoder.outputs
-        output = GenerateEncoderDecoderOutput(
-            **common,
-            encoder_attentions=encoded.get("attentions") if recorder.wants_attentions else None,
-            encoder_hidden_states=encoded.get("hidden_states") if recorder.wants_hidden_states else None,
-            decoder_attentions=recorder.attentions(steps),
-            cross_attentions=recorder.cross_attentions(steps),
-            decoder_hidden_states=recorder.hidden_states(steps),
-        )
-    output.speculation = decoding.stats
-    return output
-
-
-def hand_back_cache(decoding: SpeculativeDecoding, width: int, cache: Cache) -> None:
-    """Fill transformers' cache object as vanilla leaves it: every column but the last one, for every row.
-
-    Rows that ended early have padding columns, which vanilla feeds too; they are fed here, in one forward.
-    """
-    context, target = decoding.context, decoding.target
-    assert isinstance(target, CachedModel)
-    context.rows = list(range(context.batch_size))
-    context.ends = [width] * context.batch_size
-    if target.has_states and context.batch_size > 1:  # those of rows that ended are gone: once more from the start
-        target = decoding.make_target()
-        assert isinstance(target, CachedModel)
-        if target.prompt_is_unread:
-            target.read_prompt()
-    shortest = min(target.cache.lengths)
-    for row, offset in enumerate(target.layout.slot_offset):
-        held = min(target.cache.lengths[row], width + offset - 1)
-        target.cache.lengths[row] = min(shortest, held) if decoding.lockstep else held
-    target.prefill(context, decoding.prefill_chunk_size)
-    cache.reset()
-    own = getattr(cache, "self_attention_cache", cache)
-    for index, keys, values in target.cache.columns(list(target.layout.first), width + target.layout.column_offset - 1):
-        own.update(keys, values, index)
-    target.cache.copy_states_to(own)
-    if target.encoded is not None:
-        target.encoded.hand_back(cache)
 
 
 def check_given(model: PreTrainedModel, cache: Any, config: GenerationConfig) -> None:
