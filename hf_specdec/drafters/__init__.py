@@ -1,4 +1,4 @@
-"""Drafters: whatever proposes tokens. `base.py` has the protocol; each other file has one drafter."""
+"""Drafters propose tokens. `base.py` has the protocol; each other file has one drafter."""
 
 from .base import Draft, Drafter, DraftRequest
 from .model import ModelDrafter

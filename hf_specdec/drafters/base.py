@@ -1,4 +1,4 @@
-"""The protocol between the decoding loop and whatever proposes tokens."""
+"""The protocol between the decoding loop and drafters, which propose tokens."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -12,21 +12,20 @@ from transformers import LogitsProcessorList
 from ..models.encoder_side import EncoderSide
 from ..sampling.context import Context
 
-# Whether to draft another token, given the probabilities of the latest ones, by active row.
+# Whether to draft another token, given the draft's probabilities for the latest ones, by active row.
 GoOn = Callable[[list[float]], bool]
 
 
 @dataclass(frozen=True)
 class Draft:
-    """What a drafter proposes for the active rows of a context.
+    """A drafter's proposals for the active rows of a context.
 
     Attributes:
-        tokens: `[rows, k]` int64, k >= 0 and at most what was asked for, on the device of `Context.tokens`; so is the
-            rest.
-        probs: `[rows, k, vocab]` float32, the distributions the tokens were *really drawn from* (the q of the
-            acceptance test), or `None` when the tokens were not drawn at all (argmax, look-up): then q is one-hot.
-        lengths: how many of its k tokens each row proposes; `None` means k for all.
-        valid: `[rows]` bool, False where the drafter's model gave no distribution (NaN, or nothing but -inf).
+        tokens: `[rows, k]` int64 on the device of `Context.tokens`; k is at least 0, and at most `max_tokens`.
+        probs: `[rows, k, vocab]` float32, the distributions that they were *really drawn from* (q of the
+            acceptance test); `None` if the tokens were not drawn at all (argmax, look-up): then q is one-hot.
+        lengths: how many of the k tokens each row proposes; `None` means all of them.
+        valid: `[rows]` bool, False where the draft model gave no distribution (NaN, or all -inf).
     """
 
     tokens: Tensor
@@ -54,18 +53,18 @@ def no_draft(context: Context) -> Draft:
 
 @dataclass(frozen=True)
 class DraftRequest:
-    """What a drafter may want to know about the `generate()` call that it works for, besides its context.
+    """What a drafter may need to know about a `generate()` call, besides its context.
 
     Attributes:
-        do_sample: whether the target samples. Drafts may be drawn then, in which case `Draft.probs` must say from what.
+        do_sample: whether the target samples. Then drafts may be drawn, with their distributions in `Draft.probs`.
         vocab_size: ids below this are the target's tokens.
-        processors: the call's logits processors that may be run on drafts.
+        processors: those of the call's logits processors that may be applied to drafts.
         lockstep: all rows always have the same number of columns.
-        prefill_chunk_size: feed at most so many tokens per row at once, `None` for all.
-        static: forwards are to have fixed shapes.
-        inputs: the prompt as it was given to `generate()`, where it is more than tokens; else empty.
-        encoder: what the target's decoder is conditioned on, where it has an encoder.
-        go_on: asked after each token but the last by drafters with `shows_confidence`; they stop when told False.
+        prefill_chunk_size: feed at most this many tokens per row at once; `None` for no limit.
+        static: forwards should have fixed shapes.
+        inputs: the prompt as given to `generate()`, if it is more than tokens; else empty.
+        encoder: the encoder's side of an encoder-decoder target.
+        go_on: drafters with `shows_confidence` call it after each token but the last, and stop when it returns False.
     """
 
     do_sample: bool
@@ -83,10 +82,10 @@ class Drafter(ABC):
     """Proposes tokens for all active rows of a context. One object serves one `generate()` call at a time.
 
     Attributes:
-        in_vocabulary: proposals are the target's tokens by construction, so that the loop need not look.
-        shows_confidence: it asks `DraftRequest.go_on`, and reading its probabilities does not wait for a device.
-        reads_prompts: its first proposal takes the longer, the longer the prompts are.
-        compile_seconds: wall time that the last `start` took to compile.
+        in_vocabulary: proposals are always in the target's vocabulary, so the loop need not check.
+        shows_confidence: it calls `DraftRequest.go_on`, and reading its probabilities does not wait for a device.
+        reads_prompts: its first proposal takes longer for longer prompts.
+        compile_seconds: wall time that the last `start` spent compiling.
     """
 
     in_vocabulary = False
@@ -95,14 +94,14 @@ class Drafter(ABC):
     compile_seconds = 0.0
 
     def start(self, call: DraftRequest, context: Context) -> None:
-        """A new `generate()` call begins. `context` holds the prompts; state of an earlier call must go."""
+        """A new `generate()` call begins. `context` holds the prompts; drop the state of earlier calls."""
 
     @abstractmethod
     def propose(self, context: Context, max_tokens: int) -> Draft:
         """Up to `max_tokens` tokens for each row in `context.rows`, in that order."""
 
     def commit(self, context: Context) -> None:
-        """The context now ends after what was committed; rejected drafts must be forgotten."""
+        """The committed tokens are in the context now; forget rejected drafts."""
 
     def end(self) -> None:
         """The `generate()` call is over."""
@@ -119,7 +118,7 @@ class Drafter(ABC):
 
 
 def check_draft(draft: Draft, rows: int, max_tokens: int, vocab_size: int, drafter: Drafter) -> None:
-    """Raise on proposals that break the protocol of `Drafter.propose`."""
+    """Raise an error for proposals that violate the protocol of `Drafter.propose`."""
     name = type(drafter).__name__
     if not isinstance(draft, Draft):
         raise TypeError(f"{name}.propose must return a Draft, got {type(draft).__name__}")
@@ -130,7 +129,7 @@ def check_draft(draft: Draft, rows: int, max_tokens: int, vocab_size: int, draft
         )
     if tokens.ndim != 2 or tokens.shape[0] != rows:
         raise ValueError(
-            f"{name} proposed tokens of shape {tuple(tokens.shape)}, expected [{rows}, k]: one line for each active row"
+            f"{name} proposed tokens of shape {tuple(tokens.shape)}, expected [{rows}, k]: one line per active row"
         )
     if tokens.shape[1] > max_tokens:
         raise ValueError(f"{name} proposed {tokens.shape[1]} tokens per row, asked for at most {max_tokens}")

@@ -1,4 +1,4 @@
-"""A draft model: one tight loop over `forward`, all rows together, with a RaggedCache of its own."""
+"""A draft model: one tight loop of forwards over all rows, with its own RaggedCache."""
 
 import math
 from dataclasses import replace
@@ -27,16 +27,16 @@ logger = logging.get_logger(__name__)
 
 
 class ModelDrafter(Drafter):
-    """Drafts with a smaller language model of the target's vocabulary, conditioned on the same encoder inputs if any.
+    """Drafts with a smaller language model that has the target's vocabulary, and its encoder inputs if there are any.
 
-    Greedy calls draft the argmax; sampling calls draw from the draft's processed distribution, which is the q of the
-    acceptance test.
+    Greedy calls draft the argmax. Sampling calls draw from the draft's processed distribution, the q of the acceptance
+    test.
 
     Args:
         model: the draft model (`assistant_model` in `generate()`).
-        confidence_threshold: a row stops proposing once the draft gave its last token a probability below this
-            (`assistant_confidence_threshold`); 0 never stops. The unsure token itself is still proposed.
-        compiles: have `torch.compile` compile its steps (`speculation_compile`). What drafts say need not be exact.
+        confidence_threshold: a row stops after a token to which the draft gave a probability below this
+            (`assistant_confidence_threshold`); 0 never stops. That token itself is still proposed.
+        compiles: compile its steps with `torch.compile` (`speculation_compile`). Drafts need not be exact.
     """
 
     in_vocabulary = True
@@ -96,7 +96,7 @@ class ModelDrafter(Drafter):
             self.cached.at_once = 1
 
     def _self_fed(self, context: Context) -> SelfFedModel:
-        """A draft that only its own code can feed; it reads the prompt with its first forward."""
+        """For a draft that only its own code can feed; it reads the prompt in its first forward."""
         device = model_device(self.model)
         ids = context.view(context.prompt_width).to(device)
         ids = ids.clamp(0, self.model.config.get_text_config(decoder=True).vocab_size - 1)
@@ -104,7 +104,7 @@ class ModelDrafter(Drafter):
         return SelfFedModel(self.model, *prepared_call(self.model, inputs))
 
     def _take_over(self, cached: CachedModel, first_forward: FirstForward, output: ModelOutput) -> None:
-        """Go on from a forward over the whole prompt, image and all."""
+        """Continue from a forward over the whole prompt, images included."""
         rows = len(cached.layout.first)
         cached.take_over(first_forward, output)
         cached.prefill_forwards += 1
@@ -138,7 +138,7 @@ class ModelDrafter(Drafter):
                 drawn = argmax
             tokens.append(drawn)
             if self._call.processors:
-                context.write_drafts(drawn, offset=step)  # for them to see
+                context.write_drafts(drawn, offset=step)  # processors see them
             lengths, done = self._stop(step, lengths, scores, drawn)
             if done:
                 break
@@ -149,38 +149,38 @@ class ModelDrafter(Drafter):
         return Draft(torch.cat(tokens, dim=1), torch.cat(probs, dim=1) if probs else None, lengths, valid)
 
     def _stop(self, step: int, lengths: list[int], scores: Tensor, drawn: Tensor) -> tuple[list[int], bool]:
-        """Where the rows' drafts end, as far as it is known after a step, and whether that was the last one."""
+        """The draft length of each row as known after a step, and whether that was the last step."""
         go_on, last = self._call.go_on, step + 1 >= max(lengths)
         if self.confidence_threshold == 0 and (go_on is None or last):
             return lengths, last
         chosen = scores[:, 0].gather(-1, drawn) - scores[:, 0].logsumexp(dim=-1, keepdim=True)
         confidence: list[float] = chosen.exp().squeeze(-1).tolist()
         if any(map(math.isnan, confidence)):
-            return lengths, True  # no distribution, which the loop reports
+            return lengths, True  # no distribution: the loop raises an error
         unsure = [p < self.confidence_threshold for p in confidence]
         lengths = [min(n, step + 1) if stop else n for n, stop in zip(lengths, unsure)]
         last = step + 1 >= max(lengths)
         return lengths, last or (go_on is not None and not go_on(confidence))
 
     def commit(self, context: Context) -> None:
-        # The cache holds the context as it was and all drafts but the last: what is committed of that stays.
+        # The cache holds the previous context and all drafts but the last; the committed ones stay.
         self.cached.commit(context)
 
     def end(self) -> None:
         self.cached.release()
 
     def _room(self, context: Context) -> int:
-        """How many tokens may be drafted before the draft model runs out of positions."""
+        """How many tokens can be drafted before the draft model runs out of positions."""
         room = self._max_positions - max(context.lengths)
         if room <= 0:
             logger.warning_once(
-                f"The draft model {type(self.model).__name__} has {self._max_positions} positions and the context is "
-                "longer: no drafts from here on."
+                f"The draft model {type(self.model).__name__} has {self._max_positions} positions, and the context is "
+                "longer: nothing is drafted from here on."
             )
         return max(room, 0)
 
     def _catch_up(self, context: Context) -> None:
-        """Feed what the cache is behind, prompts at first, unless the next forward can do it in passing."""
+        """Feed the tokens that are not cached yet, unless the next forward can feed them along with its own."""
         cached, chunk = self.cached, self._call.prefill_chunk_size
         missing = cached.missing(context)
         unequal = len(set(missing)) > 1 and max(missing) > (1 if cached.has_states else 2)
@@ -194,19 +194,19 @@ class ModelDrafter(Drafter):
         equal = min(missing) == max(missing)
         logits = self.cached.forward(context, max(missing), 1 if equal else None, drawn).logits
         if not equal:
-            self.cached.forget(context.rows, [max(missing) - n for n in missing])  # what was fed after their own tokens
+            self.cached.forget(context.rows, [max(missing) - n for n in missing])  # fill after a row's own tokens
             last = to_device(missing, logits.device)[:, None, None] - 1
             logits = logits.gather(1, last.expand(-1, 1, logits.shape[2]))
         logits = _fit_vocabulary(logits.float().to(context.tokens.device), self._call.vocab_size)
         if not self._call.processors:
             return logits
         scores = self._process(logits, context, offset=step)
-        # Where processors leave the draft nothing to say, it speaks unprocessed: q is what was drawn from.
+        # If processors leave no token, draw from the unprocessed distribution: q is still what was drawn from.
         return torch.where(scores.amax(dim=-1, keepdim=True).isfinite(), scores, logits)
 
 
 def _fit_vocabulary(logits: Tensor, vocab_size: int) -> Tensor:
-    """Bring `[rows, 1, draft vocab]` to the target's ids: padding rows of one embedding are no tokens of the other."""
+    """Cut or pad `[rows, 1, draft vocab]` to the target's ids: padding rows of an embedding are not tokens."""
     missing = vocab_size - logits.shape[-1]
     if missing > 0:
         return torch.nn.functional.pad(logits, (0, missing), value=float("-inf"))

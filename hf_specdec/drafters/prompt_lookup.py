@@ -1,5 +1,6 @@
-"""Prompt look-up: propose what followed the last n-gram when it occurred before (Saxena 2023; transformers has it as
-`PromptLookupCandidateGenerator`). No model, no cost to speak of; good where outputs repeat their context.
+"""Prompt look-up: propose the tokens that followed an earlier occurrence of the last n-gram (Saxena 2023; transformers
+has it as `PromptLookupCandidateGenerator`). It needs no model and costs next to nothing; it suits outputs that repeat
+their context.
 """
 
 import torch
@@ -11,10 +12,9 @@ from .base import Draft, Drafter, DraftRequest
 
 
 class PromptLookupDrafter(Drafter):
-    """Looks the context's last n-gram up in the context itself, longest n first, and in what an encoder was given.
+    """Looks up the context's last n-gram in the context itself and in the encoder's input, longest n first.
 
-    Among the places where it occurred, those with the most tokens behind them win (up to what is asked for), then the
-    latest.
+    The occurrence with the most tokens after it wins (up to the number asked for); among equals, the latest.
 
     Args:
         max_matching_ngram_size: the longest n-gram to try.
@@ -27,21 +27,21 @@ class PromptLookupDrafter(Drafter):
             raise ValueError(f"`max_matching_ngram_size` must be at least 1, got {max_matching_ngram_size}")
         self.max_matching_ngram_size = max_matching_ngram_size
 
-    def start(self, request: DraftRequest, context: Context) -> None:
-        self._vocab_size = request.vocab_size
-        self._encoded = None if request.encoder is None else request.encoder.token_ids()
+    def start(self, call: DraftRequest, context: Context) -> None:
+        self._vocab_size = call.vocab_size
+        self._encoded = None if call.encoder is None else call.encoder.token_ids()
 
     def propose(self, context: Context, max_tokens: int) -> Draft:
         ends = context.first_free
         first = to_device([context.first[row] for row in context.rows], ends.device)
         tokens = context.tokens[context.row_index, : max(context.active_ends)]  # [rows, width]
-        if self._encoded is not None:  # stands in front, with what is no token as -1, which nothing matches
+        if self._encoded is not None:  # comes first; -1 stands for ids that are not tokens, and matches nothing
             padding = torch.arange(tokens.shape[1], device=ends.device) < first[:, None]
             encoded = self._encoded[context.row_index.to(self._encoded.device)].to(ends.device)
             tokens = torch.cat([encoded, tokens.masked_fill(padding, -1)], dim=1)
             first, ends = torch.zeros_like(first), ends + encoded.shape[1]
 
-        source = torch.zeros_like(ends)  # the column behind the chosen occurrence
+        source = torch.zeros_like(ends)  # the column after the chosen occurrence
         found = torch.zeros_like(ends)  # how many tokens to copy from there
         for size in range(min(self.max_matching_ngram_size, tokens.shape[1] - 1), 0, -1):
             column, count = _best_match(tokens, first, ends, size, max_tokens)
@@ -50,19 +50,19 @@ class PromptLookupDrafter(Drafter):
 
         offsets = torch.arange(max_tokens, device=ends.device)
         drafts = tokens.gather(1, (source[:, None] + offsets).clamp(max=tokens.shape[1] - 1))
-        # A source may hold ids that are no tokens (image placeholders, padding): copy only up to them.
+        # A source may contain ids that are not tokens (image placeholders, padding): copy only up to the first of them.
         copied = (offsets < found[:, None]) & (drafts >= 0) & (drafts < self._vocab_size)
         lengths: list[int] = copied.long().cumprod(dim=1).sum(dim=1).tolist()
         return Draft(drafts[:, : max(lengths)].clamp(0, self._vocab_size - 1), lengths=lengths)
 
 
 def _best_match(tokens: Tensor, first: Tensor, ends: Tensor, size: int, max_tokens: int) -> tuple[Tensor, Tensor]:
-    """Per row, the column behind the best earlier occurrence of the last `size` tokens, and how many tokens follow."""
+    """Per row, the column after the best earlier occurrence of the last `size` tokens, and how many tokens follow."""
     windows = tokens.unfold(1, size, 1)  # [rows, starts, size]
     starts = torch.arange(windows.shape[1], device=tokens.device)
     tail_columns = (ends[:, None] - size + torch.arange(size, device=tokens.device)).clamp(min=0)
     matches = (windows == tokens.gather(1, tail_columns)[:, None]).all(dim=-1)
-    following = (ends[:, None] - (starts + size)).clamp(max=max_tokens)  # tokens behind each window
+    following = (ends[:, None] - (starts + size)).clamp(max=max_tokens)  # tokens after each window
     usable = matches & (starts >= first[:, None]) & (following > 0)
     score = torch.where(usable, following * windows.shape[1] + starts, -1)
     best, start = score.max(dim=1)

@@ -1,6 +1,6 @@
 """The decoding loop: draft, verify, accept, commit, roll back, until every row has ended.
 
-Start reading at `SpeculativeDecoding.run`. What each step needs lives in its own file; this one holds them together and
+Start reading at `SpeculativeDecoding.run`. Each step's details are in a file of their own; this one combines them, and
 is the only one that appends to the context.
 """
 
@@ -33,23 +33,23 @@ from .streaming import StepStreamer
 
 logger = logging.get_logger(__name__)
 
-# Tokens of a prompt above which one forward more is little beside what reading it takes.
+# Above this many prompt tokens, one more forward is cheap beside reading the prompt.
 _LONG = 512
 
 
 class Clock:
-    """Wall time in laps: each begins where the one before ended."""
+    """Wall time in laps: each begins where the previous one ended."""
 
     def __init__(self) -> None:
         self._began = perf_counter()
 
     @property
     def seconds(self) -> float:
-        """Of the lap so far."""
+        """The current lap so far."""
         return perf_counter() - self._began
 
     def lap(self) -> float:
-        """End the lap. Returns: its seconds."""
+        """End the lap and return its seconds."""
         began, self._began = self._began, perf_counter()
         return self._began - began
 
@@ -60,9 +60,9 @@ class Committed:
 
     Attributes:
         tokens: the committed set.
-        accepted: how many of them are accepted drafts; they come first.
-        finished: why the row ends there, `None` if it goes on.
-        drafted: what had been proposed.
+        accepted: how many of them are accepted drafts; these come first.
+        finished: why the row ends there; `None` if it goes on.
+        drafted: the drafts that were proposed.
     """
 
     tokens: list[list[int]]
@@ -73,12 +73,12 @@ class Committed:
 
 @dataclass
 class SpeculativeDecoding:
-    """One `generate()` call, prepared (see `session.py`), ready to run.
+    """One prepared `generate()` call (see `generate/session.py`), ready to run.
 
     Attributes:
-        sequential: logits processors and stopping criteria are called as vanilla calls them, step by step.
+        sequential: logits processors and stopping criteria are called step by step, as vanilla calls them.
         lockstep: all rows commit equally many tokens per iteration.
-        make_target: makes the target as it was before anything was fed to it.
+        make_target: makes the target anew, with nothing fed to it.
     """
 
     context: Context
@@ -96,12 +96,16 @@ class SpeculativeDecoding:
     prefill_chunk_size: int | None = None
     stats: SpeculationStats = field(default_factory=SpeculationStats)
     trace: Trace | None = None
-    _stop_column: dict[int, int] = field(default_factory=dict)  # row -> one past the column at which it met a criterion
-    _pending: list[int] = field(default_factory=list)  # by active row, queries of the last forward before its own
+    _stop_column: dict[int, int] = field(
+        default_factory=dict
+    )  # row -> the column after the token at which it met a criterion
+    _pending: list[int] = field(
+        default_factory=list
+    )  # by active row, queries in the last forward before its last committed token
     _finished: set[int] = field(default_factory=set)  # rows that leave the batch after this iteration
 
     def run(self) -> int:
-        """Decode all rows to their end. Returns the columns of the output."""
+        """Decode all rows to their end. Returns the width of the output in columns."""
         self.prefill()
         while self.context.rows:
             clock, forwards = Clock(), self.drafter.forwards
@@ -114,35 +118,35 @@ class SpeculativeDecoding:
             try:
                 self.commit(committed, output)
                 self.roll_back()
-                # A streamer takes its time for each token, however many are drafted: no reason to draft more or fewer.
+                # A streamer's time does not depend on how many tokens are drafted, so the schedule does not see it.
                 self.schedule.update(replace(iteration, other_seconds=clock.seconds))
                 self.streamer.advance(self.context, self.output_width)
-            finally:  # a streamer that raises, raises after the tokens are committed
+            finally:  # if the streamer raises, the tokens are committed already
                 self.record(replace(iteration, other_seconds=clock.seconds))
         self.stats.draft_prefill_forwards += self.drafter.prefill_forwards
         self.drafter.end()
         return self.output_width
 
     def prefill(self) -> None:
-        """Feed the prompts to both models, all but the last token, which the first verification feeds.
+        """Feed the prompts to both models, except for the last token, which the first verification feeds.
 
-        Prompts of equal lengths are left to that verification altogether: one forward less.
+        If all prompts have the same length, that verification feeds them whole: one forward fewer.
         """
-        start = perf_counter()
+        clock = Clock()
         self.drafter.start(self.request, self.context)
         chunks: list[tuple[list[int], ModelOutput]] = []
         unlike = len(set(self.target.missing(self.context))) > 1 or any(self.target.prompt_left(self.context))
         is_special = self.prefill_chunk_size or self.recorder.forward_kwargs
         if self.target.prompt_is_unread:
-            pass  # that is the first verification
+            pass  # the first verification reads it
         elif unlike or is_special or self.target.has_states:
             chunks = self.target.prefill(self.context, self.prefill_chunk_size, **self.recorder.forward_kwargs)
         for counts, output in chunks:
             self.recorder.layers(output, counts)
-        self.stats.add_prefill(perf_counter() - start, len(chunks), self.drafter.compile_seconds)
+        self.stats.add_prefill(clock.lap(), len(chunks), self.drafter.compile_seconds)
 
     def draft(self) -> Draft:
-        """Up to γ tokens for each active row, but never so many that the target's own would not fit after them."""
+        """Up to γ tokens for each active row, always leaving room for the target's own token."""
         context, rows = self.context, len(self.context.rows)
         if self.target.prompt_is_unread or any(self.target.prompt_left(context)) or self._is_first_of_long():
             return no_draft(context)
@@ -160,7 +164,7 @@ class SpeculativeDecoding:
         return draft.cut(lengths)
 
     def _is_first_of_long(self) -> bool:
-        """Whether the first tokens would have to wait until the draft model has read long prompts too."""
+        """Whether the first token would have to wait for the draft model to read a long prompt too."""
         begins = self.context.active_ends[0] == self.context.prompt_width
         return begins and self.drafter.reads_prompts and max(self.context.lengths) > _LONG
 
@@ -179,14 +183,14 @@ class SpeculativeDecoding:
         return verified.output
 
     def _read_prompt(self) -> ModelOutput:
-        """The prompt in vanilla's first forward. From what our cache cannot hold, the model's own code goes on."""
+        """Vanilla's first forward over the prompt. If our cache cannot hold the result, the model's code continues."""
         try:
             return self.target.read_prompt(**self.recorder.forward_kwargs)
         except DoesNotFit as found:
             if self.recorder.forward_kwargs:
                 names = " and ".join(f"`{name}`" for name in self.recorder.forward_kwargs)
-                raise ValueError(f"{found}, and strategy='spec' does not record {names} then: leave it out") from found
-            logger.warning_once(f"{found}: forwards are made by its own code, on copies of what it caches.")
+                raise ValueError(f"{found}, and then strategy='spec' does not record {names}: leave it out") from found
+            logger.warning_once(f"{found}: its own code makes the forwards, on copies of what it caches.")
             self.target, self.lockstep = SelfFedModel.going_on(found.first_forward, found.output), True
             found.output.logits = found.output.logits[:, -1:]
             return found.output
@@ -197,7 +201,7 @@ class SpeculativeDecoding:
         return self._accept_sequential(draft, logits) if self.sequential else self._accept_block(draft, logits)
 
     def _accept_block(self, draft: Draft, logits: Tensor) -> Committed:
-        """All positions at once: processors are functions of a prefix, and each position's prefix is known."""
+        """Accept all positions at once: processors are functions of a prefix, and each position's prefix is known."""
         context = self.context
         scores = BlockProcessors(self.processors)(logits, context)
         verdict = self._judge(draft.tokens, to_device(draft.row_lengths, scores.device), draft.probs, scores)
@@ -215,7 +219,7 @@ class SpeculativeDecoding:
         return committed
 
     def _finish(self, row: int, tokens: list[int]) -> str | None:
-        """Cut `tokens` in place where the row ends; say why it ends there."""
+        """Cut `tokens` in place where the row ends. Returns the reason, or `None` if the row goes on."""
         end = self.context.ends[row]
         hit = None if row in self._stop_column else self.stopping.first_end(self.context, row, tokens)
         if hit is not None:
@@ -224,12 +228,12 @@ class SpeculativeDecoding:
             if hit is not None:
                 del tokens[hit[0] :]
             return None if hit is None else hit[1]
-        # Without an EOS token vanilla lets every row run on until all have met a criterion.
+        # Without an EOS token, vanilla continues every row until all have met a criterion.
         del tokens[max(self.context.max_length - end, 0) :]
         return "max_length" if end + len(tokens) >= self.context.max_length else None
 
     def _accept_sequential(self, draft: Draft, logits: Tensor) -> Committed:
-        """One position after the other, as vanilla goes: processors, choice, criteria, on committed tokens only."""
+        """Accept position by position, as vanilla does: processors, choice, criteria, on committed tokens only."""
         context, rows = self.context, self.context.rows
         index = context.row_index
         end = context.ends[rows[0]]
@@ -246,7 +250,7 @@ class SpeculativeDecoding:
             probs = None if draft.probs is None else draft.probs[:, i : i + 1]
             here = scores[index][:, None].expand(-1, 1 + (i < draft.tokens.shape[1]), -1)
             verdict = self._judge(draft.tokens[:, i : i + 1], has_draft, probs, here)
-            # What processors leave of a row that has ended in this block does not matter.
+            # The scores of a row that has ended in this block do not matter.
             ended = to_device([why is not None for why in committed.finished], scores.device)
             verdict = verdict._replace(valid=verdict.valid | ended)
             tokens, accepted, _ = self._to_host(verdict, draft, logits[:, i : i + 1], here)
@@ -280,7 +284,7 @@ class SpeculativeDecoding:
     def _to_host(
         self, verdict: Verdict, draft: Draft, logits: Tensor, scores: Tensor
     ) -> tuple[list[list[int]], list[int], list[list[int]]]:
-        """The iteration's one synchronisation: new tokens, accepted lengths and drafts as Python numbers."""
+        """The one synchronisation of an iteration: new tokens, accepted lengths and drafts as Python numbers."""
         draft_valid = torch.ones_like(verdict.valid) if draft.valid is None else draft.valid
         flags = torch.stack([verdict.accepted, verdict.valid, draft_valid], dim=1)
         packed = torch.cat([flags, verdict.tokens, draft.tokens], dim=1).tolist()
@@ -296,7 +300,7 @@ class SpeculativeDecoding:
         return [row[3 : 3 + width] for row in packed], [row[0] for row in packed], drafted
 
     def _vanilla_would_choose(self, logits: Tensor, scores: Tensor) -> bool:
-        """Processors may make sound logits infinite or NaN: the argmax of vanilla takes that, sampling cannot."""
+        """Processors may turn finite logits into inf or NaN: vanilla's argmax accepts that, sampling cannot."""
         left = (scores.amax(dim=-1) != float("-inf")).all()
         return not self.request.do_sample and bool(logits.amax(dim=-1).isfinite().all() & left)
 
@@ -304,13 +308,13 @@ class SpeculativeDecoding:
         raise ValueError(
             f"The {model} gave no distribution over the vocabulary for row {row} after column "
             f"{self.context.ends[row] - 1}: its scores hold NaN or +inf, or are all -inf. Check its weights and dtype, "
-            "and what the logits processors leave"
+            "and the logits processors"
         )
 
     def describe(
         self, committed: Committed, draft_seconds: float, verify_seconds: float, draft_forwards: int
     ) -> Iteration:
-        """The iteration up to now, before anything is committed: `other_seconds` is 0."""
+        """The iteration before anything is committed; `other_seconds` is 0."""
         context = self.context
         steps = [
             RowStep(
@@ -326,7 +330,7 @@ class SpeculativeDecoding:
         return Iteration(steps, draft_seconds, verify_seconds, other_seconds=0.0, draft_forwards=draft_forwards)
 
     def record(self, iteration: Iteration) -> None:
-        """Tell statistics and trace what was committed."""
+        """Add the iteration to statistics and trace."""
         self.stats.add(iteration)
         if self.trace is not None:
             self.trace.add(iteration)
@@ -340,23 +344,23 @@ class SpeculativeDecoding:
         self._finished = {row for row, why in zip(self.context.rows, committed.finished) if why is not None}
 
     def roll_back(self) -> None:
-        """Both caches keep what is committed; finished rows leave the batch."""
+        """Both caches keep only committed tokens; finished rows leave the batch."""
         self.target.commit(self.context)
         self.drafter.commit(self.context)
         if invariants.ENABLED:
             invariants.check_iteration(self.context, self.target, getattr(self.drafter, "cached", None))
         rows = self.context.rows
         width = self.output_width
-        if len(self._stop_column) == self.context.batch_size:  # nobody needs to go beyond the last one's end
+        if len(self._stop_column) == self.context.batch_size:  # no row needs to go beyond the end of the longest
             self._finished |= {row for row in rows if self.context.ends[row] >= width}
-        for row in self._finished:  # the last row fills the gap, so that caches move one row only
+        for row in self._finished:  # the last row fills the gap, so caches move one row only
             gap = rows.index(row)
             rows[gap] = rows[-1]
             rows.pop()
 
     @property
     def output_width(self) -> int:
-        """Columns of the output: known once every row has met a criterion, `max_length` until then."""
+        """Columns of the output: `max_length` until every row has met a criterion."""
         if len(self._stop_column) < self.context.batch_size:
             return self.context.max_length
         return max(self._stop_column.values())

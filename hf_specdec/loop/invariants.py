@@ -1,7 +1,7 @@
-"""What must hold after every iteration, checked when `HF_SPECDEC_CHECK=1`: slow, for debugging and for tests.
+"""Invariants that hold after every iteration, checked when `HF_SPECDEC_CHECK=1`: slow, for debugging and for tests.
 
-Each row's target cache stands for exactly its committed tokens but the last, at the right positions; where there are
-states, and in the draft's cache, for at most those. Nothing but padding stands behind what is committed.
+Each row's target cache holds exactly its committed tokens but the last, at the right positions. Recurrent states, and
+the draft's cache, hold at most those. In the context, only padding comes after the committed tokens.
 """
 
 import os
@@ -17,7 +17,7 @@ from ..models.target import Target
 from ..sampling.context import Context
 
 ENABLED = os.environ.get("HF_SPECDEC_CHECK", "") not in ("", "0")
-TOLERANCE = 1e-3  # of the largest key or value; the same numbers through forwards of other shapes, in float32
+TOLERANCE = 1e-3  # of the largest key or value; forwards of other shapes round differently, in float32
 
 
 class InvariantError(AssertionError):
@@ -28,10 +28,10 @@ def check_iteration(context: Context, target: Target, draft: Target | None = Non
     """Raise an InvariantError unless caches and context agree for the active rows."""
     for row, missing in zip(context.rows, target.missing(context)):
         if missing < 1 or (missing > 1 and not target.has_states):
-            raise InvariantError(f"row {row}: the target's cache holds all but {missing} tokens, and should all but 1")
+            raise InvariantError(f"row {row}: the target's cache holds all but {missing} tokens instead of all but 1")
         after = context.tokens[row, context.ends[row] : context.max_length]
         if not bool((after == context.pad_token_id).all()):
-            raise InvariantError(f"row {row}: tokens stand after the committed ones")
+            raise InvariantError(f"row {row}: there are tokens after the committed ones")
     for row, missing in zip(context.rows, draft.missing(context) if draft is not None else ()):
         if missing < 1:
             raise InvariantError(f"row {row}: the draft's cache holds all but {missing} committed tokens")
@@ -44,7 +44,7 @@ def _check_entries(context: Context, cached: CachedModel) -> None:
     """Compare keys, values and states with those of one fresh forward over each row's committed tokens."""
     given = cached.layout.column_offset or cached.layout.prompt_positions is not None or not cached.prompt_is_tokens
     if given or not cached.cache.layers:
-        return  # the beginning was not given as tokens of this context
+        return  # the context does not begin with the tokens that are cached
     for index, row in enumerate(cached.cache.rows):
         first = context.first[row]
         begin, end = first + cached.layout.slot_offset[row], cached.cache.lengths[row]

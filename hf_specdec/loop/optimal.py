@@ -1,15 +1,16 @@
 """The "optimal" schedule: draft for as long as one more draft is expected to bring more tokens per second.
 
-Owns running estimates of what drafts are worth and what forwards cost, both measured while decoding. Lossless whatever
-they are: a decision depends only on past iterations and on drafts that are verified or dropped with all behind them.
+Owns running estimates of what drafts are worth and what forwards cost, both measured while decoding. Decoding stays
+lossless whatever the estimates are: a decision depends only on past iterations, and on drafts that are verified or
+dropped together with all drafts after them.
 
-The decision. An iteration that drafts γ tokens in each row takes V(γ + 1) + γ·D seconds, V the target's forward and D a
-forward of the draft, and commits 1 + a1 + a1·a2 + ... tokens per row, aj the probability that draft j is accepted if
-all before it are. The best γ maximises their ratio R. Where the draft's confidence can be read without waiting for a
-device (CPU), it is decided token by token instead: a draft is worth its probability of being accepted, and is not made
-once that is below R·(D + V') seconds, V' being what one more token adds to V (optimal stopping of a renewal process).
-γ = 0 where even the best R is below that of plain decoding; a draft of one token, ever more rarely, then probes whether
-that has changed.
+The decision. An iteration that drafts γ tokens in each row takes V(γ + 1) + γ·D seconds, where V is the target's
+forward and D a forward of the draft. It commits 1 + a1 + a1·a2 + ... tokens per row, where aj is the probability that
+draft j is accepted if all drafts before it are. The best γ maximises their ratio R. On a CPU, the draft's confidence
+can be read without waiting for a device, so the decision is made token by token: a draft is worth its probability of
+being accepted, and none is made once that is below R·(D + V') seconds, where V' is what one more token adds to V
+(optimal stopping of a renewal process). γ is 0 where even the best R is below that of plain decoding; now and then a
+draft of one token checks whether that has changed, each time after a longer pause.
 """
 
 import itertools
@@ -26,19 +27,19 @@ MAX_GAMMA = 16
 _FORGET = 0.97  # weight of an observation after one more of its kind
 _RECENT = 0.9  # weight of an iteration after one more
 _BINS = 10  # of the draft's confidence
-_LEAN = 64.0  # how strongly V' leans towards what is believed: as one measurement 8 tokens off the others would
-_LIKELY = 0.3  # while costs are unknown, drafts are made that are accepted with this probability
+_LEAN = 64.0  # the weight of the prior for V': that of one measurement 8 tokens away from the others
+_LIKELY = 0.3  # while costs are unknown, draft tokens that are accepted with at least this probability
 _ENOUGH = 2  # iterations to time before costs are believed
-_INSTANT = 1e-9  # seconds; clocks may stand still
+_INSTANT = 1e-9  # seconds; a clock may not advance between two readings
 _FIRST_PROBE, _LAST_PROBE = 16, 256  # iterations between drafts while speculation does not pay
 
 
 class Share:
-    """A probability estimated from outcomes, old ones counting less."""
+    """A probability estimated from outcomes; older ones count less."""
 
     def __init__(self) -> None:
         self._hits = self._seen = 0.0
-        self._doubt = 2.0  # weight of what is believed without them
+        self._doubt = 2.0  # weight of the prior
 
     def add(self, hit: bool) -> None:
         self._hits = _FORGET * self._hits + hit
@@ -46,7 +47,7 @@ class Share:
         self._doubt *= _FORGET
 
     def value(self, prior: float) -> float:
-        """The estimate; `prior` is what is believed without outcomes."""
+        """The estimate; without outcomes it is `prior`."""
         return (self._hits + self._doubt * prior) / (self._seen + self._doubt)
 
 
@@ -54,10 +55,10 @@ class Costs(NamedTuple):
     """Seconds of an iteration.
 
     Attributes:
-        plain: without drafts; `None` if that was not measured.
-        block: of the target's forward over one token and drafts, less what the drafts add to it.
-        token: what each draft adds to that (V').
-        draft: to make a draft (D); 0 for drafters without a model.
+        plain: without drafts; `None` if not measured.
+        block: the target's forward over one token and drafts, without what the drafts add to it.
+        token: what each draft adds to that forward (V').
+        draft: making one draft token (D); 0 for drafters without a model.
     """
 
     plain: float | None
@@ -71,7 +72,7 @@ class Costs(NamedTuple):
 
 
 class Estimates:
-    """What is known of one target with one drafter; kept from call to call.
+    """Estimates for one target with one drafter, kept from call to call.
 
     Costs are in seconds, by size class of the batch: 1, 2-3, 4-7, 8-15... rows.
     """
@@ -92,17 +93,17 @@ class Estimates:
             self._draft[rows].append(iteration.draft_seconds / iteration.draft_forwards)
 
     def costs(self, rows: int) -> Costs | None:
-        """What iterations over about so many rows take; `None` while too few were measured."""
+        """The cost of iterations over about this many rows; `None` while too few were measured."""
         measured = self._verify[rows.bit_length()]
         if sum(map(len, measured.values())) < _ENOUGH:
             return None
         plain = _typical(measured[1]) if 1 in measured else None
-        # A single token may be much cheaper (matrix-vector products), which says nothing of further ones.
+        # A single token may be much cheaper (matrix-vector products), which says nothing about further ones.
         points = [(w, _typical(s), len(s)) for w, s in measured.items() if w > 1 or len(measured) == 1]
         total = sum(n for _, _, n in points)
         center, seconds = (sum(point[k] * point[2] for point in points) / total for k in (0, 1))
-        # The fit leans: few and noisy measurements would keep drafts short, and so themselves few. With one row towards
-        # V' = 0; several rows are no single tokens even without drafts, so there towards the difference from that.
+        # The fit has a prior: few and noisy measurements would keep drafts short, and thereby stay few. With one row
+        # the prior is V' = 0. Several rows are several tokens even without drafts: there it is the slope from plain.
         believed = 0.0 if rows == 1 or plain is None or center == 1 else (seconds - plain) / (center - 1)
         spread = sum(n * (w - center) ** 2 for w, _, n in points) + _LEAN
         rise = sum(n * (w - center) * (s - seconds) for w, s, n in points) + _LEAN * believed
@@ -116,7 +117,7 @@ class Estimates:
         )
 
     def space_probes(self, drafted: bool, hit: bool) -> None:
-        """Each probe that fails doubles the wait for the next; one that hits is followed by another at once."""
+        """A failed probe doubles the wait for the next one; a successful one is followed by another at once."""
         if not drafted:
             self.idle += 1
         elif not hit:
@@ -125,13 +126,13 @@ class Estimates:
             self.idle = 0
 
     def acceptance(self, gamma: int) -> list[float]:
-        """a1 .. aγ; what is not known of a position is taken from the one before."""
+        """a1 .. aγ; the prior of a position is the estimate of the one before."""
         self.by_position.extend(Share() for _ in range(gamma - len(self.by_position)))
         chain = itertools.accumulate(self.by_position[:gamma], lambda prior, share: share.value(prior), initial=0.7)
         return list(chain)[1:]
 
     def confidence(self, given: float) -> float:
-        """The probability that a draft is accepted which the draft model gave this probability."""
+        """The probability that a draft token is accepted, given the draft model's probability for it."""
         return self.by_confidence[_bin(given)].value(given**0.5)
 
 
@@ -149,7 +150,7 @@ class Optimal:
 
     Args:
         max_gamma: the longest draft.
-        estimates: what earlier calls have learned; updated here.
+        estimates: those of earlier calls; updated here.
         reads_confidence: the drafter asks `go_on` after each token.
     """
 
@@ -169,7 +170,7 @@ class Optimal:
         self._tokens = self._seconds = 0.0  # of recent iterations that drafted: per row, and as expected
 
     def plan(self, rows: int) -> int:
-        """The longest draft of the next iteration, over so many rows."""
+        """The longest draft of the next iteration over this many rows."""
         known = self._estimates
         if self._paused and known.idle < known.probe_after:
             return 0
@@ -186,7 +187,7 @@ class Optimal:
         rates = [rows * n / self._costs.iteration(gamma) for gamma, n in enumerate(tokens) if gamma]
         self._rate = max(rates)
         if self._reads_confidence and self._seconds:
-            # Late positions are reached by confident drafts only, so their acceptance promises too much.
+            # Only confident drafts reach late positions, so the acceptance there is too optimistic.
             self._rate = max(rows * self._tokens / self._seconds, rates[0])
         self._paused = self._rate <= rows / self._costs.plain
         if not self._paused:
@@ -195,7 +196,7 @@ class Optimal:
         return 0 if known.idle < known.probe_after else 1
 
     def _go_on(self, confidence: list[float]) -> bool:
-        """Whether to draft another token, the draft having given its last ones these probabilities, by row."""
+        """Whether to draft another token, given the draft's probabilities for the last ones, by row."""
         known = self._estimates
         self._confidence.append(confidence)
         self._alive = [p * known.confidence(c) for p, c in zip(self._alive, confidence)]
@@ -210,13 +211,13 @@ class Optimal:
         """Learn from one iteration."""
         known = self._estimates
         for slot, step in enumerate(iteration.rows):
-            # A row cut off by its end or by the other rows says nothing of the drafts behind.
+            # A row that was cut by its end or by other rows says nothing about the drafts after that.
             for i in range(step.accepted + (step.kind == "correction")):
                 known.by_position[i].add(i < step.accepted)
                 if i < len(self._confidence):
                     known.by_confidence[_bin(self._confidence[i][slot])].add(i < step.accepted)
         longest = max(len(step.drafted) for step in iteration.rows)
-        if self._has_begun:  # the first iteration had the prompts to do as well
+        if self._has_begun:  # the first iteration also reads the prompts
             known.add_costs(iteration)
             if longest and self._costs is not None:
                 committed = sum(len(step.committed) for step in iteration.rows) / len(iteration.rows)
@@ -227,7 +228,7 @@ class Optimal:
 
 
 def _typical(seconds: Sequence[float]) -> float:
-    """What a machine takes that is not disturbed: disturbances only ever add to it."""
+    """The time without disturbances, which can only add to it: the lower quartile."""
     return max(sorted(seconds)[len(seconds) // 4], _INSTANT)
 
 

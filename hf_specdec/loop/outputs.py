@@ -1,6 +1,6 @@
-"""What `generate()` returns besides tokens: scores, logits, hidden states, attentions, in the shapes of vanilla.
+"""The outputs of `generate()` besides tokens: scores, logits, hidden states and attentions, in vanilla's shapes.
 
-Owns the records of the call. Rows reach a step in different iterations; here each row's part waits for the others.
+Owns the records of the call. Rows reach a step in different iterations; each row's part waits here for the others.
 """
 
 from collections.abc import Iterable
@@ -21,10 +21,9 @@ Layers = tuple[tuple[Tensor | None, ...] | None, ...]  # by step, by layer, as f
 class Recorder:
     """Collects what the user asked for with `output_*=True`.
 
-    Where a row has finished, its part is zero (vanilla returns what the model makes of padding); left padding of a
-    prompt is zero likewise.
+    The part of a finished row is zero (vanilla returns the model's outputs for padding), and so is left padding.
 
-    Columns here are those that the attention mask of the call has: the context's, plus `column_offset`.
+    Columns here are those of the call's attention mask: the context's, plus `column_offset`.
 
     Args:
         config: the call's generation config.
@@ -33,7 +32,7 @@ class Recorder:
         column_offset: columns that came before the context's.
         past: columns that were cached before the call.
         windows: by layer, how many columns a sliding layer of transformers' cache attends to; `None` for all.
-        has_encoder: the model has an encoder too, and names what is the decoder's.
+        has_encoder: the model has an encoder too, and prefixes the decoder's outputs.
         name: of the model's class, for messages.
     """
 
@@ -53,7 +52,7 @@ class Recorder:
         self.wants_logits = wanted and bool(config.output_logits)
         self.wants_hidden_states = wanted and bool(config.output_hidden_states)
         self.wants_attentions = wanted and bool(config.output_attentions)
-        self._selects = config.output_hidden_states  # a flag, or the layers that are wanted
+        self._selects = config.output_hidden_states  # a flag, or the layers to record
         self._name = name
         self._context = context
         self._first = first
@@ -64,14 +63,14 @@ class Recorder:
         self._scores: Steps = []
         self._logits: Steps = []
         self._layout: dict[str, list[bool]] = {}  # by kind of record, for each layer, whether a forward gave a tensor
-        # By row, what its queries gave, in order: [layers + 1, queries, width] and [layers, heads, queries, slots].
+        # By row, its queries in order: [layers + 1, queries, width] and [layers, heads, queries, slots].
         self._hidden_states: list[list[Tensor]] = [[] for _ in first]
         self._attentions: list[list[Tensor]] = [[] for _ in first]
         self._cross_attentions: list[list[Tensor]] = [[] for _ in first]  # [layers, heads, queries, encoder columns]
 
     @property
     def forward_kwargs(self) -> dict[str, Any]:
-        """What the target's forwards must be asked for."""
+        """What to pass to the target's forwards."""
         kwargs = {"output_hidden_states": self._selects} if self.wants_hidden_states else {}
         return kwargs | ({"output_attentions": True} if self.wants_attentions else {})
 
@@ -92,7 +91,7 @@ class Recorder:
         return self.wants_scores or self.wants_logits
 
     def layers(self, output: ModelOutput, counts: list[int], skipped: list[int] | None = None) -> None:
-        """Record hidden states and attentions, if any, of `counts[i]` queries of each row, behind `skipped[i]`."""
+        """Record hidden states and attentions, if any, of `counts[i]` queries of each row, after `skipped[i]`."""
         hidden_states = self._given("hidden_states", output, 3) if self.wants_hidden_states else []
         attentions = self._given("attentions", output, 4) if self.wants_attentions else []
         crossed = self._given("cross_attentions", output, 4) if self.wants_attentions and self._has_encoder else []
@@ -104,10 +103,10 @@ class Recorder:
             _append(self._cross_attentions[row], [layer[i, :, :count] for layer in crossed])
 
     def _given(self, kind: str, output: ModelOutput, axes: int) -> list[Tensor]:
-        """The tensors that a forward gave for a kind of record, of layers that have one.
+        """The tensors of one kind of record in a forward's output, for the layers that have one.
 
         Raises:
-            ValueError: if they do not have so many axes, so that rows and queries are not where we look for them.
+            ValueError: if they do not have this many axes: rows and queries would be elsewhere.
         """
         layers = output.get(PREFIX + kind if self._has_encoder and kind != "cross_attentions" else kind)
         if layers is None:
@@ -125,12 +124,12 @@ class Recorder:
         return given
 
     def _in_layers(self, kind: str, given: Iterable[Tensor]) -> tuple[Tensor | None, ...]:
-        """Tensors of the layers that have one, each at its layer's place."""
+        """One entry per layer: its tensor, or `None` if it has none."""
         given = iter(given)
         return tuple(next(given) if has else None for has in self._layout[kind])
 
     def _nothing(self, kind: str, steps: int) -> tuple[Any, ...] | None:
-        """What vanilla returns where forwards gave no tensor of a kind; `None` if they did."""
+        """What vanilla returns where forwards gave no tensors of a kind; `None` if they did."""
         layout = self._layout.get(kind)
         return None if layout and any(layout) else (None if layout is None else (None,) * len(layout),) * steps
 
@@ -186,7 +185,7 @@ class Recorder:
                 columns, queries = self._overlap(row, begin, end, weights.shape[2])
                 first = self._first[row]
                 step[:, row, :, columns, first:end] = weights[:, :, queries, : end - first]
-            windows = [*self._windows, *[None] * layers][:layers]  # the cache of a user may not know yet
+            windows = [*self._windows, *[None] * layers][:layers]  # a user's cache may not know them yet
             shown = [end if window is None else min(begin, window - 1) + end - begin for window in windows]
             result.append(self._in_layers("attentions", (layer[..., -width:] for layer, width in zip(step, shown))))
         return tuple(result)
@@ -223,7 +222,7 @@ class Recorder:
         ]
 
     def _overlap(self, row: int, begin: int, end: int, recorded: int) -> tuple[slice, slice]:
-        """Which of the columns `[begin, end)` a row has records for: as indices of the step and of its records."""
+        """The columns in `[begin, end)` that a row has records for, as indices of the step and of its records."""
         origin = max(self._past, self._first[row])  # the column of its first recorded query
         low, high = max(begin, origin), min(end, origin + recorded)
         high = max(low, high)

@@ -9,22 +9,22 @@ from .optimal import MAX_GAMMA, Optimal, estimates_for
 
 DEFAULT_GAMMA = 5
 
-# By draft model, where "heuristic" started and where it left off; transformers keeps this in the user's generation
-# config instead.
+# By draft model, where "heuristic" started and where it ended; transformers keeps this in the user's generation
+# config.
 _learned: "weakref.WeakKeyDictionary[object, tuple[int, int]]" = weakref.WeakKeyDictionary()
 
 
 class Schedule(Protocol):
-    """Knows γ.
+    """Chooses γ.
 
     Attributes:
-        go_on: decides token by token whether to draft another one (see `DraftRequest`); `None` leaves it at the plan.
+        go_on: decides token by token whether to draft another one (see `DraftRequest`); `None` to follow the plan.
     """
 
     go_on: GoOn | None
 
     def plan(self, rows: int) -> int:
-        """The longest draft of the next iteration, over so many active rows."""
+        """The longest draft of the next iteration over this many active rows."""
 
     def update(self, iteration: Iteration) -> None:
         """Learn from one iteration."""
@@ -52,8 +52,8 @@ class Heuristic:
 
     Args:
         gamma: where to start.
-        owner: the object whose γ is remembered from call to call, until a call asks for another start; `None` forgets
-            ("heuristic_transient").
+        owner: γ is remembered for this object from call to call, until a call asks for another start; `None` to
+            forget it ("heuristic_transient").
     """
 
     go_on: GoOn | None = None
@@ -84,9 +84,9 @@ def make_schedule(name: str, gamma: int | None, target: object, drafter: Any) ->
 
     Args:
         name: one of `SCHEDULES`.
-        gamma: where to start, and for "optimal" the longest draft; `None` for the schedule's own choice.
-        target: the target model, on which costs depend.
-        drafter: the drafter; what is learned is remembered by its `model`, if it has one.
+        gamma: the first draft length, and for "optimal" the longest; `None` for the schedule's own choice.
+        target: the target model; costs depend on it.
+        drafter: estimates are remembered for its `model`, if it has one.
     """
     if name not in SCHEDULES:
         raise ValueError(f"`num_assistant_tokens_schedule` must be one of {', '.join(SCHEDULES)}, got {name!r}")

@@ -1,6 +1,6 @@
 """Exact stopping: where in a block of new tokens vanilla `generate()` would have ended a row.
 
-The criteria of transformers that depend on one row's tokens alone (or the clock) are decided per row on the committed
+Criteria of transformers that depend only on one row's tokens (or on the clock) are evaluated per row on the committed
 block. Any other criterion may count calls or look at other rows, so it is called exactly as vanilla calls it: once per
 step, on the whole batch, with all rows at the same step (`decoding.py` then advances the rows in lockstep).
 """
@@ -24,14 +24,14 @@ _KNOWN = {
 
 
 class Stopping:
-    """What ends a row.
+    """Decides where rows end.
 
     Args:
         criteria: the prepared criteria of `generate()`.
         max_length: columns that the output may have at most.
 
     Attributes:
-        pads_finished_rows: vanilla pads a finished row only when some criterion has `eos_token_id`; otherwise every row
+        pads_finished_rows: vanilla pads a finished row only if some criterion has `eos_token_id`; otherwise every row
             goes on until all have met a criterion.
     """
 
@@ -43,12 +43,12 @@ class Stopping:
         self._eos = {
             token for c in criteria if type(c) is EosTokenCriteria for token in c.eos_token_id.flatten().tolist()
         }
-        # Those that must see the tokens (or the clock) to decide.
+        # These must see the tokens (or the clock) to decide.
         self._by_call = [c for c in criteria if type(c) in (StopStringCriteria, MaxTimeCriteria)]
         self._limits = [c for c in criteria if type(c) is MaxLengthCriteria and c.max_position_embeddings is not None]
 
     def first_end(self, context: Context, row: int, tokens: list[int]) -> tuple[int, str] | None:
-        """How many of `tokens`, the next ones of a row, vanilla would keep, and why it would end there.
+        """How many of a row's next `tokens` vanilla would keep, and why it would end there.
 
         Returns: `(count, reason)` when the row ends within them, else `None`.
         """
@@ -62,7 +62,7 @@ class Stopping:
         return None
 
     def reason(self, context: Context, row: int, token: int, end: int) -> str | None:
-        """Which known criterion ends a row behind `token`, its last one before column `end`."""
+        """Which known criterion ends a row after `token`, its last one before column `end`."""
         if token in self._eos:
             return "eos"
         if end >= self.max_length:

@@ -1,4 +1,4 @@
-"""Streamers see what vanilla shows them: the prompt, then one token per row and step, then the end."""
+"""Streamers get what vanilla gives them: the prompt, then one token per row and step, then the end."""
 
 from transformers.generation.streamers import BaseStreamer
 
@@ -22,7 +22,7 @@ class StepStreamer:
         if self._streamer is None:
             return
         complete = min([output_width, *context.active_ends])
-        columns = context.tokens[:, self._streamed : complete].to("cpu", copy=True)  # a streamer may write into it
+        columns = context.tokens[:, self._streamed : complete].to("cpu", copy=True)  # a streamer may modify it
         for column in columns.unbind(dim=1):
             self._streamer.put(column)
         self._streamed = max(complete, self._streamed)
