@@ -1,4 +1,4 @@
-"""The decoding method that `generate()` is given: it prepares a call, decodes, and returns what `generate()` does."""
+"""The decoding method that is passed to `generate()`: it prepares the call, decodes, and builds the result."""
 
 import copy
 import inspect
@@ -44,17 +44,18 @@ def speculative(
 
     Args:
         assistant_model: the draft: a model, a Hub id or local path, or a `Drafter`. Without one, prompt look-up.
-        streamer: transformers hands a streamer to its own decoding methods only, so pass it here.
-        tokenizer, assistant_tokenizer: of target and draft, to compare where their vocabularies differ in size.
+        streamer: `generate()` passes a streamer only to its own decoding methods, so give it here.
+        tokenizer, assistant_tokenizer: of target and draft; compared if their vocabularies differ in size.
         speculation_stats: filled in place.
         speculation_trace: filled in place; it takes `tokenizer` for its own if it has none.
         options: `num_assistant_tokens`, `num_assistant_tokens_schedule`, `assistant_confidence_threshold`,
-            `prompt_lookup_num_tokens`, `max_matching_ngram_size`, as in the generation config; `speculation_compile`,
-            to have `torch.compile` compile the draft's steps ("draft") or the blocks that the target verifies
-            ("target"), or the machine's C++ compiler attention of few queries on CPUs ("attention"), or all (True);
-            `speculation_pack_weights`, whether linear layers on the CPU may keep their weights a second time, as its
-            products want them (`None`: where it pays, once calls may have taken 64 tokens). In float32, logits may move
-            by rounding when packing begins; which shapes it pays for is measured once per machine.
+            `prompt_lookup_num_tokens`, `max_matching_ngram_size`, as in the generation config.
+            `speculation_compile`: "draft" compiles the draft's steps and "target" the blocks that the target verifies,
+            both with `torch.compile`; "attention" compiles attention of few queries on CPUs with the machine's C++
+            compiler; True does all three.
+            `speculation_pack_weights`: whether linear layers on the CPU may keep a second copy of their weights in the
+            CPU's preferred layout; `None` does so where it pays, once calls may have taken 64 tokens. In float32,
+            logits may move by rounding when packing begins. Which shapes it pays for is measured once per machine.
 
     Raises:
         TypeError: for an option of another name, or a record of another type.
@@ -72,7 +73,7 @@ def speculative(
 
 
 class SpeculativeMethod:
-    """What `generate()` calls in place of a decoding method of its own; see `speculative` for the arguments."""
+    """Called by `generate()` instead of its own decoding method; see `speculative` for the arguments."""
 
     def __init__(
         self,
@@ -90,12 +91,12 @@ class SpeculativeMethod:
         self._trace = trace
         self._options = options
         self._call: dict[str, Any] = {}
-        self._calls: list[object] = []  # one entry per call, shared with copies
+        self._calls: list[object] = []  # one entry per call; copies share it
 
     def of_call(self, call: dict[str, Any]) -> "SpeculativeMethod":
-        """The same for one call of `generate()`, whose arguments it is told by name.
+        """A copy that knows the arguments of one `generate()` call, by name.
 
-        `generate()` hands over only what it has prepared, and not what that was made from, such as images.
+        `generate()` passes on only what it has prepared, not the arguments themselves, such as images.
         """
         method = copy.copy(self)
         method._call = call
@@ -150,17 +151,17 @@ class SpeculativeMethod:
 
 
 def check_handed_over(call: dict[str, Any]) -> None:
-    """Raise a ValueError for arguments that `generate()` keeps from custom decoding methods and would ignore."""
+    """Raise a ValueError for arguments that `generate()` does not pass to custom decoding methods."""
     for name in ("streamer", "assistant_model"):
         if call.get(name) is not None:
             raise ValueError(
-                f"`generate()` does not hand `{name}` to a custom decoding method: pass it as speculative({name}=...)"
+                f"`generate()` does not pass `{name}` to a custom decoding method: give it as speculative({name}=...)"
             )
     check_synced_gpus(call.get("synced_gpus"))
 
 
 def _given_inputs(model: PreTrainedModel, call: dict[str, Any]) -> dict[str, Any]:
-    """The model inputs that the user gave to `generate()`: the images themselves, not what came of them since."""
+    """The model inputs that the user gave to `generate()`, such as images, before any were prepared."""
     given = {**call, "input_ids": call.get("inputs", call.get("input_ids"))}
     if given["input_ids"] is None or given.get("inputs_embeds") is not None:
         return {}
@@ -171,10 +172,10 @@ def _given_inputs(model: PreTrainedModel, call: dict[str, Any]) -> dict[str, Any
 
 
 def _check_decoding_method(model: PreTrainedModel) -> None:
-    """Our loop stands in for transformers' own; one that does more than choose tokens cannot be replaced by it."""
+    """Our loop replaces the one of transformers, not one that does more than choose tokens."""
     name = type(model).__name__
     if getattr(model._sample, "__func__", None) is not GenerationMixin._sample:
         raise ValueError(
-            f"strategy='spec' cannot be used with {name}: it decodes by a method of its own (`_sample`), "
+            f"strategy='spec' cannot be used with {name}: it has its own decoding method (`_sample`), "
             "which does more at each step than choose a token. Drop the strategy"
         )

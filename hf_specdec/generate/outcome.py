@@ -1,4 +1,4 @@
-"""From the loop back to `generate()`: a decoding that has run becomes transformers' output classes and caches again."""
+"""From the loop back to `generate()`: a finished decoding becomes transformers' output classes and caches."""
 
 from torch import Tensor
 from transformers.cache_utils import Cache
@@ -13,7 +13,7 @@ from .session import PreparedCall
 def finish(
     decoding: SpeculativeDecoding, width: int, call: PreparedCall
 ) -> GenerateDecoderOnlyOutput | GenerateEncoderDecoderOutput | Tensor:
-    """The result of `generate()` for a decoding that has run, and the cache that it leaves behind."""
+    """The result of `generate()` for a finished decoding, with the cache that vanilla would return."""
     cache, target = call.cache, decoding.target
     wants_dict = bool(call.config.return_dict_in_generate)
     if isinstance(target, SelfFedModel):
@@ -51,15 +51,15 @@ def finish(
 
 
 def hand_back_cache(decoding: SpeculativeDecoding, width: int, cache: Cache) -> None:
-    """Fill transformers' cache object as vanilla leaves it: every column but the last one, for every row.
+    """Fill transformers' cache as vanilla leaves it: every column but the last, for every row.
 
-    Rows that ended early have padding columns, which vanilla feeds too; they are fed here, in one forward.
+    Rows that ended early have padding columns, which vanilla feeds too; here they are fed in one forward.
     """
     context, target = decoding.context, decoding.target
     assert isinstance(target, CachedModel)
     context.rows = list(range(context.batch_size))
     context.ends = [width] * context.batch_size
-    if target.has_states and context.batch_size > 1:  # those of rows that ended are gone: once more from the start
+    if target.has_states and context.batch_size > 1:  # finished rows have lost theirs: feed all again
         target = decoding.make_target()
         assert isinstance(target, CachedModel)
         if target.prompt_is_unread:

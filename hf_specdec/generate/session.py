@@ -50,22 +50,22 @@ logger = logging.get_logger(__name__)
 
 
 class Feeding(Enum):
-    """Who feeds the target, and where the tokens of its rows are."""
+    """Who feeds the target, and where its rows' tokens are."""
 
-    RAGGED = "rows hold no padding and have lengths of their own"
-    ALIGNED = "rows are as vanilla has them, padding included, and always have equal lengths"
-    SELF_FED = "the model's own code makes its forwards, rows aligned"
+    RAGGED = "rows hold no padding and have different lengths"
+    ALIGNED = "rows include padding, as in vanilla, and always have equal lengths"
+    SELF_FED = "the model's own code makes the forwards, with aligned rows"
 
 
 @dataclass
 class PreparedCall:
-    """What `generate()` hands to a decoding method.
+    """The arguments that `generate()` passes to a decoding method.
 
     Attributes:
         input_ids: `[batch, columns]` int64, the prompt; of an encoder-decoder model, the decoder's.
         processors, criteria, config: the call's logits processors, stopping criteria and generation config.
-        kwargs: what forwards are prepared from: cache, mask, positions, and whatever else the model takes.
-        encoder_inputs: what `generate()` has given to the encoder, if there is one.
+        kwargs: cache, mask, positions, and other model inputs, from which forwards are prepared.
+        encoder_inputs: the inputs that `generate()` has passed to the encoder, if there is one.
         given: the model inputs that the user gave to `generate()`, by name.
     """
 
@@ -80,32 +80,32 @@ class PreparedCall:
 
     @property
     def cache(self) -> Any:
-        """The cache that transformers has made, or the user has given, under the name that the model has for it."""
+        """The cache that transformers has made or the user has given, under the model's name for it."""
         return self.kwargs.get("past_key_values", self.kwargs.get("cache_params"))
 
     @property
     def max_length(self) -> int:
-        """Columns that the output may have."""
+        """How many columns the output may have."""
         limits = [c.max_length for c in self.criteria if type(c) is MaxLengthCriteria]
         return min(limits, default=self.config.max_length)
 
     @property
     def is_static(self) -> bool:
-        """Whether forwards are to have fixed shapes."""
+        """Whether forwards should have fixed shapes."""
         return self.config.cache_implementation in STATIC_KINDS
 
 
 @dataclass
 class _Checked:
-    """A call that the target can be used for, and what was found out about it on the way.
+    """A call that has passed the checks, with their findings.
 
     Attributes:
-        call: with ids in int64, and of an encoder-decoder model the decoder's side alone.
-        encoder: the other side.
-        cross: the cross-attention that the call's cache holds, if it is an encoder-decoder model's.
+        call: with int64 ids, and only the decoder's side of an encoder-decoder model.
+        encoder: the encoder's side.
+        cross: the cross-attention in the call's cache, for encoder-decoder models.
         self_fed: the model's own code makes its forwards.
-        cache: transformers' for this model, with what is cached already; an empty one if it is self-fed.
-        columns: slots of the longest row, with what was cached before the context began.
+        cache: transformers' cache for this model, with the cached columns; an empty one if it is self-fed.
+        columns: of the longest row, including those cached before the context begins.
     """
 
     call: PreparedCall
@@ -125,10 +125,10 @@ def prepare(
     stats: SpeculationStats,
     trace: Trace | None,
 ) -> SpeculativeDecoding:
-    """Build the decoding of one prepared `generate()` call. No prompt has been fed to any model yet.
+    """Build the decoding of one prepared `generate()` call. No model has been fed the prompt yet.
 
     Raises:
-        ValueError, TypeError: for what speculation cannot be lossless with.
+        ValueError, TypeError: if speculation could not be lossless for this call.
     """
     checked = _check(call)
     stopping = Stopping(call.criteria, call.max_length)
@@ -178,7 +178,7 @@ def prepare(
 
 
 def _check(call: PreparedCall) -> _Checked:
-    """Raise what is wrong with a call, cheapest questions first; see `_Checked` for what is returned."""
+    """Raise an error if the call cannot be served; the cheapest checks come first."""
     model, config, encoder, cross = call.model, call.config, None, None
     check_user_cache(call.kwargs.get("past_key_values"), model, config.max_length)
     call = replace(call, input_ids=whole_numbers(call.input_ids))
@@ -195,7 +195,7 @@ def _check(call: PreparedCall) -> _Checked:
         check_states(model, call.cache, "the model")
         check_windows(model, config.max_length)
         prompt = _read_prompt(call, call.cache)
-        self_fed = not able.keeps_cache  # asked last of what is refused without running anything
+        self_fed = not able.keeps_cache  # after all checks that run no model
     if self_fed:
         check_given(model, call.cache, config)
         prompt = _read_prompt(call, None)
@@ -218,8 +218,8 @@ def _vocab_size(model: PreTrainedModel) -> int:
 
 
 def _feeding(checked: _Checked, lockstep: bool) -> Feeding:
-    """Vanilla pads recurrent layers on the left, which tell what is padding only there; and models without position ids
-    count columns, padding included.
+    """Aligned for recurrent layers, which recognise padding only on the left, as in vanilla; and for models without
+    position ids, which count columns, padding included.
     """
     if checked.self_fed:
         return Feeding.SELF_FED
@@ -251,20 +251,20 @@ def _make_recorder(checked: _Checked, context: Context, feeding: Feeding) -> Rec
 
 
 def check_given(model: PreTrainedModel, cache: Any, config: GenerationConfig) -> None:
-    """Refuse, for a model whose own code feeds it, what that leaves no place for."""
+    """Raise a ValueError for options that cannot work when the model's own code makes its forwards."""
     name = type(model).__name__
     if getattr(cache, "_is_user_defined", False):
         raise ValueError(
-            f"`past_key_values` ({type(cache).__name__}) was given, but what {name} carries from step to step is not "
-            "known to strategy='spec', which cannot go on from it: pass the whole text without it"
+            f"`past_key_values` ({type(cache).__name__}) was given, but {name} carries a state from step to step that "
+            "strategy='spec' does not know and cannot continue from: pass the whole text without it"
         )
     for option in ("output_attentions", "output_hidden_states"):
         if config.return_dict_in_generate and getattr(config, option):
-            raise ValueError(f"strategy='spec' does not record what `{option}` asks for of {name}: leave it out")
+            raise ValueError(f"strategy='spec' does not record what `{option}` asks for with {name}: leave it out")
 
 
 def check_cache(cache: Any) -> None:
-    """Refuse a cache whose contents this loop does not know how to carry from step to step."""
+    """Raise a ValueError for a cache that cannot be rolled back."""
     if not isinstance(cache, Cache):
         raise ValueError(
             "strategy='spec' needs a model that keeps a transformers `Cache` as `past_key_values`, "
@@ -274,7 +274,7 @@ def check_cache(cache: Any) -> None:
 
 
 def _needs_lockstep(checked: _Checked, drafter: Drafter, unknown: list[str]) -> bool:
-    """Whether the rows of a batch must advance together; says once why.
+    """Whether the rows of a batch must advance together; logs the reason once.
 
     Args:
         unknown: names of processors and criteria that may keep state between calls.
@@ -292,11 +292,11 @@ def _needs_lockstep(checked: _Checked, drafter: Drafter, unknown: list[str]) -> 
     elif prompt.first_forward is not None and prompt.first_forward.places_tokens_itself:
         reason = f"{type(model).__name__} makes its own position ids"
     elif Abilities.of(model).needs_own_code:
-        reason = f"{type(model).__name__} carries a state of its own from step to step"
+        reason = f"{type(model).__name__} carries its own state from step to step"
         if hidden := hidden_parameters(model):
             reason = f"the forward of {type(model).__name__} does not name {hidden[0]}"
     elif windows:
-        reason = f"{type(model).__name__} has a window of {windows[0]} tokens that its cache knows nothing of"
+        reason = f"{type(model).__name__} has a window of {windows[0]} tokens that its cache does not know"
     elif not (answer := Abilities.of(model).ragged):
         reason = f"{type(model).__name__} cannot decode rows of different lengths together ({answer.reason})"
     elif isinstance(drafter, ModelDrafter) and not drafter.takes_ragged_rows:
@@ -308,10 +308,10 @@ def _needs_lockstep(checked: _Checked, drafter: Drafter, unknown: list[str]) -> 
 
 
 def _needs_unbounded_windows(checked: _Checked, lockstep: bool, stopping: Stopping) -> bool:
-    """Whether more than a block may be asked of layers with a window, which therefore hold every slot.
+    """Whether layers with a window must hold every slot, since more than a block may be rolled back or recorded.
 
-    Attention weights are recorded over all slots. A cache that is handed back stands for the columns of the output,
-    which some rows may have passed; and in lockstep, where rows ended early, all go back to where the first one ended.
+    Attention weights are recorded over all slots. A returned cache holds the columns of the output, and some rows may
+    have gone beyond these; in lockstep, if rows ended early, all rows go back to where the first one ended.
     """
     config = checked.call.config
     hands_back = config.return_dict_in_generate or getattr(checked.cache, "_is_user_defined", False)
@@ -322,7 +322,7 @@ def _needs_unbounded_windows(checked: _Checked, lockstep: bool, stopping: Stoppi
 
 
 def _make_target(checked: _Checked, feeding: Feeding, unbounded: bool, compiles: bool) -> CachedModel | SelfFedModel:
-    """The target, fed with nothing yet."""
+    """The target, with nothing fed to it yet."""
     call, prompt, columns = checked.call, checked.prompt, checked.columns
     model = call.model
     if feeding is Feeding.SELF_FED:
@@ -348,7 +348,7 @@ def _make_target(checked: _Checked, feeding: Feeding, unbounded: bool, compiles:
 def _make_cache(
     checked: _Checked, padded: bool, unbounded: bool, compiles: bool
 ) -> tuple[RaggedCache, StaticForwards | None]:
-    """The cache, and the forwards of fixed shapes that run on it, where they are asked for and possible."""
+    """The cache, and forwards of fixed shapes on it if they are wanted and possible."""
     model, prompt, columns, is_static = checked.call.model, checked.prompt, checked.columns, checked.call.is_static
     rows, device = len(prompt.first), model_device(model)
     layers = cache_layers(checked.cache, model.config, rows, columns, windowed=not unbounded)

@@ -1,4 +1,4 @@
-"""Teaches `generate()` the argument `strategy`: the one file that patches transformers or reads what is its own.
+"""Adds the argument `strategy` to `generate()`: the only file that patches transformers.
 
 `model.generate(..., strategy="spec")` becomes a call of the original `generate()` with our decoding loop as
 `custom_generate`, so transformers prepares inputs, processors, criteria and cache as for any other strategy.
@@ -22,11 +22,11 @@ from .method import SpeculativeMethod, check_handed_over, speculative
 logger = logging.get_logger(__name__)
 
 _original: Callable[..., Any] | None = None
-_overrides: dict[Any, Callable[..., Any]] = {}  # by class, the `generate()` of its own that we have wrapped
+_overrides: dict[Any, Callable[..., Any]] = {}  # by class, the original of its own `generate()`
 
 
 def _generate_speculatively(original: Callable[..., Any], model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-    """`generate(strategy="spec")`: take our arguments out, let transformers prepare, decode with ours.
+    """`generate(strategy="spec")`: take our arguments out, let transformers prepare the call, decode with our method.
 
     Args:
         original: the `generate()` that was called, of transformers or of a class that overrides it.
@@ -35,11 +35,11 @@ def _generate_speculatively(original: Callable[..., Any], model: PreTrainedModel
     if call.get("custom_generate") is not None:
         raise ValueError("`strategy='spec'` and `custom_generate` both choose the decoding method: pass one of them")
     check_synced_gpus(call.pop("synced_gpus", None))
-    sharded(model, call.get("assistant_model"))  # an encoder would run before we are asked
+    sharded(model, call.get("assistant_model"))  # before an encoder runs
     prompt = call.get("inputs", call.get("input_ids"))
     if isinstance(prompt, Tensor) and call.get("inputs_embeds") is None:
         check_not_empty(prompt)
-    # `generate()` would build that cache, which may need packages that are not there, before we are asked.
+    # Before `generate()` builds that cache, which may need packages that are not installed.
     configs = (call.get("generation_config"), model.generation_config)
     named = (call.get("cache_implementation"), *(getattr(config, "cache_implementation", None) for config in configs))
     check_cache_implementation(next(filter(None, named), None))
@@ -60,7 +60,7 @@ def _generate_speculatively(original: Callable[..., Any], model: PreTrainedModel
 
 
 def _call(original: Callable[..., Any], model: PreTrainedModel, method: SpeculativeMethod, call: dict[str, Any]) -> Any:
-    """Call `generate()` with our decoding method, and see that it was called.
+    """Call `generate()` with our decoding method, and check that it was called.
 
     Raises:
         ValueError: if a `generate()` of the model's own has no use for a decoding method.
@@ -71,7 +71,7 @@ def _call(original: Callable[..., Any], model: PreTrainedModel, method: Speculat
     except ValueError as error:
         if method.was_called or "custom_generate" not in str(error):
             raise
-        raise ValueError(f"{own} takes no decoding method (`custom_generate`). Drop the strategy") from error
+        raise ValueError(f"{own} does not accept a decoding method (`custom_generate`). Drop the strategy") from error
     if not method.was_called:
         raise ValueError(f"{own} does not decode token by token, so there is nothing to draft. Drop the strategy")
     return result
@@ -81,25 +81,25 @@ def _bind(original: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, 
     """The arguments of a call by name, without `self`."""
     signature = inspect.signature(original)
     if any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values()):
-        signature = inspect.signature(_original or GenerationMixin.generate)  # to which such an override hands them
+        signature = inspect.signature(_original or GenerationMixin.generate)  # such an override passes them on to it
     arguments = dict(list(signature.bind(*args, **kwargs).arguments.items())[1:])
     more = [p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
     return arguments | arguments.pop(more[0], {}) if more else arguments
 
 
-# What `generate()` must not see: it would choose its own assisted mode, or ask for the tokenizer that it has dropped.
+# Hidden from `generate()`: it would choose its own assisted mode, or ask for the tokenizer that we have taken out.
 _HIDDEN = ("stop_strings", "prompt_lookup_num_tokens", "assistant_early_exit")
 
 
 class _QuietConfig(GenerationConfig):
-    """A generation config that does not take hidden options over from the model's."""
+    """A generation config that ignores the hidden options of the model's generation config."""
 
     def update(self, defaults_only: bool = False, **kwargs: Any) -> dict[str, Any]:
         return super().update(defaults_only=defaults_only, **{k: v for k, v in kwargs.items() if k not in _HIDDEN})
 
 
 def _take_options(model: PreTrainedModel, call: dict[str, Any]) -> dict[str, Any]:
-    """The options of this call by name, `stop_strings` among them; hidden ones are gone from `call` afterwards."""
+    """The options of this call by name, with `stop_strings`; the hidden ones are removed from `call`."""
     config = call.get("generation_config")
     options = {name: call.pop(name, None) for name in (*OPTION_NAMES, "stop_strings")}
     for name, value in options.items():
@@ -128,7 +128,7 @@ def register() -> None:
     if _original is not None and getattr(current, "__wrapped__", None) is _original:
         return
     if current.__module__ != GenerationMixin.__module__:
-        logger.info(f"hf_specdec wraps a `generate()` that {current.__module__} has already replaced")
+        logger.info(f"hf_specdec wraps a `generate()` that {current.__module__} has replaced before")
     _original = current
     GenerationMixin.generate = _with_strategy(current)
     _wrap_overrides()
@@ -151,10 +151,10 @@ def _with_strategy(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _wrap_overrides() -> None:
-    """Take `strategy` in classes with a `generate()` of their own too, those to come included.
+    """Add `strategy` to classes that have their own `generate()` too, including future ones.
 
-    They may act on what they see, so they must not see our arguments: Whisper's suppresses other tokens where there is
-    an `assistant_model`.
+    These must not see our arguments, since they may act on them: Whisper's suppresses other tokens if there is an
+    `assistant_model`.
     """
     mixin: Any = GenerationMixin
     mixin.__init_subclass__ = classmethod(_wrap_new_override)
@@ -188,7 +188,7 @@ def _unwrap_overrides() -> None:
 
 
 def unregister() -> None:
-    """Put the original `generate()` back; does nothing when it is there already."""
+    """Restore the original `generate()`; does nothing if that is done already."""
     global _original
     if _original is None:
         return
