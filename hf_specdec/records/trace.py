@@ -190,7 +190,8 @@ def _verdict(step: RowStep, label: Callable[[int], str]) -> str:
         return "nothing drafted"
     count = f"all {step.accepted} accepted" if not left else f"{step.accepted} of {len(step.drafted)} accepted"
     if step.kind is None:
-        return f"{count}, and the run ended there" + f": {left} not needed" * bool(left)
+        why = "and the run ended there" if step.finished is not None else "and cut where the other rows stop"
+        return f"{count}, {why}" + f": {left} not needed" * bool(left)
     if not left:
         return count
     rejected = f"{count}, first rejected: {label(step.drafted[step.accepted])}"

@@ -173,6 +173,14 @@ def test_the_tokenizer_of_a_trace_counts_unless_another_is_given(words, tmp_path
     assert json.loads(json.dumps(asdict(trace))).keys() == {"iterations"}
 
 
+def test_a_row_that_is_cut_where_others_stop_is_not_said_to_have_ended():
+    """In lockstep a row may commit fewer tokens than it accepted."""
+    step = RowStep(0, 5, [1, 2, 3], 2, [1, 2])
+    assert "verified   2 of 3 accepted, and cut where the other rows stop: 1 not needed" in lines(traced([step]))
+    ended = RowStep(0, 5, [1, 2, 3], 2, [1, 2], finished="eos")
+    assert "verified   2 of 3 accepted, and the run ended there: 1 not needed" in lines(traced([ended]))
+
+
 # --- in colour ---
 
 
