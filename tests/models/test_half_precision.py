@@ -9,7 +9,9 @@ import torch
 from conftest import ARCHITECTURES, SIZES, assert_same_but_for_ties, make_model, make_prompts, perturbed
 from transformers import LlamaConfig, NemotronHConfig, PreTrainedModel
 
+import hf_specdec
 from hf_specdec.models.abilities import Abilities
+from hf_specdec.models.probes import rehearse
 
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 DENSE = {"llama", "gemma2", "gpt2", "falcon-alibi", "mixtral"}
@@ -121,6 +123,17 @@ def test_deep_models_with_large_weights_round_more(batch: int) -> None:
     expected = target.generate(**prompts, max_new_tokens=24, do_sample=False)
     options = {"strategy": "spec", "assistant_model": perturbed(target, 0.05), "max_new_tokens": 24}
     assert torch.equal(target.generate(**prompts, **options, num_assistant_tokens=3), expected)
+
+
+@HALF
+def test_real_models_decode_rows_of_different_lengths(dtype: torch.dtype) -> None:
+    """Of the embedded pair, little rounding is measured token by token, and more is seen with masks."""
+    for model in hf_specdec.demo_pair()[:2]:
+        model.to(dtype)
+        for seed in range(3):
+            with torch.no_grad():
+                rehearse(model, rows=3, seed=seed)
+        assert Abilities.of(model).ragged
 
 
 def test_answers_are_remembered_by_precision() -> None:
