@@ -123,10 +123,10 @@ def setting(batches: int, rows: int = 1) -> Setting:
     [
         ([0.5, 0.52] * 4, ""),  # pays
         ([1.5, 1.52] * 4, ""),  # does not, as surely
-        ([0.5, 0.52, 0.5], "3 prompts do not tell how much speed-ups vary, 8 prompts do"),
-        ([0.5] * 7, "7 prompts do not tell"),
-        ([0.5, 1.8] * 4, "it is open whether speculation pays"),
-        ([0.3, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3, 1.5], "too wide to choose by"),
+        ([0.5, 0.52, 0.5], "3 prompts cannot show how much speed-ups vary; 8 can"),
+        ([0.5] * 7, "7 prompts cannot show"),
+        ([0.5, 1.8] * 4, "it is unclear whether speculation pays"),
+        ([0.3, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3, 1.5], "too wide for a choice"),
     ],
 )
 def test_tune_concludes_from_enough_prompts_alone(costs: list[float], reason: str) -> None:

@@ -323,7 +323,7 @@ def test_prompts_beyond_the_models_positions_are_refused(tokenizer: PreTrainedTo
     model = make_model(LlamaConfig(**{**SIZES, "max_position_embeddings": 48}))
     setting = setting_of(tokenizer, context=40)
     check_positions(model, setting, 8)
-    with pytest.raises(SystemExit, match="has 48 positions, prompts of 40 and 9 new tokens take 49"):
+    with pytest.raises(SystemExit, match="has 48 positions, but prompts of 40 tokens and 9 new tokens take 49"):
         check_positions(model, setting, 9)
 
 
