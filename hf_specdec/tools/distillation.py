@@ -332,7 +332,7 @@ class Distillation:
         return self._trained.eval()
 
     def save(self, folder: Path) -> None:
-        """Replace the checkpoint in `folder` by `checkpoint-STEP`; it is written completely or not at all."""
+        """Replace the checkpoint in `folder` with `checkpoint-STEP`, written completely or not at all."""
         unfinished, before = folder / "unfinished", list(folder.glob("checkpoint-*"))
         shutil.rmtree(unfinished, ignore_errors=True)
         self._accelerator.save_state(str(unfinished))
@@ -341,7 +341,7 @@ class Distillation:
             shutil.rmtree(old)
 
     def load(self, folder: Path) -> None:
-        """Resume from the checkpoint in `folder`, if there is one: weights, optimizer, schedule, random state, order."""
+        """Resume from the checkpoint in `folder`, if any: weights, optimizer, schedule, random state, order."""
         for saved in sorted(folder.glob("checkpoint-*"))[-1:]:
             self._accelerator.load_state(str(saved))
             self.step = int(saved.name.removeprefix("checkpoint-"))

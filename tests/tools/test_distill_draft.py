@@ -159,7 +159,7 @@ def test_a_resumed_run_keeps_its_settings(
 ) -> None:
     said = refusal(script, capsys, "--resume", "--output", tmp_path)
     assert "expected an unfinished run in" in said
-    assert "beside --resume, got none" in refusal(script, capsys, "--resume")
+    assert "with --resume, got none" in refusal(script, capsys, "--resume")
     module.write_run(tmp_path, {"settings": module.settings(module.parser().parse_args(["--lr", "0.5"]))})
     said = refusal(script, capsys, "--resume", "--output", tmp_path, "--lr", "0.1")
     assert "a resumed run keeps its settings, but lr was 0.5, now 0.1" in said
@@ -216,4 +216,4 @@ def test_the_default_text_takes_no_chat_template(
     tmp_path: Path, target: Path, script: Script, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--target", target, "--from-layers", "1", "--chat-template", "--output", tmp_path / "pair"]
-    assert "expected --dataset beside --chat-template" in refusal(script, capsys, *arguments, "--device", "cpu")
+    assert "expected --dataset with --chat-template" in refusal(script, capsys, *arguments, "--device", "cpu")

@@ -160,7 +160,7 @@ def test_without_a_conclusion_nothing_is_written(
     printed = capsys.readouterr().out
     result = json.loads(printed.splitlines()[-1])
     assert code == 1 and not (tmp_path / "pair").exists()
-    assert result["speculate"] is None and not result["recommended"] and "2 prompts do not tell" in result["doubt"]
+    assert result["speculate"] is None and not result["recommended"] and "2 prompts cannot show" in result["doubt"]
     assert "No conclusion, and nothing is written" in printed
 
 
