@@ -192,7 +192,7 @@ def test_a_drafter_serves_one_call_after_the_other(make, target, draft_model, va
     assert [call(drafter, *each) for each in calls] == [call(make(draft_model, vanilla[4]), *each) for each in calls]
 
 
-# ------------------------------------------------------------------------------------------- greedy calls do not care
+# -------------------------------------------------------------------------------------- greedy calls with any drafter
 
 
 @pytest.mark.parametrize("rows", [1, 4])

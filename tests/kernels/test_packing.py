@@ -297,7 +297,7 @@ def test_nothing_is_kept_of_models_that_are_gone(pair: Pair) -> None:
     assert len(packing._kept) == before
 
 
-# --------------------------------------------------------------------------------------------------- where it is inside
+# ------------------------------------------------------------------------------------------------ only inside our calls
 
 
 class Inside(LogitsProcessor):

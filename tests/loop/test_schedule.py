@@ -163,7 +163,7 @@ def test_the_memory_does_not_keep_a_draft_alive(target):
     assert gone() is None
 
 
-# -------------------------------------------------------------------------------------------------- whose options count
+# ------------------------------------------------------------------------------------------------ precedence of options
 
 VALUES: dict[str, list[Any]] = {  # by option: of the draft's config, of the target's, of the call's config, of the call
     "num_assistant_tokens": [2, 3, 4, 6],

@@ -204,7 +204,7 @@ def test_each_kind_of_hook_is_found(kind):
         assert parts_of(model).hooked and compiled.compilable(model, compiled.STEPS, True, "drafts") == ()
 
 
-# ------------------------------------------------------------------------- what is compared
+# ----------------------------------------------------------------------- detected changes
 
 
 CHANGES: dict[str, Callable[[PreTrainedModel], Any]] = {
@@ -251,7 +251,7 @@ def test_a_forward_that_was_exchanged_does_not_keep_its_model_alive():
     assert gone() is None
 
 
-# ------------------------------------------------------------------------- compiled, by whatever torch
+# ------------------------------------------------------------------------------ compiled, by any torch
 
 
 @pytest.fixture

@@ -87,7 +87,7 @@ def test_sampled_acceptance_is_at_least_what_the_loss_promises() -> None:
         assert rejected <= math.sqrt(distillation.distillation_loss(q[None], p[None]).item() / 2)
 
 
-# ------------------------------------------------------------------------------------------------- where a draft starts
+# ------------------------------------------------------------------------------------------------------ initial weights
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma2", "mixtral", "gpt2", "gpt_neox", "opt", "falcon"])
@@ -123,7 +123,7 @@ def test_a_draft_needs_fewer_layers_than_the_target(target: PreTrainedModel, lay
         distillation.first_layers(target, layers)
 
 
-# ---------------------------------------------------------------------------------------------------- what it reads
+# ---------------------------------------------------------------------------------------------------- training data
 
 
 def test_pieces_give_the_text_back(tokenizer: PreTrainedTokenizerFast) -> None:

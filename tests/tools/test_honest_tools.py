@@ -139,7 +139,7 @@ def test_rounds_are_no_prompts() -> None:
     few, many = (contender([0.5, 0.9] * 5, rounds=rounds) for rounds in (3, 20))
     assert few.interval == many.interval
     doubt = tuning.doubt(contender([0.5] * 3, rounds=20), setting(3, rows=8))
-    assert doubt.startswith("3 batches of 8 prompts do not tell")
+    assert doubt.startswith("3 batches of 8 prompts cannot show")
 
 
 def test_the_interval_of_a_mean_holds_about_as_often_as_is_said() -> None:
