@@ -1,9 +1,9 @@
-# Sourced by the scripts beside it: goes to the repository root and gives them .venv, with what they need inside.
+# Sourced by the scripts in this folder: changes to the repository root and prepares .venv with what they need.
 #
 #   use_env         the library          use_env dev         the library with an extra of pyproject.toml
 #
-# Sets ROOT and VENV. Installs only when pyproject.toml, constraints.txt, the place of the checkout or the interpreter
-# changed since last time, so afterwards no network is needed. PYTHON names the interpreter that makes a new .venv.
+# Sets ROOT and VENV. Installs only if pyproject.toml, constraints.txt, the checkout's path or the interpreter changed
+# since last time, so later runs need no network. PYTHON names the interpreter that makes a new .venv.
 
 ROOT="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
 VENV="$ROOT/.venv"
@@ -16,7 +16,7 @@ die() {
     exit 1
 }
 
-# One line that changes whenever an installation would; ruff's settings end pyproject.toml and install nothing.
+# One line that changes whenever an installation would; ruff's settings, at the end of pyproject.toml, install nothing.
 fingerprint() {
     {
         printf '%s\n' "$ROOT" && "$VENV/bin/python" -V && sed '/^\[tool\.ruff/,$d' pyproject.toml && cat constraints.txt
@@ -32,7 +32,7 @@ make_venv() {
     say "creating .venv ($("$python" -V))"
     "$python" -m venv "$VENV" || {
         rm -rf -- "$VENV"
-        die "'$python -m venv' failed, see above; some systems put it into a package of its own (python3-venv)."
+        die "'$python -m venv' failed, see above; some systems have it in a separate package (python3-venv)."
     }
 }
 
@@ -43,7 +43,7 @@ use_env() {
         die "expected an interpreter at $VENV/bin/python, found none that starts; remove .venv and run this again."
 
     now="$(fingerprint)"
-    for stamp in "$VENV/.installed-${extra:-base}" "$VENV/.installed-dev"; do # dev has all that the others have
+    for stamp in "$VENV/.installed-${extra:-base}" "$VENV/.installed-dev"; do # dev includes all others
         [ "$(cat -- "$stamp" 2>/dev/null)" = "$now" ] && return
     done
 
@@ -51,7 +51,7 @@ use_env() {
     "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || "$VENV/bin/python" -m ensurepip >/dev/null ||
         die "expected pip in .venv, found none and could not add it; remove .venv and run this again."
     pip_install -c constraints.txt -e ".${extra:+[$extra]}" ||
-        die "pip could not install hf_specdec${extra:+[$extra]}, see above; without a network, install it beforehand."
+        die "pip could not install hf_specdec${extra:+[$extra]}, see above; if you have no network, install it first."
     printf '%s\n' "$now" >"$VENV/.installed-${extra:-base}"
     say "installed"
 }

@@ -8,13 +8,12 @@
     ./scripts/benchmark_speed --synthetic big --dtype bfloat16 --batch 8 --context 256 --ragged --rounds 5
 
 All methods take turns in one process, batch by batch. Ratios are to vanilla, within a round; the table gives their
-median over the rounds and, in parentheses, the quartiles. "first" is the time until the first token, most of which is
-the prompt's; "decode" is from the next target forward on, when both models have read the prompt. The ideal is the
-speed-up that the bare forwards of target and draft would allow at the measured τ, with nothing around them; "reached"
-is the share of it that decoding reaches. The first of --batch and the first of --context are the base, the others are
-tried one at a time. Everything is greedy: in float32 all tokens must be vanilla's, or else the exit code is 1; in
-bfloat16 and float16, where near-ties may fall differently, rows that differ are counted. The last line of the output is
-JSON.
+median over the rounds and, in parentheses, the quartiles. "first" is the time to the first token, mostly prefill;
+"decode" starts with the next target forward, when both models have read the prompt. The ideal is the speed-up at the
+measured τ if only the bare forwards of target and draft took time; "reached" is the share of it that decoding reaches.
+The first values of --batch and --context are the base setting; the others are tried one at a time. Everything is
+greedy. In float32 the exit code is 1 if any token differs from vanilla; in bfloat16 and float16, where near-ties may
+fall differently, differing rows are only counted. The last line of the output is JSON.
 """
 
 import argparse
@@ -37,9 +36,9 @@ from hf_specdec.tools import arguments, measure, methods, report, summary, synth
 from hf_specdec.tools.bare import BareForwards
 from hf_specdec.tools.settings import OWN, Setting, check_positions, make_setting
 
-POOL = 200  # prompts that longer contexts are made of
-SPEEDS = 4  # columns of the first table; the others are in the second
-CATEGORIES = 3  # columns of a table
+POOL = 200  # prompts to build longer contexts from
+SPEEDS = 4  # columns in the first table; the others are in the second
+CATEGORIES = 3  # columns per table
 
 
 def parse() -> argparse.Namespace:
@@ -49,24 +48,24 @@ def parse() -> argparse.Namespace:
     arguments.add_prompt_arguments(parser, prompts=4)
     add = parser.add_argument_group("methods").add_argument
     add("--spec", nargs="*", type=way, default=["3", "5", "8", "default"], metavar="WAY",
-        help="ours: γ, a schedule's name, or `default`: what it does by itself (default: 3 5 8 default)")  # fmt: skip
+        help="ours: γ, a schedule's name, or `default`, the library's choice (default: 3 5 8 default)")  # fmt: skip
     add("--hf", nargs="*", type=way, default=["5", "default"], metavar="WAY",
         help="HF assisted generation, likewise (default: 5 default)")  # fmt: skip
     add("--compile", nargs="?", const=True, default=False, choices=COMPILABLE,
-        help="ours with draft, target and attention compiled too, or one of them (`speculation_compile`)")  # fmt: skip
-    add("--unpacked", action="store_true", help="ours without packed weights too (`speculation_pack_weights=False`)")
+        help="also ours with draft, target and attention compiled, or one of them (`speculation_compile`)")  # fmt: skip
+    add("--unpacked", action="store_true", help="also ours without packed weights (`speculation_pack_weights=False`)")
     add("--lookup", nargs="*", type=arguments.positive, default=[8], metavar="γ",
         help="prompt look-up, ours and HF's (default: 8)")  # fmt: skip
     add = parser.add_argument_group("settings").add_argument
-    add("--batch", nargs="+", type=arguments.positive, default=[1, 4], metavar="N", help="rows (default: 1 4)")
+    add("--batch", nargs="+", type=arguments.positive, default=[1, 4], metavar="N", help="batch sizes (default: 1 4)")
     add("--context", nargs="+", type=context, default=[None, 512], metavar="N",
         help="prompt tokens, made by joining prompts, or `own` for their own lengths (default: own 512)")  # fmt: skip
-    add("--ragged", action="store_true", help="spread the rows of a batch from a quarter of --context to all of it")
+    add("--ragged", action="store_true", help="spread row lengths in a batch from a quarter of --context to all of it")
     add("--new-tokens", type=arguments.positive, default=48, metavar="N", help="tokens per prompt (default: 48)")
-    add("--rounds", type=arguments.positive, default=3, metavar="N", help="timed, after an untimed one (default: 3)")
+    add("--rounds", type=arguments.positive, default=3, metavar="N", help="timed rounds, after a warm-up (default: 3)")
     add = parser.add_argument_group("output").add_argument
     add("--html", metavar="PATH", help="write a report with tables and figures")
-    add("--json", metavar="PATH", help="write the last line to a file as well")
+    add("--json", metavar="PATH", help="also write the last line to a file")
     return parser.parse_args()
 
 
@@ -166,7 +165,7 @@ def main() -> int:
     result["growth"] = summary.growth(result["settings"])
     if result["growth"]:
         grown = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in result["growth"].items())
-        console.print(f"a decoded token with the longest context, over one with the shortest: {grown}")
+        console.print(f"cost of a decoded token at the longest context, relative to the shortest: {grown}")
     differing = sum(f.get("differing_rows", 0) for s in result["settings"] for f in s["methods"].values())
     result["identical"] = differing == 0
     failed = differing > 0 and pair.target.dtype == torch.float32
@@ -176,7 +175,7 @@ def main() -> int:
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if failed:
-        console.print(f"[bold red]{differing} rows are not vanilla's[/]: in float32 that is a bug")
+        console.print(f"[bold red]{differing} rows differ from vanilla's[/]: in float32 that is a bug")
     print(json.dumps(result))
     return 1 if failed else 0
 

@@ -2,26 +2,26 @@
 """Check that speculation changes nothing: greedy outputs token by token, sampled ones by a two-sample test.
 
     ./scripts/check_lossless                       # the embedded pair in float32, no network, about a minute
-    ./scripts/check_lossless --dtype bfloat16      # near-ties may fall differently, in transformers as here
+    ./scripts/check_lossless --dtype bfloat16      # near-ties may fall differently, as in transformers
     ./scripts/check_lossless --target Qwen/Qwen3-4B --draft Qwen/Qwen3-0.6B --dtype bfloat16 --prompts 20
 
-Greedy: every prompt is decoded by vanilla generate() and with speculation, for each draft length γ with the draft model
-and once by prompt look-up, in batches of each size. Where a row first parts from vanilla it is
+Greedy: vanilla generate() and speculation decode every prompt, for each draft length γ with the draft model and once by
+prompt look-up, in batches of each size. The first difference of a row from vanilla is
 
-  a tie   if each path chose the best token of its own scores, and both the gap between the two tokens, summed over the
-          two paths, and the difference between the paths' logits up to there, are within the bound: the larger of two
-          units in the last place of the dtype, and twice what vanilla's logits and those of one plain forward of the
-          target differ by on texts like these, at most at one position of ten times as many (no speculation takes
-          part in measuring that);
-  a BUG   otherwise. Rows with the same tokens whose logits are further apart than the bound are BUGs as well.
+  a tie   if each path chose the best token of its own scores, and two quantities are within a bound: the gap between
+          the two tokens, summed over both paths, and the difference between the paths' logits up to there. The bound is
+          the larger of two units in the last place of the dtype, and twice the noise: the difference between vanilla's
+          logits and those of one plain forward of the target that is expected at one of ten times as many positions
+          (measured without speculation);
+  a BUG   otherwise. Rows with the same tokens are BUGs too if their logits differ by more than the bound.
 
-Sampled: continuations of four tokens are drawn both ways, and each token, and each two in a row, compared by a
-chi-squared test. The table says how large a bias (total variation) would be found with a probability of 90%. The null
-hypothesis grants what rounding explains, again measured between vanilla and a plain forward.
+Sampled: continuations of four tokens are drawn both ways. A chi-squared test compares each token, and each pair of
+adjacent tokens. The table shows how large a bias (total variation) the test finds with a probability of 90%. The null
+hypothesis allows for rounding, again measured between vanilla and a plain forward.
 
-float32 shows most: there next to nothing counts as a tie. The exit code is 1 on a BUG, when the samples differ (by
-chance once in 1000 runs), and when no draft was ever accepted, since nothing is shown then. Ties do not fail. The last
-line of the output is JSON.
+float32 is the strictest check, because almost nothing counts as a tie. The exit code is 1 if there is a BUG, if the
+samples differ (by chance once in 1000 runs), or if no draft was ever accepted, because then nothing is shown. Ties do
+not fail. The last line of the output is JSON.
 """
 
 import argparse
@@ -55,7 +55,7 @@ LEFT: dict[str, Any] = {"title_justify": "left", "caption_justify": "left", "box
 
 
 def show_greedy(console: Console, results: list[GreedyResult]) -> None:
-    table = Table("speculation", title="greedy, beside vanilla", **LEFT)
+    table = Table("speculation", title="greedy, compared with vanilla", **LEFT)
     for heading in ("batch", "rows", "same", "ties", "BUGs", "α", "τ", "off by"):
         table.add_column(heading, justify="right")
     for result in results:
@@ -72,8 +72,8 @@ def show_greedy(console: Console, results: list[GreedyResult]) -> None:
     for size, r in {result.way.batch_size: result for result in results}.items():
         found = r.rounding.differences
         lines.append(
-            f"batch {size}: at {len(found)} positions plain forwards are off by {max(found):.2g} at most, which makes "
-            f"{r.rounding.noise:.2g} for ten times as many; so gaps up to {r.bound:.2g} can be ties "
+            f"batch {size}: at {len(found)} positions plain forwards differ by at most {max(found):.2g}; at ten times "
+            f"as many, by an expected {r.rounding.noise:.2g}. So gaps up to {r.bound:.2g} can be ties "
             f"({r.near_ties:.1%} of positions have such a gap)"
         )
     table.caption = "\n".join(lines)
@@ -85,7 +85,7 @@ def show_divergences(console: Console, results: list[GreedyResult], tokenizer: P
     if not found:
         return
     found.sort(key=lambda entry: entry[2] != BUG)
-    table = Table("speculation", title="rows that are not the same", **LEFT)
+    table = Table("speculation", title="rows that differ", **LEFT)
     for heading in ("batch", "prompt", "token", "vanilla", "here", "gaps", "verdict"):
         table.add_column(heading, justify="right" if heading in ("batch", "prompt", "token") else "left")
 
@@ -100,9 +100,9 @@ def show_divergences(console: Console, results: list[GreedyResult], tokenizer: P
             "-" if comparison.gaps is None else "{:.2g}, {:.2g}".format(*comparison.gaps),
             Text(f"{verdict}: {why}", "bold red") if verdict == BUG else verdict,
         )
-    lines = ["token: the first new one that differs; gaps: by how much vanilla and speculation each prefer their own"]
+    lines = ["token: the first new token that differs; gaps: how much vanilla and speculation each prefer their own"]
     if len(found) > SHOWN:
-        lines.append(f"and {len(found) - SHOWN} more rows, in the JSON below")
+        lines.append(f"{len(found) - SHOWN} more rows are in the JSON below")
     table.caption = "\n".join(lines)
     console.print(fitted(table))
 
@@ -128,7 +128,7 @@ def show_sampled(console: Console, results: list[SampledResult]) -> None:
 
 
 def find_failures(greedy: list[GreedyResult], sampled: list[SampledResult]) -> list[str]:
-    """What speaks against losslessness, or against this run having shown it."""
+    """Evidence against losslessness, and reasons why this run did not show it."""
     bugs = sum(verdict == BUG for result in greedy for _, verdict, _ in result.verdicts())
     failures = [f"{bugs} rows of greedy output differ by more than rounding explains"] if bugs else []
     failures += [f"samples differ: {r.way}, p = {r.p_value:.2g}" for r in sampled if r.differs]
@@ -144,11 +144,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("check").add_argument
     add("--new-tokens", type=positive, default=64, help="tokens to generate greedily per prompt (default: 64)")
     add("--gamma", type=positive, nargs="+", default=[1, 4, 8], metavar="γ", help="draft lengths (default: 1 4 8)")
-    add("--batch-size", type=positive, nargs="+", default=[1, 4], metavar="N", help="prompts at a time (default: 1 4)")
+    add("--batch-size", type=positive, nargs="+", default=[1, 4], metavar="N", help="prompts per batch (default: 1 4)")
     add("--samples", type=int, default=1000, metavar="N",
         help=f"continuations drawn for each of {SAMPLED_PROMPTS} prompts (their first {PROMPT_TOKENS} tokens), "
-        f"in steps of {ROWS}; 0: none (default: 1000)")  # fmt: skip
-    add("--seed", type=int, default=0, help="of the samples (default: 0)")
+        f"a multiple of {ROWS}; 0 for none (default: 1000)")  # fmt: skip
+    add("--seed", type=int, default=0, help="seed of the samples (default: 0)")
     args = parser.parse_args(arguments)
     if args.samples < 0 or args.samples % ROWS:
         parser.error(f"expected --samples as a multiple of {ROWS}, got {args.samples}")

@@ -2,15 +2,15 @@
 """Try every class that transformers can generate with: vanilla generate(), HF assisted generation, and speculation.
 
     ./scripts/compat_matrix                                # all classes
-    ./scripts/compat_matrix --only 'Llama|Qwen3'           # those whose name matches
-    ./scripts/compat_matrix --write docs/COMPATIBILITY.md  # and write the table
-    ./scripts/compat_matrix --dtype float32                # in one dtype (default: float32 and bfloat16)
+    ./scripts/compat_matrix --only 'Llama|Qwen3'           # classes whose name matches
+    ./scripts/compat_matrix --write docs/COMPATIBILITY.md  # also write the table
+    ./scripts/compat_matrix --dtype float32                # one dtype (default: float32 and bfloat16)
 
-Of each class a tiny random model is built, from the default config with all its kinds of layers, and a perturbed copy
-as the draft, which agrees with it in part. Prompts are longer than the sliding windows, and uneven in batches. Greedy
-output must be that of vanilla generate(), token by token; where a row parts from it, the rule of check_lossless says
-whether rounding explains it. Each class runs in a process that is stopped when it takes too long. The last line of the
-output is JSON; the exit code is 1 when ours is wrong or crashes anywhere.
+For each class, a tiny random model is built from the default config with all its kinds of layers. The draft is a
+perturbed copy that agrees with it in part. Prompts are longer than the sliding windows and have uneven lengths in a
+batch. Greedy output must equal vanilla generate()'s, token by token; if a row differs, the rule of check_lossless
+decides whether rounding explains it. Each class runs in a process that is stopped if it takes too long. The last line
+of the output is JSON; the exit code is 1 if ours is wrong or crashes anywhere.
 """
 
 import argparse
@@ -40,14 +40,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--only", type=re.compile, default=re.compile(""), metavar="REGEX", help="classes whose names contain a match")
-    add("--batch", type=positive, nargs="+", default=[1, 4], metavar="N", help="prompts at a time (default: 1 4)")
+    add("--batch", type=positive, nargs="+", default=[1, 4], metavar="N", help="prompts per batch (default: 1 4)")
     add("--dtype", nargs="+", choices=["float32", "bfloat16", "float16"], default=["float32", "bfloat16"],
-        help="of the models (default: float32 bfloat16)")  # fmt: skip
+        help="dtypes of the models (default: float32 bfloat16)")  # fmt: skip
     add("--jobs", type=positive, default=os.cpu_count() or 1, metavar="N", help="processes (default: one per core)")
-    add("--seed", type=int, default=0, help="of weights and prompts (default: 0)")
-    add("--seconds", type=float, default=SECONDS, help="time limit of a class (default: %(default)g)")
-    add("--write", type=Path, metavar="FILE", help="write the table, in Markdown")
-    add("--json", type=Path, metavar="FILE", help="write all results; classes that it holds already are not run again")
+    add("--seed", type=int, default=0, help="seed of weights and prompts (default: 0)")
+    add("--seconds", type=float, default=SECONDS, help="time limit per class (default: %(default)g)")
+    add("--write", type=Path, metavar="FILE", help="write the table as Markdown")
+    add("--json", type=Path, metavar="FILE", help="write all results; classes already in the file are not run again")
     return parser.parse_args(arguments)
 
 

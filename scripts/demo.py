@@ -4,8 +4,8 @@
     ./scripts/demo                                        # the embedded pair, no network, about a minute
     ./scripts/demo --target Qwen/Qwen3-4B-Base --draft Qwen/Qwen3-0.6B-Base
 
-The runs take turns in one process; medians over the rounds are reported. Everything is greedy and in float32, where the
-three must agree token by token: the exit code is 1 if they do not. The last line of the output is JSON.
+The methods take turns in one process; the figures are medians over the rounds. Everything is greedy and in float32. The
+exit code is 1 if any token differs from vanilla. The last line of the output is JSON.
 """
 
 import argparse
@@ -32,12 +32,12 @@ from hf_specdec.tools.report import fitted
 
 PROMPTS = resources.files("hf_specdec") / "assets" / "demo_pair" / "heldout_prompts.jsonl"
 EMBEDDED, ASSISTED = "embedded", "HF assisted"
-NOTE = "forwards include those over prompts; τ counts those that verify"
+NOTE = "forwards include prefill; τ counts only verification"
 
 
 @dataclass
 class Method:
-    """One way to generate for the prompts, and what was measured of it."""
+    """One way to continue the prompts, and its measurements."""
 
     name: str
     batches: list[dict[str, Tensor]]
@@ -46,8 +46,8 @@ class Method:
     sequences: list[Tensor] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     forwards: int = 0
-    difference: str = ""  # where the tokens first left vanilla's, in any of the runs
-    refusal: str = ""  # the first line of the error, where this input is refused
+    difference: str = ""  # where the tokens first differ from vanilla's, in any run
+    refusal: str = ""  # the first line of the error, if this input is refused
 
     def run(self, target: PreTrainedModel, new_tokens: int, vanilla: "Method") -> None:
         options = self.options() | {"max_new_tokens": new_tokens, "do_sample": False}
@@ -68,7 +68,7 @@ class Method:
             hook.remove()
 
     def rows(self) -> list[list[int]]:
-        """What follows each prompt, as `generate()` returns it."""
+        """The tokens after each prompt, as `generate()` returns them."""
         pairs = zip(self.batches, self.sequences, strict=True)
         return [row for batch, out in pairs for row in out[:, batch["input_ids"].shape[1] :].tolist()]
 
@@ -81,7 +81,7 @@ class Method:
     def figures(self, vanilla: "Method", eos: list[int]) -> dict[str, Any]:
         if self.refusal:
             return {"refused": self.refusal}
-        # What stands behind a row's first end token is padding.
+        # The rest of a row after its first end token is padding.
         tokens = sum(next((at for at, token in enumerate(row, 1) if token in eos), len(row)) for row in self.rows())
         tau = tokens / self.forwards / len(self.batches[0]["input_ids"])
         ratios = (theirs / mine for theirs, mine in zip(vanilla.seconds[1:], self.seconds[1:], strict=True))
@@ -107,7 +107,7 @@ def load_pair(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedMode
 
 
 def load_prompts(count: int) -> list[str]:
-    """Functions and classes cut short, from standard-library modules that the embedded pair never saw."""
+    """Truncated functions and classes from standard-library modules that the embedded pair never saw."""
     if not PROMPTS.is_file():
         raise SystemExit(f"Expected prompts in {PROMPTS}, found no such file; scripts/train_demo_pair.py writes it.")
     rows = [json.loads(line) for line in PROMPTS.read_text(encoding="utf-8").splitlines()]
@@ -134,12 +134,12 @@ def show_table(console: Console, title: str, methods: list[Method], figures: dic
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--target", default=EMBEDDED, help="Hub id or path of the target (default: of the embedded pair)")
-    add("--draft", default=EMBEDDED, help="Hub id or path of its draft, of the same tokenizer")
-    add("--new-tokens", type=int, default=128, help="tokens to generate for each prompt (default: 128)")
+    add("--target", default=EMBEDDED, help="Hub id or path of the target (default: the embedded pair's)")
+    add("--draft", default=EMBEDDED, help="Hub id or path of its draft, with the same tokenizer")
+    add("--new-tokens", type=int, default=128, help="tokens to generate per prompt (default: 128)")
     add("--prompts", type=int, default=3, metavar="N", help="number of prompts (default: 3)")
-    add("--rounds", type=int, default=3, help="timed runs of each method, after one untimed (default: 3)")
-    add("--html", metavar="PATH", help="write the trace of the first prompt as a page")
+    add("--rounds", type=int, default=3, help="timed runs of each method, after a warm-up (default: 3)")
+    add("--html", metavar="PATH", help="write the trace of the first prompt as an HTML page")
     args = parser.parse_args()
     if (args.target == EMBEDDED) != (args.draft == EMBEDDED):
         parser.error("expected --target and --draft together, got one of them")
@@ -159,7 +159,7 @@ def main() -> int:
     hf_draft = copy.deepcopy(draft)
 
     def assisted() -> dict[str, Any]:
-        hf_draft.generation_config = copy.deepcopy(draft.generation_config)  # HF adapts the draft length in there
+        hf_draft.generation_config = copy.deepcopy(draft.generation_config)  # HF stores its adapted draft length there
         return {"assistant_model": hf_draft}
 
     def encode(texts: list[str]) -> dict[str, Tensor]:
@@ -170,12 +170,12 @@ def main() -> int:
     result |= {"torch": torch.__version__, "transformers": transformers.__version__, "identical": True}
     singles = [encode([text]) for text in prompts]
     for way, batches in ("one by one", singles), ("in one batch", [encode(prompts)]):
-        stats = hf_specdec.SpeculationStats()  # goes on counting over calls
+        stats = hf_specdec.SpeculationStats()  # keeps counting over calls
         ours = {"assistant_model": draft, "strategy": "spec", "speculation_stats": stats}
         vanilla, spec = Method("vanilla", batches), Method("hf_specdec", batches, ours.copy, stats)
         methods = [vanilla, Method(ASSISTED, batches, assisted), spec]
         with console.status(f"generating, {way}"):
-            for method in methods * (args.rounds + 1):  # taking turns; the first round only warms up
+            for method in methods * (args.rounds + 1):  # taking turns; the first round is the warm-up
                 method.run(target, args.new_tokens, vanilla)
         for text, tokens in zip(prompts, spec.rows(), strict=True) if batches is singles else ():
             completion = tokenizer.decode(tokens, skip_special_tokens=True)
@@ -191,7 +191,7 @@ def main() -> int:
     console.print("\nThe first iterations of the first prompt:")
     trace.print(tokenizer, console, limit=6)
     if args.html is not None:
-        print("The whole trace is in", trace.to_html(args.html, tokenizer))
+        print("The full trace is in", trace.to_html(args.html, tokenizer))
     print(json.dumps(result))
     return 0 if result["identical"] else 1
 

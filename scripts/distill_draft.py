@@ -1,22 +1,23 @@
 #!/usr/bin/env python
-"""Train a draft for a target on your text, and say what it gained: acceptance on held-out prompts, before and after.
+"""Train a draft for a target on your text, and show the gain: acceptance on held-out prompts, before and after.
 
     ./scripts/distill_draft                                # the embedded target, a draft of its first 2 layers
     ./scripts/distill_draft --target Qwen/Qwen3-8B --from-layers 4 --dataset my.jsonl --output my-pair
     ./scripts/distill_draft --target Qwen/Qwen3-8B --draft Qwen/Qwen3-0.6B --dataset my.jsonl --output my-pair
-    ./scripts/distill_draft --output my-pair --resume      # after Ctrl-C, with the settings it was started with
+    ./scripts/distill_draft --output my-pair --resume      # after Ctrl-C, with its original settings
 
-The target continues pieces of the text, greedily and by sampling; on these and on the text itself the draft learns the
+The target continues pieces of the text, greedily and by sampling. On these and on the text itself, the draft learns the
 target's distribution (KL, after Zhou et al. 2024, DistillSpec, arXiv:2310.08461). The output folder is a pair:
-draft/ and specdec_pair.json, which names the target. training/ inside it keeps what a resumed run needs.
+draft/ and specdec_pair.json, which names the target. Its folder training/ keeps what a resumed run needs.
 
---dataset is the text, by default the sources of Python's standard library; of a Hub dataset the split `train`, unless
---split names another. --prompts pieces of it (by default those of the embedded pair) are held out to measure acceptance
-with and never trained on; --prompt-tokens is the length of these and of what the target continues. With
---chat-template each text is what a user says: its first --prompt-tokens tokens are put into the template, which stays
-whole, so that the target always answers.
+--dataset is the text, by default the sources of Python's standard library. From a Hub dataset the split `train` is
+used, unless --split names another. --prompts pieces of the text (by default the embedded pair's) are held out from
+training to measure acceptance. --prompt-tokens is the length of these, and of the prompts that the target continues.
+With --chat-template each text is a user message: its first --prompt-tokens tokens are put into the template, which
+stays whole, so that the target always answers.
 
-The exit code is 1 if greedy acceptance on them did not rise, 130 after Ctrl-C. The last line of the output is JSON.
+The exit code is 1 if greedy acceptance on the held-out prompts did not rise, 130 after Ctrl-C. The last line of the
+output is JSON.
 """
 
 import argparse
@@ -54,7 +55,7 @@ from hf_specdec.tools.arguments import (
 from hf_specdec.tools.progress import progress
 from hf_specdec.tools.tuning import pair_file_for
 
-FREE = {"output", "resume", "threads", "device"}  # what a resumed run may have different
+FREE = {"output", "resume", "threads", "device"}  # settings that a resumed run may change
 RUN = Path("training", "run.json")  # in the output folder
 Tokens = list[list[int]]
 
@@ -69,40 +70,40 @@ def parser() -> argparse.ArgumentParser:
     add_prompt_arguments(parser, prompts=24, prompt_tokens=64)
     parser.set_defaults(split="train")
     add = parser.add_argument_group("training").add_argument
-    add("--output", type=Path, metavar="FOLDER", help="where the pair goes (default: a new temporary folder)")
-    add("--resume", action="store_true", help="go on with the unfinished run in --output")
+    add("--output", type=Path, metavar="FOLDER", help="folder for the pair (default: a new temporary folder)")
+    add("--resume", action="store_true", help="resume the unfinished run in --output")
     add("--steps", type=positive, default=300, help="updates of the draft (default: 300)")
-    add("--rows", type=positive, default=4, help="examples of one forward (default: 4)")
-    add("--accumulate", type=positive, default=1, metavar="N", help="forwards of one step (default: 1)")
+    add("--rows", type=positive, default=4, help="examples per forward (default: 4)")
+    add("--accumulate", type=positive, default=1, metavar="N", help="forwards per step (default: 1)")
     add("--lr", type=float, help="peak learning rate (default: 1 / hidden size of the draft, which is 0.005 for the "
-        "embedded pair; fine-tuning a good draft wants less)")  # fmt: skip
+        "embedded pair; use less to fine-tune a good draft)")  # fmt: skip
     add("--argmax-weight", type=float, default=0.5, metavar="W",
         help="weight of cross-entropy on the target's choice, for greedy use (default: 0.5)")  # fmt: skip
-    add("--completion-only-loss", action="store_true", help="learn what the target wrote, not the prompts before it")
+    add("--completion-only-loss", action="store_true", help="train on the target's continuations, not on the prompts")
     add("--examples", type=positive, default=320, metavar="N",
-        help="pieces of text, and of each kind of continuation (default: 320)")  # fmt: skip
+        help="number of text pieces, and of each kind of continuation (default: 320)")  # fmt: skip
     add("--block-tokens", type=positive, default=256, metavar="N", help="longest piece of text, without "
         "--chat-template (default: 256)")  # fmt: skip
     add("--new-tokens", type=positive, default=96, metavar="N", help="longest continuation (default: 96)")
     add("--temperature", type=float, default=1.0, metavar="T", help="of all sampling (default: 1.0)")
-    add("--mixed-precision", choices=("no", "bf16", "fp16"), default="no", help="of the forwards (default: no)")
+    add("--mixed-precision", choices=("no", "bf16", "fp16"), default="no", help="for the forwards (default: no)")
     add("--checkpoint-every", type=positive, default=100, metavar="N",
-        help="steps between checkpoints, and measurements of acceptance (default: 100)")  # fmt: skip
-    add("--seed", type=int, default=0, help="of random weights, data and order (default: 0)")
+        help="steps between checkpoints and acceptance measurements (default: 100)")  # fmt: skip
+    add("--seed", type=int, default=0, help="seed of random weights, data and order (default: 0)")
     return parser
 
 
 def parse() -> argparse.Namespace:
-    """The arguments; those of the first run are the defaults of a resumed one, which may not differ from them."""
+    """The arguments. A resumed run takes the first run's arguments as defaults and may not change them."""
     its = parser()
     args = its.parse_args()
     if not args.resume:
         if args.output is not None and args.output.exists():
-            its.error(f"--output {args.output} exists: give a new folder, or add --resume to go on with a run")
+            its.error(f"--output {args.output} exists: give a new folder, or add --resume to continue a run")
         args.output = args.output or Path(tempfile.mkdtemp(prefix="distilled-"))
         return args
     if args.output is None:
-        its.error("expected --output beside --resume, got none: the folder of the run to go on with")
+        its.error("expected --output with --resume, got none: the folder of the run to resume")
     stored = read_run(args.output)["settings"]
     if (args.output / FILE_NAME).exists():
         its.error(f"the run in {args.output} is finished: train its pair further with --pair {args.output}")
@@ -135,12 +136,12 @@ def write_run(folder: Path, run: dict[str, Any]) -> None:
 
 
 def load_start(args: argparse.Namespace) -> SpecPair:
-    """The target with the draft to begin with."""
+    """The target with the initial draft."""
     layers = args.from_layers or (None if args.pair or args.target else 2)
     if args.random is None and layers is None:
         return load_pair(args)
     if args.draft is not None or (args.pair and args.target):
-        raise ValueError("expected --pair or --target with one start, --draft, --from-layers or --random; got several")
+        raise ValueError("expected --pair or --target with one of --draft, --from-layers and --random, got several")
     name = args.pair or args.target or str(DEMO_PAIR)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     options = {"dtype": DTYPES[args.dtype], "device_map": device, "trust_remote_code": args.trust_remote_code}
@@ -158,8 +159,8 @@ def load_start(args: argparse.Namespace) -> SpecPair:
 def read_text(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> tuple[Tokens, Tokens]:
     """Pieces of text to train on, and held-out prompts."""
     if args.chat_template and args.dataset is None:
-        raise ValueError("expected --dataset beside --chat-template, got none: the default text is no conversation")
-    special = {"add_special_tokens": not args.chat_template}  # a chat template has put them already
+        raise ValueError("expected --dataset with --chat-template, got none: the default text is not a conversation")
+    special = {"add_special_tokens": not args.chat_template}  # a chat template has already added them
     if args.dataset is None:
         documents = distillation.standard_library()["train"]["text"]
         training = distillation.cut(list(documents), tokenizer, args.block_tokens, **special)
@@ -168,12 +169,12 @@ def read_text(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> t
         return training, held
     path = Path(args.dataset)
     if path.is_file() and path.suffix == ".txt" and not args.chat_template:
-        documents = [path.read_text(encoding="utf-8")]  # its lines are no texts of their own
+        documents = [path.read_text(encoding="utf-8")]  # its lines are not separate texts
     else:
         length = args.prompt_tokens if args.chat_template else None
         everything = argparse.Namespace(**vars(args) | {"prompts": sys.maxsize, "prompt_tokens": length})
         documents = [prompt.text for prompt in load_prompts(everything, tokenizer)]
-    if args.chat_template:  # shortened before they were templated; cut now they would lose the assistant's turn
+    if args.chat_template:  # shortened before the template was applied; cutting now would lose the assistant's turn
         return distillation.hold_out(tokenizer(documents, **special)["input_ids"], args.prompts)
     training, held = distillation.hold_out(
         distillation.cut(documents, tokenizer, args.block_tokens, **special), args.prompts
@@ -190,7 +191,7 @@ class Run:
         self.state = read_run(args.output) if args.resume else {"settings": settings(args), "measured": {}}
 
     def prepare(self) -> None:
-        """Read the text, measure the draft as it is, and let the target write, unless that was done before."""
+        """Read the text, measure the initial draft, and let the target write, unless an earlier run did."""
         texts, args, start = self.folder / "texts", self.args, self.start
         if not texts.is_dir():
             pieces, self.held = read_text(args, start.tokenizer)
@@ -213,7 +214,7 @@ class Run:
         self.training.load(self.folder)
 
     def measure(self, step: int, draft: PreTrainedModel) -> dict[str, Any]:
-        """Acceptance of held-out prompts, kept under the number of steps done."""
+        """Measure acceptance on the held-out prompts, and store it by the number of steps done."""
         args = self.args
         found = distillation.acceptance(
             self.start.target, draft, self.held, args.new_tokens, args.temperature, args.seed
@@ -227,7 +228,7 @@ class Run:
         return found
 
     def train(self) -> bool:
-        """Take the remaining steps, with checkpoints and measurements between; False if Ctrl-C came first."""
+        """Take the remaining steps, with checkpoints and measurements in between; False after Ctrl-C."""
         training, steps = self.training, self.args.steps
         shown = progress(self.console, "training", steps, training.step)
         with distillation.interruptible() as interrupted, shown as advance:
@@ -272,7 +273,7 @@ class Run:
 
 
 def show(measured: dict[str, Any], prompts: int) -> None:
-    """One row for each measurement, the first and the last being before and after."""
+    """One row per measurement; the first is before training, the last after it."""
     title = f"{prompts} held-out prompts, γ = {distillation.GAMMA}"
     table = Table("steps", title=title, title_justify="left")
     for heading in ("greedy α", "greedy τ", "sampled α", "sampled τ"):
@@ -287,7 +288,7 @@ def main() -> int:
     args = parse()
     quiet()
     datasets.disable_progress_bars()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)  # that tied weights are saved once
+    logging.getLogger("accelerate").setLevel(logging.ERROR)  # silences its note that tied weights are saved once
     set_seed(args.seed)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
@@ -302,7 +303,7 @@ def main() -> int:
         raise SystemExit(f"distill_draft: {error}") from error
     except KeyboardInterrupt:
         if (args.output / RUN).exists():
-            print(f"\nInterrupted. Go on with: scripts/distill_draft --resume --output {args.output}", file=sys.stderr)
+            print(f"\nInterrupted. To continue: scripts/distill_draft --resume --output {args.output}", file=sys.stderr)
         return 130
     show(result["steps"], result["prompts"])
     print(f"The pair is in {args.output}.")

@@ -5,20 +5,20 @@
     ./scripts/evaluate_quality --target Qwen/Qwen3-4B --draft Qwen/Qwen3-0.6B --dtype bfloat16 --chat-template \\
         --dataset openai/gsm8k --dataset-config main --reference-column answer --metrics rouge ./my_metric
 
-Greedy outputs must be identical in float32: the exit code is 1 if they are not. It is 1 as well if no draft was ever
-accepted, since nothing is shown then. Sampled outputs have the same distribution but are not the same, so each metric
-is averaged over --seeds runs of both methods, and the difference is given with a 95 % interval (bootstrap over prompts,
-both methods' values of a prompt together); fewer than 8 prompts give no interval. An interval with 0 in it shows no
-difference beyond noise; one without 0 happens to 1 metric in 20 though nothing differs, more often with fewer than
-about 30 prompts. This compares quality; the test whether distributions are equal is ./scripts/check_lossless. The last
-line of the output is JSON.
+The exit code is 1 if greedy outputs differ in float32. It is also 1 if no draft was ever accepted, because then nothing
+is shown. Sampled outputs follow the same distribution but are not identical. So each metric is averaged over --seeds
+runs of both methods, and the difference comes with a 95 % interval (bootstrap over prompts, with both methods' values
+of a prompt kept together); with fewer than 8 prompts there is no interval. An interval that contains 0 shows no
+difference beyond noise. By chance, 1 metric in 20 has an interval without 0, more with fewer than about 30 prompts.
+This compares quality; ./scripts/check_lossless tests whether the distributions are equal. The last line of the output
+is JSON.
 
-The draft length is constant, unless the pair file or --schedule says otherwise: the library's own schedule goes by the
-clock, so that two runs would draft differently.
+The draft length is constant, unless the pair file or --schedule says otherwise: the library's own schedule depends on
+measured times, so two runs would draft differently.
 
-Perplexity is under the target's own distribution, without logits processors. Modules of `evaluate` score each
-continuation on its own; shown is the mean. References for the embedded prompts are what follows them in the standard
-library.
+Perplexity is computed under the target's own distribution, without logits processors. `evaluate` modules score each
+continuation separately; the table shows the mean. The references of the embedded prompts are their continuations in
+the standard library.
 """
 
 import argparse
@@ -47,7 +47,7 @@ from hf_specdec.tools.arguments import (
 MODES = ("greedy", "sampled")
 CAPTION = (
     "difference: speculative - vanilla; bootstrap over prompts; 1 in 20 intervals excludes 0 by chance\n"
-    "agreement and match with vanilla: with its runs of other seeds, also in the column vanilla"
+    "agreement and match with vanilla: with vanilla's runs of other seeds, in both columns"
 )
 
 
@@ -56,13 +56,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add_pair_arguments(parser)
     add_prompt_arguments(parser, prompts=40)
     add = parser.add_argument
-    add("--new-tokens", type=positive, default=64, metavar="N", help="tokens to generate at most (default: 64)")
+    add("--new-tokens", type=positive, default=64, metavar="N", help="limit of new tokens (default: 64)")
     add("--seeds", type=positive, default=4, metavar="N", help="sampled runs of each method (default: 4)")
-    add("--temperature", type=float, default=1.0, help="of the sampled runs (default: 1.0)")
+    add("--temperature", type=float, default=1.0, help="temperature of the sampled runs (default: 1.0)")
     add("--batch-size", type=positive, default=20, metavar="N", help="prompts per call (default: 20)")
     add("--gamma", type=positive, metavar="γ", help="draft length (default: the pair file's, else the library's)")
-    add("--schedule", choices=SCHEDULES, help="of the draft length (default: the pair file's, else constant)")
-    add("--metrics", nargs="*", default=["rouge", "bleu", "sacrebleu"], metavar="NAME", help="modules of `evaluate` "
+    add("--schedule", choices=SCHEDULES, help="schedule of the draft length (default: the pair file's, else constant)")
+    add("--metrics", nargs="*", default=["rouge", "bleu", "sacrebleu"], metavar="NAME", help="`evaluate` modules "
         "that compare a text with its reference, by name or path (default: rouge bleu sacrebleu)")  # fmt: skip
     args = parser.parse_args(arguments)
     if args.seeds < 2:
@@ -71,7 +71,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def drafting(args: argparse.Namespace, pair: SpecPair) -> dict[str, Any]:
-    """The options of drafting: what the command line says, else the pair file, else a constant draft length."""
+    """Drafting options from the command line, else the pair file, else a constant draft length."""
     given = {"num_assistant_tokens": args.gamma, "num_assistant_tokens_schedule": args.schedule}
     given = {name: value for name, value in given.items() if value is not None}
     return {"num_assistant_tokens_schedule": "constant", **pair.config.recommended, **given}
@@ -80,7 +80,7 @@ def drafting(args: argparse.Namespace, pair: SpecPair) -> dict[str, Any]:
 def measure(
     mode: str, args: argparse.Namespace, pair: SpecPair, batches: list[quality.Batch], console: Console
 ) -> tuple[list[quality.Run], list[quality.Run], hf_specdec.SpeculationStats]:
-    """Vanilla's and speculative runs, taking turns, and what speculation did."""
+    """Vanilla and speculative runs, taking turns, and the speculation statistics."""
     sampling = {"do_sample": True, "temperature": args.temperature} if mode == "sampled" else {"do_sample": False}
     options = sampling | {"max_new_tokens": args.new_tokens}
     stats = hf_specdec.SpeculationStats()
@@ -92,7 +92,7 @@ def measure(
         task = progress.add_task(f"generating, {mode}", total=count * len(methods))
         for seed in range(count):
             for own, (name, chosen) in enumerate(methods.items()):
-                # Of one seed the two methods would share their first random numbers, and not be independent.
+                # With one seed both methods would share their first random numbers, and not be independent.
                 runs[name].append(quality.generate(pair.target, batches, 2 * seed + own, **chosen))
                 progress.advance(task)
     return runs["vanilla"], runs["speculative"], stats
@@ -121,7 +121,7 @@ def show(
         table.add_row(name, "-", "-", "-", Text("not available", "dim"))
     captions = [CAPTION] if intervals else []
     if sampled and not all("interval" in row for row in figures.values()):
-        captions.append(f"no interval where there are fewer than {bootstrap.LEAST} prompts: it would be too narrow")
+        captions.append(f"no interval with fewer than {bootstrap.LEAST} prompts: it would be too narrow")
     table.caption, table.caption_justify = "\n".join(captions), "left"
     console.print(report.fitted(table))
 
@@ -138,7 +138,7 @@ def show_acceptance(console: Console, accepted: dict[str, Any]) -> None:
 
 
 def find_failures(result: dict[str, Any]) -> list[str]:
-    """What speaks against equal quality, or against this run having shown it."""
+    """Evidence against equal quality, and reasons why this run did not show it."""
     failures = []
     for mode in MODES:
         accepted = result[mode]["acceptance"]
@@ -157,7 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
     pair = load_pair(args)
     prompts = load_prompts(args, pair.tokenizer)
     if len(prompts) < 2:
-        raise SystemExit(f"expected at least 2 prompts, so that they can be drawn from, got {len(prompts)}")
+        raise SystemExit(f"expected at least 2 prompts to resample, got {len(prompts)}")
     if args.dataset is None:
         prompts = quality.with_true_continuations(prompts, pair.tokenizer, args.new_tokens)
     references = sum(map(quality.has_reference, prompts))
@@ -191,9 +191,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, why in missing.items():
         console.print(f"{name} is not available ({why})")
     if references < len(prompts):
-        console.print(
-            f"{references} of {len(prompts)} prompts have a reference to compare with; at least 2 are needed."
-        )
+        console.print(f"{references} of {len(prompts)} prompts have a reference; comparing needs at least 2.")
     if not result["identical"] and result["dtype"] != "float32":
         console.print(f"Greedy outputs differ, as near-ties may in {result['dtype']}: see ./scripts/check_lossless.")
     failures = find_failures(result)

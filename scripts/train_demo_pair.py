@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""Train the demo pair from nothing: a tokenizer, a small target and a distilled draft, on Python's standard library.
+"""Train the demo pair from scratch: a tokenizer, a small target and a distilled draft, on Python's standard library.
 
-The text is on every machine that runs Python, so nothing is downloaded. The draft learns the target's own distribution,
-on the corpus and on continuations written by the target, because what counts is agreement on the target's own text.
+Every machine that runs Python has the text, so nothing is downloaded. The draft learns the target's distribution on the
+corpus and on continuations written by the target, because agreement on the target's own text is what counts.
 
     python scripts/train_demo_pair.py                     # everything, about 45 minutes on two cores
     python scripts/train_demo_pair.py --skip-target       # keep the saved target, train the draft again
     python scripts/train_demo_pair.py --smoke             # a tiny run of every step, in a temporary folder
 
-The last line of the output is JSON with every measured figure; the same figures make the card, README.md.
+The last line of the output is JSON with every measured figure; the card, README.md, shows the same figures.
 """
 
 import argparse
@@ -49,7 +49,7 @@ SMOKE_SHAPE = (32, 64, 2, 2, 1)
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> FastTokenizer:
-    """Byte-level BPE: any text comes back unchanged."""
+    """Byte-level BPE: decoding restores any text unchanged."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -74,7 +74,7 @@ def pack(documents: Dataset, tokenizer: FastTokenizer, length: int, seed: int) -
 
 
 def held_out_prompts(tokenizer: FastTokenizer, count: int, tokens: int = 128) -> list[dict[str, str]]:
-    """Cut prompts that begin at a `def` or `class` line, evenly spread over the held-out modules."""
+    """Cut prompts that begin at a `def` or `class` line, evenly spaced over the held-out modules."""
     names = [name for name in HELD_OUT if (STDLIB / name).exists()]
     per_module, found = -(-count // len(names)), []
     for name in names:
@@ -104,7 +104,7 @@ def optimisers(model: Llama, lr: float) -> list[torch.optim.Optimizer]:
 
 
 def optimise(model: Llama, steps: int, lr: float, next_loss: Callable[[], torch.Tensor], what: str) -> float:
-    """Take `steps` steps, warming up, then decaying linearly to zero; return the seconds it took."""
+    """Take `steps` steps, with a warm-up, then linear decay to zero; return the seconds they took."""
     began = time.perf_counter()
     optimizers = optimisers(model.train(), lr)
     warm_up = min(60, steps // 10 + 1)
@@ -124,14 +124,14 @@ def optimise(model: Llama, steps: int, lr: float, next_loss: Callable[[], torch.
 
 
 def batches(blocks: torch.Tensor, rows: int, seed: int) -> Iterator[torch.Tensor]:
-    """Give the block numbers of each batch, in a fresh order for every epoch, without end."""
+    """Yield the block numbers of each batch, in a new order for every epoch, endlessly."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         yield from torch.randperm(len(blocks), generator=generator).split(rows)
 
 
 def next_token_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of `tokens[:, 1:]`, every token weighing the same."""
+    """Mean cross-entropy of `tokens[:, 1:]`, with equal weight for every token."""
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
 
 
@@ -148,7 +148,7 @@ def train_target(model: Llama, blocks: torch.Tensor, steps: int, lr: float, rows
 
 
 class Lesson:
-    """Blocks of text with the target's last hidden states: its logits at every position cost one small product."""
+    """Blocks of text with the target's last hidden states, so its logits at any position cost one small product."""
 
     @torch.inference_mode()
     def __init__(self, name: str, weight: float, target: Llama, blocks: torch.Tensor, rows: int) -> None:
@@ -160,7 +160,7 @@ class Lesson:
         self.states = torch.cat(states)  # [blocks, length, hidden]
 
     def loss(self, draft: Llama, argmax_weight: float) -> torch.Tensor:
-        """KL(target || draft) plus cross-entropy on the target's own choice, the mean over tokens."""
+        """KL(target || draft) plus cross-entropy on the target's argmax, the mean over tokens."""
         chosen = next(self.batches)
         with torch.autocast("cpu", torch.bfloat16):
             logits = draft(self.blocks[chosen], use_cache=False).logits
@@ -180,14 +180,14 @@ def continuations(model: Llama, prompts: torch.Tensor, new: int, sample: bool) -
 
 
 def on_policy_blocks(target: Llama, corpus: torch.Tensor, rows: int, sample: bool) -> torch.Tensor:
-    """Let the target continue prompts of 96 tokens taken anywhere in the training text, up to 256 tokens."""
+    """Let the target continue prompts of 96 tokens, from anywhere in the training text, to 256 tokens."""
     starts = torch.randint(0, corpus.numel() - 96, (rows, 1))
     prompts = corpus.flatten()[starts + torch.arange(96)]
     return torch.cat([continuations(target, part, 160, sample) for part in prompts.split(256)])
 
 
 def train_draft(draft: Llama, lessons: list[Lesson], args: argparse.Namespace) -> float:
-    """Distil: each step draws one lesson, with probability in proportion to its weight."""
+    """Distil: each step draws one lesson, with probability proportional to its weight."""
     weights = torch.tensor([lesson.weight for lesson in lessons])
 
     def loss() -> torch.Tensor:
@@ -198,7 +198,7 @@ def train_draft(draft: Llama, lessons: list[Lesson], args: argparse.Namespace) -
 
 @torch.inference_mode()
 def describe(folder: Path, model: Llama, heldout: torch.Tensor) -> dict[str, Any]:
-    """The figures of the training, the sizes and the held-out loss."""
+    """The training figures, the sizes and the held-out loss."""
     sums = [next_token_loss(model(part, use_cache=False).logits, part).item() * len(part) for part in heldout.split(8)]
     sizes = {"layers": model.config.num_hidden_layers, "width": model.config.hidden_size}
     training = json.loads((folder / "training.json").read_text())
@@ -207,7 +207,7 @@ def describe(folder: Path, model: Llama, heldout: torch.Tensor) -> dict[str, Any
 
 @torch.inference_mode()
 def agreement(target: Llama, draft: Llama, prompts: torch.Tensor, new: int) -> dict[str, Any]:
-    """How far the draft's choice is the target's on the target's own greedy text, and what blocks make of it."""
+    """How often the draft's argmax is the target's on the target's own greedy text, and the resulting blocks."""
     greedy = continuations(target, prompts, new, sample=False)
     start = prompts.shape[1]
     guesses = draft(greedy, use_cache=False).logits[:, start - 1 : -1].argmax(-1)
@@ -239,7 +239,7 @@ def accepted_per_block(same: list[bool]) -> list[int]:
 
 @torch.inference_mode()
 def forward_ms(networks: dict[str, Llama], context: torch.Tensor, repeats: int) -> dict[str, float]:
-    """Median time of a one-token forward with a filled cache, the models taking turns."""
+    """Median time of a one-token forward with a filled cache; the models take turns."""
     times: dict[str, list[float]] = {name: [] for name in networks}
     caches = {name: model(context, use_cache=True).past_key_values for name, model in networks.items()}
     for _ in range(repeats):
@@ -251,7 +251,7 @@ def forward_ms(networks: dict[str, Llama], context: torch.Tensor, repeats: int) 
 
 
 def ship(model: Llama, tokenizer: FastTokenizer, folder: Path, **training: Any) -> None:
-    """Save in bfloat16, with the tokenizer and the figures of the training."""
+    """Save in bfloat16, with the tokenizer and the training figures."""
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "training.json").write_text(json.dumps(training))
@@ -317,7 +317,7 @@ def write_card(output: Path, figures: dict[str, Any]) -> None:
 
 
 def make_target(args: argparse.Namespace, docs: DatasetDict) -> None:
-    """Train tokenizer and target; save both, and the figures of the training beside them."""
+    """Train tokenizer and target; save both with the training figures."""
     tokenizer = train_tokenizer(docs["train"]["text"], 512 if args.smoke else 4096)
     blocks = pack(docs["train"], tokenizer, args.block, args.seed)
     model = new_model(SMOKE_SHAPE if args.smoke else TARGET_SHAPE, tokenizer)
@@ -326,7 +326,7 @@ def make_target(args: argparse.Namespace, docs: DatasetDict) -> None:
 
 
 def make_draft(args: argparse.Namespace, target: Llama, tokenizer: FastTokenizer, blocks: torch.Tensor) -> None:
-    """Let the target write and read the lessons, train the draft on them, save it like the target."""
+    """Let the target write and process the lessons, train the draft on them, save it like the target."""
     began = time.perf_counter()
     lessons = make_lessons(args, target, blocks)
     writing_seconds = time.perf_counter() - began
@@ -339,7 +339,7 @@ def make_draft(args: argparse.Namespace, target: Llama, tokenizer: FastTokenizer
 
 
 def make_lessons(args: argparse.Namespace, target: Llama, blocks: torch.Tensor) -> list[Lesson]:
-    """Part of the corpus, and greedy and sampled continuations of it by the target; all with as many tokens a batch."""
+    """Part of the corpus, and the target's greedy and sampled continuations of it; all with equal tokens per batch."""
     texts = {"corpus": blocks[: args.continuations]}
     texts["greedy"] = on_policy_blocks(target, blocks, args.continuations, sample=False)
     texts["sampled"] = on_policy_blocks(target, blocks, args.continuations // 3, sample=True)
@@ -386,8 +386,8 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--output", type=Path, default=default, help=f"folder of target/, draft/ and the card (default: {default})")
     add("--skip-target", action="store_true", help="reuse the tokenizer and the target saved in --output")
-    add("--skip-draft", action="store_true", help="reuse the saved draft too: only measure again and rewrite the card")
-    add("--smoke", action="store_true", help="tiny models, few steps, a temporary folder: tests the script in a minute")
+    add("--skip-draft", action="store_true", help="also reuse the saved draft: only measure again and rewrite the card")
+    add("--smoke", action="store_true", help="tiny models, few steps, temporary folder: tests the script in a minute")
     add("--seed", type=int, default=0, help="seed of the initial weights, the order and the samples (default: 0)")
     add("--block", type=int, default=512, help="tokens per training block (default: 512)")
     add("--rows", type=int, default=4, help="blocks per step of the target; the draft takes twice as many (default: 4)")
@@ -401,7 +401,7 @@ def parse() -> argparse.Namespace:
     add(
         "--argmax-weight", type=float, default=0.6, help="weight of cross-entropy on the target's choice (default: 0.6)"
     )
-    add("--prompts", type=int, default=60, help="held-out prompts to save and to measure with (default: 60)")
+    add("--prompts", type=int, default=60, help="held-out prompts to save and measure with (default: 60)")
     args = parser.parse_args()
     if args.smoke:
         args.output = Path(tempfile.mkdtemp(prefix="demo_pair_"))

@@ -1,19 +1,20 @@
 #!/usr/bin/env python
-"""Find the draft length and schedule that suit a pair on your prompts, and keep them in its pair file.
+"""Find the draft length and schedule that suit a pair on your prompts, and save them in its pair file.
 
-    ./scripts/tune                                       # the embedded pair: some minutes, nothing written
+    ./scripts/tune                                       # the embedded pair: a few minutes, writes nothing
     ./scripts/tune --target Qwen/Qwen3-4B --draft Qwen/Qwen3-0.6B --dtype bfloat16 --dataset mine.jsonl --write my-pair
     ./scripts/tune --pair my-pair --batch 8 --write my-pair
 
-All candidates run against vanilla generate() in turns; after each round the slower half drops out, until the time is
-over. What wins is written into the pair file in the folder --write, so that
+All candidates and vanilla generate() take turns; the slower half drops out after each round, until the time is over.
+The winner is written into the pair file in the folder --write, so that
 `SpecPair.from_pretrained(FOLDER).generate(...)` uses it. Speculation does not pay if the winner was slower than vanilla
-in more than a quarter of the rounds: the pair file then says so, and its `generate` decodes without. A folder without a
-pair file gets one that refers to the models where they are.
+in more than a quarter of the rounds. The pair file then records this, and its `generate` decodes without speculation.
+A folder without a pair file gets one that refers to the models where they are.
 
-Nothing is written, and the exit code is 1, where prompts or tokens are too few to conclude: fewer than 8 batches, or a
-95 % interval of the speed-up (bootstrap over batches) that has 1 in it or is wider than 20 % to either side. Greedy; in
-float32 all tokens must be vanilla's, or the exit code is 1 and nothing is written. The last line is JSON.
+If prompts or tokens are too few for a conclusion, nothing is written and the exit code is 1. This means fewer than 8
+batches, or a 95 % interval of the speed-up (bootstrap over batches) that contains 1 or is wider than 20 % to either
+side. Decoding is greedy; in float32, if any token differs from vanilla, the exit code is 1 and nothing is written. The
+last line is JSON.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from hf_specdec.tools import arguments, report, synthetic, tuning
 from hf_specdec.tools.bare import BareForwards
 from hf_specdec.tools.settings import check_positions, make_setting
 
-# "heuristic_transient" forgets what it learned after each call, and is "heuristic" otherwise.
+# "heuristic_transient" is "heuristic", except that it forgets what it learned after each call.
 TRIED = [name for name in SCHEDULES if name not in ("constant", "heuristic_transient")]
 
 
@@ -48,12 +49,12 @@ def parse() -> argparse.Namespace:
         help=f"constant draft lengths to try (default: {' '.join(map(str, gammas))})")  # fmt: skip
     add("--schedule", nargs="*", choices=TRIED, default=TRIED, help=f"schedules to try (default: {' '.join(TRIED)})")
     add("--confidence", nargs="*", type=float, default=[0.3, 0.5], metavar="P",
-        help="also the longest γ, ending where the draft is less sure than P (default: 0.3 0.5)")  # fmt: skip
-    add("--batch", type=arguments.positive, default=1, metavar="N", help="rows to generate at once (default: 1)")
+        help="also the longest γ, cut short when the draft's confidence is below P (default: 0.3 0.5)")  # fmt: skip
+    add("--batch", type=arguments.positive, default=1, metavar="N", help="rows per batch (default: 1)")
     add("--new-tokens", type=arguments.positive, default=64, metavar="N", help="tokens per prompt (default: 64)")
-    add("--minutes", type=float, default=2.0, help="about how long to measure (default: 2)")
+    add("--minutes", type=float, default=2.0, help="approximate time to measure (default: 2)")
     add = parser.add_argument_group("output").add_argument
-    add("--write", metavar="FOLDER", help="write the outcome into the pair file there; it is made if need be")
+    add("--write", metavar="FOLDER", help="write the outcome into the pair file there; a missing one is made")
     return parser.parse_args()
 
 
@@ -96,16 +97,16 @@ def main() -> int:
     else:
         console.print(
             f"[bold]Speculation does not pay here[/]: even {best.name} has {report.spread(asdict(best.speedup))} "
-            "vanilla's speed. Decode without it, or take a smaller or a better draft."
+            "vanilla's speed. Decode without it, or use a smaller or better draft."
         )
     differing = sum(len(contender.record.differing) for contender in contenders)
     failed = differing > 0 and pair.target.dtype == torch.float32
     if failed:
-        console.print(f"[bold red]{differing} rows are not vanilla's[/]: in float32 that is a bug; nothing is written")
+        console.print(f"[bold red]{differing} rows differ from vanilla's[/]: in float32 a bug; nothing is written")
     elif args.write and not doubt:
         console.print(f"Written to {after.save(args.write)}: SpecPair.from_pretrained({args.write!r}).generate(...)")
     elif not doubt:
-        console.print("Nothing is written; --write FOLDER keeps this in a pair file.")
+        console.print("Nothing is written; --write FOLDER saves this in a pair file.")
     result = {"speculate": after.speculate, "recommended": after.recommended, "measured": after.measured[-1]}
     if doubt:
         result |= {"speculate": None, "recommended": {}}

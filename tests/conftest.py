@@ -39,7 +39,7 @@ from hf_specdec.kernels import packing
 from hf_specdec.loop.optimal import Optimal
 from hf_specdec.tools import lossless
 
-# Such small matrices only lose by a second thread, and a lot when the machine is shared.
+# A second thread only slows down such small matrices, by a lot if the machine is shared.
 torch.set_num_threads(1)
 
 VOCAB = 96
@@ -98,7 +98,7 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedConfig]] = {
 
 
 def make_model(config: PreTrainedConfig, seed: int = 0, **kwargs: Any) -> PreTrainedModel:
-    """A randomly initialised model in float32, with no EOS token unless a test sets one."""
+    """A randomly initialised float32 model, with no EOS token unless a test sets one."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **kwargs).eval()
     model.generation_config.pad_token_id = 0
@@ -106,7 +106,7 @@ def make_model(config: PreTrainedConfig, seed: int = 0, **kwargs: Any) -> PreTra
 
 
 def perturbed(model: PreTrainedModel, noise: float, seed: int = 1) -> PreTrainedModel:
-    """A copy that agrees with `model` only in part: each weight matrix gets relative Gaussian noise."""
+    """A copy that agrees only partly with `model`: each weight matrix gets relative Gaussian noise."""
     draft = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -147,12 +147,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--under") == "compiled":
-        SIZES["head_dim"] = 32  # compiled attention takes no narrower heads
+        SIZES["head_dim"] = 32  # compiled attention needs heads at least this wide
 
 
 @pytest.fixture(autouse=True, scope="session")
 def cache_of_these_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What is kept per machine is made anew: nothing of the user's is read or written, in child processes neither."""
+    """Per-machine files go to a temporary folder: no user file is read or written, not even by child processes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -169,7 +169,7 @@ def path_under_test(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
     if path:
         monkeypatch.setitem(strategy.STRATEGIES, "spec", under_path)
     if "num_assistant_tokens_schedule" in path:
-        # By the clock it would hardly ever draft here: tiny targets cost no more than their drafts.
+        # With measured times it would hardly ever draft here: tiny targets cost no more than their drafts.
         plan, rng = Optimal.plan, random.Random(0)
 
         def wander(self: Optimal, rows: int) -> int:
@@ -180,13 +180,13 @@ def path_under_test(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture(autouse=True)
 def drafts_that_do_not_go_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The default schedule measures time, and the same call may draft more or less: tests ask for it by name."""
+    """The default schedule depends on measured times, so the same call may draft differently: tests opt in by name."""
     monkeypatch.setitem(options.DEFAULTS, "num_assistant_tokens_schedule", "constant")
 
 
 @pytest.fixture(autouse=True)
 def weights_as_they_are(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether they are packed must not go by the clock either."""
+    """Packing must not depend on measured times either."""
     if request.config.getoption("--under") == "packed":
         request.getfixturevalue("weights_packed_from_the_first_token_on")
     else:
@@ -195,7 +195,7 @@ def weights_as_they_are(request: pytest.FixtureRequest, monkeypatch: pytest.Monk
 
 @pytest.fixture
 def weights_packed_from_the_first_token_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls here are too short, and models too small, to gain by it."""
+    """Calls here are too short, and models too small, to benefit."""
     monkeypatch.setitem(options.DEFAULTS, "speculation_pack_weights", None)
     monkeypatch.setattr(packing, "MIN_NEW_TOKENS", 0)
     monkeypatch.setattr(packing, "_gains_by_it", lambda weight: True)
@@ -203,7 +203,7 @@ def weights_packed_from_the_first_token_on(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.fixture(autouse=True)
 def scripts_that_leave_no_settings() -> Iterator[None]:
-    """Scripts silence transformers in their own process, which here is that of the tests."""
+    """Scripts silence transformers in their own process, which here is the tests' process."""
     verbosity = logging.get_verbosity()
     yield
     logging.set_verbosity(verbosity)
@@ -212,7 +212,7 @@ def scripts_that_leave_no_settings() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def evaluate_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """`evaluate` copies modules into a cache, which must stay the same for the life of a process."""
+    """`evaluate` copies modules into a cache, which must stay the same while a process lives."""
     evaluate = pytest.importorskip("evaluate")
     folder = tmp_path_factory.mktemp("evaluate")
     with pytest.MonkeyPatch.context() as patch:
@@ -230,14 +230,14 @@ def llama_pair() -> tuple[PreTrainedModel, PreTrainedModel]:
 
 @pytest.fixture(scope="session")
 def small_pair() -> tuple[PreTrainedModel, PreTrainedModel]:
-    """Cheaper still, one layer each; drafts hold half of the time, looked-up ones a fifth."""
+    """Even cheaper, with one layer each; half of the model's drafts are accepted, and a fifth of look-up's."""
     target = make_model(LlamaConfig(**{**SIZES, "num_hidden_layers": 1}), seed=12)
     return target, perturbed(target, 0.08, seed=13)
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-pair tokens of one and two letters, so that strings end inside tokens; some end words or lines."""
+    """Byte-pair tokens of one and two letters, so strings can end inside tokens; some tokens end words or lines."""
     letters = string.ascii_lowercase
     pairs = [(a, " ") for a in letters[:20]] + [(a, "\n") for a in letters[20:]]
     pairs += [(a, letters[(i + shift) % 26]) for shift in (3, 7) for i, a in enumerate(letters)][: VOCAB - 56]
@@ -248,7 +248,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def ways_to_draft(draft: PreTrainedModel, gammas: tuple[int, ...] = (1, 5)) -> dict[str, dict[str, Any]]:
-    """The arguments of `generate()` that make it speculate, by name: with a draft model, and by prompt look-up."""
+    """Arguments of `generate()` for speculation, by name: with a draft model, and with prompt look-up."""
     ways: dict[str, dict[str, Any]] = {
         f"γ={gamma}": {"strategy": "spec", "assistant_model": draft, "num_assistant_tokens": gamma} for gamma in gammas
     }
@@ -262,7 +262,7 @@ def assert_lossless(
     fresh: Callable[[], dict[str, Any]] = dict,
     gammas: tuple[int, ...] = (1, 5),
 ) -> torch.Tensor:
-    """Every way to draft gives vanilla's tokens. `fresh` makes the other arguments anew for each call.
+    """Every drafting method gives vanilla's tokens. `fresh` makes the other arguments anew for each call.
 
     Returns: vanilla's tokens, prompt included.
     """
@@ -280,7 +280,7 @@ def assert_lossless(
 
 
 class Fragment(HTMLParser):
-    """A `_repr_html_` read back, once it has been seen to touch nothing but itself and to suit light and dark pages.
+    """A parsed `_repr_html_`, checked to affect nothing else on the page and to suit light and dark pages.
 
     Attributes:
         tables: for each table its lines, headers included, as lists of the text in their cells.
@@ -301,7 +301,7 @@ class Fragment(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         assert tag in {"div", "table", "tr", "th", "td", "span", "br"}  # no script, no style sheet, no link
         found = {name: value or "" for name, value in attrs}
-        assert found.keys() <= {"style", "title"}  # nor ids and classes, which the page may have too
+        assert found.keys() <= {"style", "title"}  # no ids and classes either, which the page may have too
         style = dict(part.split(": ") for part in found.get("style", "").split("; ") if part)
         assert "color" not in style and "url" not in found.get("style", "") and style.get("position") is None
         if "background" in style:
@@ -331,7 +331,7 @@ class Fragment(HTMLParser):
 
 
 def assert_same_but_for_ties(target: PreTrainedModel, inputs: dict[str, torch.Tensor], **way: Any) -> None:
-    """For half precision: tokens may part from vanilla's where rounding decides, as `check_lossless` judges it."""
+    """For half precision: tokens may differ from vanilla's if rounding decides, by the rule of `check_lossless`."""
     new_tokens = way.pop("max_new_tokens", 24)
     expected = lossless.decode(target, inputs, new_tokens)
     given = lossless.decode(target, inputs, new_tokens, strategy="spec", **way)

@@ -1,7 +1,7 @@
-"""Plain functions that stand in for the kernels of flash-attn, behind transformers' own integration of them.
+"""Plain functions that replace flash-attn's kernels, called through transformers' own integration of them.
 
-What they take and give is what flash-attn 2.1 and later document: no masks, only lengths; queries aligned with the end
-of the keys; a window counted from each query's own place. Wrong use fails loudly instead of computing something.
+Their inputs and outputs follow the documentation of flash-attn 2.1 and later: no masks, only lengths; queries aligned
+with the end of the keys; a window counted from each query's position. Wrong use raises an error.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, modeling_flash_attention_utils
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, aligned_to: str, options: dict[str, Any]) -> Tensor:
-    """One row: `q` `[queries, heads, d]`, `k` and `v` `[keys, kv_heads, d]`; attention as the kernels define it."""
+    """One row: `q` `[queries, heads, d]`, `k` and `v` `[keys, kv_heads, d]`; attention by the kernels' definition."""
     queries, keys = len(q), len(k)
     k, v = (states.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for states in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q, k) * (options.get("softmax_scale") or q.shape[2] ** -0.5)
@@ -31,7 +31,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, aligned_to: str, options: dict[str, 
 
 
 def kernels(aligned_to: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    """The function for rows of equal lengths, `[rows, tokens, heads, d]`, and the one for rows one behind the other."""
+    """The function for rows of equal lengths, `[rows, tokens, heads, d]`, and the one for concatenated rows."""
 
     def dense(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         assert all(states.stride(-1) == 1 for states in (q, k, v)), "kernels need contiguous heads"
@@ -51,7 +51,7 @@ def kernels(aligned_to: str) -> tuple[Callable[..., Tensor], Callable[..., Tenso
 
 @contextmanager
 def flash_attention(*models: PreTrainedModel, aligned_to: str = "end") -> Iterator[list[tuple[int, ...]]]:
-    """Inside, `models` run on transformers' "flash_attention_2". Yields a list of the query shapes that came by."""
+    """Inside, `models` run on transformers' "flash_attention_2". Yields a list of all query shapes."""
     utils: Any = modeling_flash_attention_utils
     dense, varlen = kernels(aligned_to)
     shapes: list[tuple[int, ...]] = []
@@ -63,7 +63,7 @@ def flash_attention(*models: PreTrainedModel, aligned_to: str = "end") -> Iterat
 
         return call
 
-    masks: list[int] = []  # their dimensions; others than two make real kernels read what is not theirs
+    masks: list[int] = []  # their ranks; with more than two dimensions, real kernels would read foreign memory
     unpad = utils._upad_input
 
     def watched(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *args: Any) -> Any:

@@ -1,7 +1,7 @@
 """A small Hub on 127.0.0.1: real files over the HTTP API that huggingface_hub uses, for clients with HF_ENDPOINT set.
 
-It answers model info, tree, resolve (safetensors by redirect to another host name, as the Hub does with large files),
-range requests, repository creation, preupload and commit. Faults can be ordered per repository. Not a test itself.
+It answers model info, tree, resolve (safetensors by redirect to another host, as the Hub does for large files),
+range requests, repository creation, preupload and commit. Faults can be set per repository. Not a test itself.
 """
 
 import base64
@@ -23,7 +23,7 @@ USER, TOKEN = "tester", "hf_good"
 
 @dataclass
 class Repo:
-    """A model repository: its states by commit, oldest first, as `{path: content}`."""
+    """A model repository: its states by commit, oldest first, each `{path: content}`."""
 
     private: bool = False
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
@@ -37,14 +37,14 @@ class Repo:
         return digest.hexdigest()
 
     def resolve(self, revision: str) -> str | None:
-        """The commit that a branch ("main") or commit hash means."""
+        """The commit that a branch ("main") or commit hash refers to."""
         if revision == "main":
             return list(self.commits)[-1]
         return revision if revision in self.commits else None
 
 
 class Hub(ThreadingHTTPServer):
-    """Use as a context manager; `url` is what HF_ENDPOINT must be.
+    """Use as a context manager; `url` is the value for HF_ENDPOINT.
 
     Attributes:
         repos: by id.
@@ -58,7 +58,7 @@ class Hub(ThreadingHTTPServer):
         self.repos: dict[str, Repo] = {}
         self.log: list[tuple[str, str]] = []
         self.url = f"http://127.0.0.1:{self.server_port}"
-        self.files_url = f"http://localhost:{self.server_port}"  # another host for large files
+        self.files_url = f"http://localhost:{self.server_port}"  # a different host for large files
 
     def __enter__(self) -> "Hub":
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -69,14 +69,14 @@ class Hub(ThreadingHTTPServer):
         self.server_close()
 
     def add(self, repo_id: str, folder: Path, private: bool = False, faults: list[str] | None = None) -> str:
-        """Commit all files of a folder to a repository, new or not; returns the commit."""
+        """Commit all files of a folder to a new or existing repository; returns the commit."""
         repo = self.repos.setdefault(repo_id, Repo(private))
         repo.faults = faults or []
         files = (path for path in folder.rglob("*") if path.is_file())
         return repo.commit({path.relative_to(folder).as_posix(): path.read_bytes() for path in files})
 
     def downloads(self, repo_id: str) -> Counter[str]:
-        """How often each file of a repository was asked for with GET."""
+        """How often each file of a repository was requested with GET."""
         pattern = re.compile(rf"/({repo_id}/resolve|files/{repo_id})/[^/]+/(?P<file>.+)")
         matches = (pattern.fullmatch(path) for method, path in self.log if method == "GET")
         return Counter(match["file"] for match in matches if match)
@@ -113,7 +113,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self.fail(404, "", f"No such route: {self.command} {path}")
 
     def found(self, repo_id: str, revision: str) -> tuple[Repo, str] | None:
-        """The repository and the commit; None after an error was sent."""
+        """The repository and the commit; None if an error was sent."""
         repo = self.server.repos.get(repo_id)
         if repo is None or (repo.private and not self.is_known):
             return self.fail(404 if self.is_known else 401, "RepoNotFound", "Repository not found")
@@ -154,7 +154,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_range(content, headers | {"ETag": f'"{blob_id(content)}"'})
 
     def large_file(self, repo_id: str, commit: str, path: str) -> None:
-        """What signed URLs lead to: no questions asked, and faults happen."""
+        """The content behind signed URLs: no authentication, and faults occur."""
         repo = self.server.repos[repo_id]
         fault = repo.faults.pop(0) if repo.faults and self.command == "GET" else None
         if fault == "drop":
@@ -183,7 +183,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer({"errors": [{"message": str(error)}], "warnings": []}, status=400)
 
     def preupload(self, repo_id: str, revision: str) -> None:
-        """All files travel inside the commit, which the Hub allows for small ones."""
+        """All files are sent inside the commit, which the Hub allows for small ones."""
         if self.is_known and self.found(repo_id, revision):
             paths = [file["path"] for file in json.loads(self.body)["files"]]
             self.answer({"files": [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in paths]})
@@ -205,7 +205,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send(status, body, {"X-Error-Message": message} | codes | (headers or {}))
 
     def send_range(self, content: bytes, headers: dict[str, str], cut: bool = False) -> None:
-        """The content, or what the Range header wants of it; if `cut`, only half of that is sent before hanging up."""
+        """The content, or the part in the Range header; if `cut`, only half is sent before the connection closes."""
         status, start = 200, 0
         if match := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or ""):
             status, start = 206, int(match[1])
@@ -245,5 +245,5 @@ def sha256(content: bytes) -> str:
 
 
 def blob_id(content: bytes) -> str:
-    """Git's name for a file's content, which is the Hub's ETag for small files."""
+    """Git's hash of a file's content, which is the Hub's ETag for small files."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()

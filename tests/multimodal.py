@@ -1,4 +1,4 @@
-"""Tiny models that see or hear, and prompts for them made by hand: placeholder ids, pixels, grids, features."""
+"""Tiny models that see or hear, and handmade prompts for them: placeholder ids, pixels, grids, features."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ WHISPER = {
 }  # fmt: skip
 
 Inputs = dict[str, torch.Tensor]
-Size = tuple[int, int]  # what an image's size means is the family's affair
+Size = tuple[int, int]  # the meaning of an image's size depends on the family
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def _pixels(rows: list[list[Size]], generator: torch.Generator, *shape: int) -> 
 
 
 def _by_row(rows: list[list[Size]], generator: torch.Generator) -> Inputs:
-    """`[batch, images, 3, 8, 8]`; images that are all zero are none."""
+    """`[batch, images, 3, 8, 8]`; an all-zero image means none."""
     pixels = torch.zeros(len(rows), max(map(len, rows)), 3, 8, 8)
     for row, images in enumerate(rows):
         pixels[row, : len(images)] = torch.randn(len(images), 3, 8, 8, generator=generator)
@@ -183,7 +183,7 @@ def make_multimodal(name: str, seed: int = 0, **kwargs: Any) -> tuple[PreTrained
 
 
 def make_multimodal_prompts(name: str, rows: list[list[Size]], seed: int = 0) -> Inputs:
-    """Prompts with these images, of uneven lengths, left-padded: text, each image with text behind it, text."""
+    """Prompts with these images, of uneven lengths, left-padded: text, then each image followed by text."""
     family = FAMILIES[name]
     generator = torch.Generator().manual_seed(seed)
 

@@ -1,13 +1,13 @@
-"""A CUDA device that is pretended on a CPU, as much of it as generation and graph captures need.
+"""A CUDA device simulated on a CPU, as far as generation and graph captures need it.
 
     with pretend_cuda.device() as cuda:
         pretend_cuda.move(model)
         model.generate(prompt.to("cuda"))
     cuda.waits, cuda.captures, cuda.replays
 
-Its tensors lie in the CPU's memory and say that they are on "cuda:0". A capture notes the calls of PyTorch's functions;
-a replay makes them again, on the same memory and without the Python code around them. What would wait for the device is
-counted, and is an error during a capture.
+Its tensors are in the CPU's memory and report the device "cuda:0". A capture records the calls of PyTorch's functions;
+a replay repeats them, on the same memory and without the surrounding Python code. Operations that would wait for the
+device are counted, and raise an error during a capture.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
-# What hands values of tensors to Python.
+# Functions that pass tensor values to Python.
 _WAITS = {
     Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.cpu, Tensor.nonzero, torch.nonzero, torch.equal, Tensor.equal,
     Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__,
@@ -29,7 +29,7 @@ _WAITS = {
 
 
 class CudaTensor(Tensor):
-    """The memory of a CPU tensor; all that is asked of it goes through the device's mode."""
+    """The memory of a CPU tensor; all operations on it go through the device's mode."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
     device = CUDA  # type: ignore[assignment]
@@ -115,7 +115,7 @@ def _on_cuda(tensor: Tensor) -> Tensor:
 
 
 def move(model: nn.Module) -> nn.Module:
-    """Move a model from the CPU to the pretended device."""
+    """Move a model from the CPU to the simulated device."""
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
@@ -133,7 +133,7 @@ class _Stream:
 
 @contextmanager
 def device() -> Iterator[Device]:
-    """Inside, there is a CUDA device."""
+    """Inside the block, there is a CUDA device."""
     cuda = Device()
     with pytest.MonkeyPatch.context() as patch, cuda:
         patch.setattr(Graph, "current", cuda, raising=False)

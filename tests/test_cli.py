@@ -15,7 +15,7 @@ from hf_specdec.pairs import DEMO_PAIR
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch) -> None:
-    """Names that are nowhere are not asked for on the Hub."""
+    """Unknown names are not looked up on the Hub."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 

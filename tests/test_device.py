@@ -1,4 +1,4 @@
-"""Forwards run without PyTorch's bookkeeping for gradients; nobody outside may find out."""
+"""Forwards run without PyTorch's autograd bookkeeping, which callers must not notice."""
 
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -62,7 +62,7 @@ def test_only_models_without_hooks_go_without_bookkeeping() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}])
 def test_calls_in_inference_mode_and_outside_of_it_may_follow_each_other(options: dict[str, Any]) -> None:
-    """Caches and tokens are written in both, and static ones are kept from call to call."""
+    """Caches and tokens are written in both modes, and static ones are kept between calls."""
     target, draft = make_pair("llama")
     prompts = make_prompts(4)
     limits: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False}

@@ -55,7 +55,7 @@ def name(page: Path) -> str:
 
 @pytest.fixture
 def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Models of the Hub are those of the embedded pair; all other arguments are used as they are given."""
+    """Models on the Hub are replaced by the embedded pair; all other arguments are used as given."""
 
     def redirected(load: Callable[..., Any]) -> Callable[..., Any]:
         def from_pretrained(*names: Any, **options: Any) -> Any:
@@ -75,12 +75,12 @@ def test_code_of_a_page_runs(
 ) -> None:
     if "import evaluate" in page.read_text(encoding="utf-8"):
         request.getfixturevalue("evaluate_cache")
-    (tmp_path / "hf_specdec").symlink_to(PACKAGE)  # metrics are named by their paths in a clone
+    (tmp_path / "hf_specdec").symlink_to(PACKAGE)  # metrics are named by their path in a clone
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {"__name__": "page"}
     for block in blocks(page, "python"):
         if block.is_run:
-            lines = "\n" * (block.line - 1)  # so that errors name the line of the page
+            lines = "\n" * (block.line - 1)  # so that errors name the page's line
             exec(compile(lines + block.code, str(page), "exec"), namespace)
 
 
@@ -100,7 +100,7 @@ def test_first_example_runs_in_a_new_process(tmp_path: Path) -> None:
 
 
 def commands() -> Iterator[tuple[str, list[str]]]:
-    """Every command of the Bash blocks, with where it stands."""
+    """Every command of the Bash blocks, with its place."""
     for page in PAGES:
         for block in blocks(page, "bash"):
             for line in block.code.replace("\\\n", " ").splitlines():
@@ -119,7 +119,7 @@ def scripts() -> Iterator[None]:
 def test_commands_are_ones_that_exist(
     scripts: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With their options: scripts parse them as they stand, of others their names are looked up in the help."""
+    """With their options: scripts parse them as they are; for others, the names are looked up in the help."""
     for where, (command, *given) in commands():
         options = {word.split("=")[0] for word in given if word.startswith("--")}
         if command == "pip":
@@ -137,7 +137,7 @@ def test_commands_are_ones_that_exist(
                 parse = importlib.import_module(script.name).parse
                 try:
                     parse(*[None] * len(inspect.signature(parse).parameters))
-                except SystemExit:  # also where a folder is missing that an earlier command would have made
+                except SystemExit:  # even if a folder is missing that an earlier command would have made
                     error = capsys.readouterr().err
                     assert not re.search("error: (argument|unrecognized|the following)", error), f"{where}\n{error}"
                 continue
@@ -183,7 +183,7 @@ def test_api_page_has_every_public_name() -> None:
 
 
 def test_troubleshooting_quotes_messages_that_exist() -> None:
-    """What differs from call to call is `…` in both."""
+    """Values that vary between calls are `…` in both."""
     messages = [
         "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
         if isinstance(node, ast.JoinedStr)

@@ -1,6 +1,6 @@
-"""Where the `evaluate` modules of this package are: `evaluate.load(hf_specdec.metrics.path("acceptance_rate"))`.
+"""Paths of this package's `evaluate` modules: `evaluate.load(hf_specdec.metrics.path("acceptance_rate"))`.
 
-The modules in the folders beside this file are loaded by `evaluate`, never imported from here.
+`evaluate` loads the modules in the folders next to this file; they are never imported from here.
 """
 
 from pathlib import Path

@@ -1,1 +1,1 @@
-"""What the programs in `scripts/` share: arguments, prompts, measurements, reports. The library never imports it."""
+"""Code that the scripts share: arguments, prompts, measurements, reports. The library never imports it."""

@@ -1,6 +1,6 @@
-"""The arguments that scripts have in common, and what they stand for: a pair, and prompts.
+"""The arguments that scripts share, and loading what they describe: a pair and prompts.
 
-Without any of them a script works on the embedded pair and its held-out prompts, with no network.
+By default a script uses the embedded pair and its held-out prompts, and needs no network.
 """
 
 import argparse
@@ -27,9 +27,9 @@ class Prompt:
 
     Attributes:
         text: the text.
-        category: what reports group by; "all" where the data names none.
-        reference: the expected continuation, where the data has one.
-        is_chat: the text went through a chat template, which puts the special tokens.
+        category: its group in reports; "all" if it has none.
+        reference: the expected continuation, if the data has one.
+        is_chat: whether a chat template was applied, which adds the special tokens.
     """
 
     text: str
@@ -44,23 +44,23 @@ def add_pair_arguments(parser: argparse.ArgumentParser) -> None:
     add("--pair", metavar="PAIR", help="Hub id or folder of a pair (specdec_pair.json); default: the embedded pair")
     add("--target", help="Hub id or path of the target, instead of --pair")
     add("--draft", help='Hub id or path of the draft for --target; "auto" (default) looks it up in the catalogue')
-    add("--gguf-file", metavar="NAME", help="GGUF file in the folder or repository of --target that holds its weights")
+    add("--gguf-file", metavar="NAME", help="GGUF file with the target's weights, in --target's folder or repository")
     add("--draft-gguf-file", metavar="NAME", help="the same for --draft")
     add("--dtype", choices=DTYPES, default="float32", help="dtype of both models (default: float32)")
-    add("--device", help="where the models run, such as cuda:0 (default: cuda where there is one, else cpu)")
+    add("--device", help="device of both models, such as cuda:0 (default: cuda if available, else cpu)")
     add("--revision", help="revision of --pair, or of the target")
-    add("--trust-remote-code", action="store_true", help="let Hub repos run code of their own")
-    add("--threads", type=int, metavar="N", help="threads of torch (default: torch's own choice)")
+    add("--trust-remote-code", action="store_true", help="allow code from Hub repositories to run")
+    add("--threads", type=int, metavar="N", help="number of torch threads (default: torch's own choice)")
 
 
 def load_pair(args: argparse.Namespace) -> SpecPair:
-    """The pair that `add_pair_arguments` describes, on its device and ready to generate."""
+    """Load the pair that `add_pair_arguments` describes, on its device and ready to generate."""
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     if args.pair is not None and (args.target or args.draft):
         raise SystemExit("expected --pair, or --target with --draft, got both")
     if args.draft is not None and args.target is None:
-        raise SystemExit("expected --target beside --draft, got none")
+        raise SystemExit("expected --target with --draft, got none")
     if args.pair is not None:
         check_is_pair(args.pair)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -93,7 +93,7 @@ def check_is_pair(name: str) -> None:
 
 
 def add_prompt_arguments(parser: argparse.ArgumentParser, prompts: int, prompt_tokens: int | None = None) -> None:
-    """`prompts`: how many by default; `prompt_tokens`: how many of each prompt's first tokens are used, all if None."""
+    """`prompts`: default number of prompts; `prompt_tokens`: default number of first tokens to use, all if None."""
     group = parser.add_argument_group("prompts")
     add = group.add_argument
     add("--dataset", metavar="NAME", help="a dataset: Hub id, local folder, or .jsonl/.json/.csv/.txt/.parquet file; "
@@ -102,15 +102,15 @@ def add_prompt_arguments(parser: argparse.ArgumentParser, prompts: int, prompt_t
     add("--split", default="test", help="split of the dataset; local files always have `train` (default: %(default)s)")
     add("--column", help=f"column with the text (default: the first of {', '.join(TEXT_COLUMNS)})")
     add("--reference-column", help="column with the expected answer, for scripts that compare (default: `reference`)")
-    add("--category-column", default="category", help="column to report by, where it exists (default: category)")
-    add("--prompts", type=int, default=prompts, metavar="N", help=f"how many prompts (default: {prompts})")
+    add("--category-column", default="category", help="column to group reports by, if it exists (default: category)")
+    add("--prompts", type=int, default=prompts, metavar="N", help=f"number of prompts (default: {prompts})")
     add("--prompt-tokens", type=int, default=prompt_tokens, metavar="N",
         help=f"use the first N tokens of each prompt (default: {prompt_tokens or 'all'})")  # fmt: skip
-    add("--chat-template", action="store_true", help="put each prompt through the tokenizer's chat template")
+    add("--chat-template", action="store_true", help="apply the tokenizer's chat template to each prompt")
 
 
 def load_prompts(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-    """The prompts that `add_prompt_arguments` describes, spread evenly over the dataset (so over its categories)."""
+    """Load the prompts that `add_prompt_arguments` describes, evenly spaced over the dataset (so over categories)."""
     if args.prompts < 1:
         raise SystemExit(f"expected --prompts of at least 1, got {args.prompts}")
     rows = list(_embedded_rows() if args.dataset is None else _dataset_rows(args))
@@ -166,7 +166,7 @@ def _dataset_rows(args: argparse.Namespace) -> Iterable[dict[str, Any]]:
 
 
 def _first(value: Any) -> str:
-    """The text; the first of several, such as Spec-Bench's `turns`, stands on its own."""
+    """The text, or the first of several, such as Spec-Bench's `turns`: that one needs no context."""
     return str(value[0]) if isinstance(value, (list, tuple)) else str(value)
 
 

@@ -1,4 +1,4 @@
-"""Bare forwards of target and draft on filled caches: what they take, and the speed-up that they alone would allow."""
+"""Bare forwards of target and draft on filled caches: their times, and the speed-up if nothing else took time."""
 
 import inspect
 import statistics
@@ -14,9 +14,9 @@ REPEATS = 3  # per batch and round
 
 
 class BareForward:
-    """Forwards of one model over a few more tokens, always at the same place of the same text.
+    """Forwards of one model over a few more tokens, always at the same position in the same text.
 
-    transformers' own cache and attention, as vanilla decoding uses them; the cache is cropped back after each.
+    They use transformers' own cache and attention, as vanilla decoding does; the cache is cropped back after each.
 
     Args:
         input_ids, mask: `[rows, columns]`, the text so far.
@@ -32,7 +32,7 @@ class BareForward:
 
     @property
     def croppable(self) -> bool:
-        """Whether the cache can be put back; without that nothing can be measured twice."""
+        """Whether the cache can be rolled back; otherwise nothing can be measured twice."""
         return bool(getattr(self.cache, "is_croppable", True))
 
     def seconds(self, tokens: int) -> float:
@@ -49,18 +49,18 @@ class BareForward:
 
     @torch.inference_mode()
     def _forward(self, ids: Tensor, mask: Tensor, **kwargs: Any) -> None:
-        if not bool(self.mask.all()):  # without padding generate() goes without a mask too
+        if not bool(self.mask.all()):  # without padding, generate() passes no mask either
             kwargs["attention_mask"] = mask
         self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, **kwargs)
 
 
 class BareForwards:
-    """The forwards that the methods of one setting rest on, measured a few times per round.
+    """The forwards that the methods of one setting consist of, measured a few times per round.
 
     Attributes:
-        target_seconds: by tokens per forward, the target's wall times.
+        target_seconds: the target's wall times, by tokens per forward.
         draft_seconds: wall times of the draft's one-token forward.
-        missing: why there is nothing to measure; else empty.
+        missing: the reason if nothing can be measured, otherwise empty.
     """
 
     def __init__(self, target: PreTrainedModel, draft: PreTrainedModel):
@@ -75,7 +75,7 @@ class BareForwards:
 
         Args:
             batch: `input_ids` and `attention_mask` of the prompts.
-            rows: what vanilla generated behind them (rows beyond the batch are not looked at).
+            rows: vanilla's continuations of them (rows beyond the batch are ignored).
             lengths: tokens per target forward to measure.
         """
         ids = batch["input_ids"]
@@ -105,8 +105,8 @@ class BareForwards:
     def ideal(self, tau: float, tokens: float, draft_forwards: float) -> float | None:
         """The speed-up over vanilla at block efficiency `tau` if nothing but forwards took time.
 
-        τ · t_target(1) / (t_target(γ + 1) + γ · t_draft(1)), with γ + 1 = `tokens` and γ = `draft_forwards`, which may
-        be means: between lengths that were measured t_target is a line.
+        τ · t_target(1) / (t_target(γ + 1) + γ · t_draft(1)), with γ + 1 = `tokens` and γ = `draft_forwards`. Both may
+        be means: t_target is interpolated linearly between measured lengths.
         """
         below = max((n for n in self.target_seconds if n <= tokens), default=None)
         above = min((n for n in self.target_seconds if n >= tokens), default=None)
@@ -117,7 +117,7 @@ class BareForwards:
         return tau * self.target_median(1) / (block + draft_forwards * statistics.median(self.draft_seconds))
 
     def to_dict(self) -> dict[str, Any]:
-        """Medians in milliseconds, and c, the cost ratio."""
+        """Medians in milliseconds, and the cost ratio c."""
         if not self.draft_seconds:
             return {"missing": self.missing}
         draft = statistics.median(self.draft_seconds)

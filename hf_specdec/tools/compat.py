@@ -1,16 +1,16 @@
-"""Does a class decode with speculation what it decodes without? Compared on tiny random models, for us and for HF.
+"""Does a class decode the same with and without speculation? Compared on tiny random models, for us and for HF.
 
 Each method's outcome is one of
 
     identical   the tokens of vanilla `generate()`
-    tie         other tokens, where rounding explains it: judged as `check_lossless` does, see `lossless.py`
+    tie         other tokens that rounding explains, by the rule of `check_lossless` (see `lossless.py`)
     refused     an exception raised on purpose, whose message says what is missing
     error       any other exception
-    wrong       other tokens, or logits that are further off than rounding explains
+    wrong       other tokens, or logits further off than rounding explains
 
-Logits beside identical tokens may also be as far off as those of the target alone, fed in blocks.
-Where the target alone, fed in blocks, is as far from vanilla as what is called wrong, the comparison is drawn again
-with other weights (experts or keys that are chosen differently spoil it); it stays wrong if that goes on.
+If the tokens are identical, the logits may also be as far off as those of the target alone, fed in blocks.
+If the target alone, fed in blocks, is as far from vanilla as a wrong result, the comparison is repeated with other
+weights (a different choice of experts or keys spoils it); the result stays wrong if this keeps happening.
 """
 
 import contextlib
@@ -39,9 +39,9 @@ OURS, ASSISTED = "ours", "assisted"
 NEW_TOKENS = 24
 GAMMA = 3
 _SEEDS = 4
-_LEAST_NOISE = 1e-5  # the same, below which nothing is told from rounding
-_UNKNOWN_NOISE = 16  # units in the last place, where the target's own ways could not be compared
-_MOST_NOISE = 1e-3  # of the logits' deviation, in float32: what differs by more than that does not differ by rounding
+_LEAST_NOISE = 1e-5  # likewise: smaller differences cannot be told from rounding
+_UNKNOWN_NOISE = 16  # units in the last place, if the target's own rounding could not be measured
+_MOST_NOISE = 1e-3  # of the logits' deviation, in float32: a larger difference is not rounding
 _DELIBERATE = (ValueError, TypeError, NotImplementedError)
 
 
@@ -50,9 +50,9 @@ class Answer:
     """What one call of `generate()` returned.
 
     Attributes:
-        sequences: `[batch, tokens]`, with the prompt where the class returns it.
-        new_tokens: how many were asked for.
-        rows: the new tokens with their logits; empty where the class does not tell them.
+        sequences: `[batch, tokens]`, with the prompt if the class returns it.
+        new_tokens: how many were requested.
+        rows: the new tokens with their logits; empty if the class does not return them.
     """
 
     sequences: Tensor
@@ -68,7 +68,7 @@ def examine(
     dtype: torch.dtype = torch.float32,
     new_tokens: int = NEW_TOKENS,
 ) -> dict[str, Any]:
-    """All that the table says about a class."""
+    """Everything that the table says about a class."""
     result: dict[str, Any] = {"name": entry.name, "model_type": entry.model_type, "mappings": list(entry.mappings)}
     result |= {"dtype": str(dtype).removeprefix("torch.")}
     try:
@@ -89,7 +89,7 @@ def _layer_types(model: PreTrainedModel) -> list[str]:
 
 
 def _case(comparison: Callable[[int], "_Comparison"], seed: int) -> dict[str, Any]:
-    """One comparison; drawn again when rounding decides it, or when the draft is too good or too bad."""
+    """One comparison, repeated with another seed if rounding decides it or the draft is too good or too bad."""
     best: dict[str, Any] = {}
     for attempt in range(_SEEDS):
         case = comparison(seed + 100 * attempt).run()
@@ -114,7 +114,7 @@ def _quality(case: dict[str, Any]) -> int:
 
 @dataclass
 class _Comparison:
-    """The methods beside vanilla, for one tiny model and one batch of prompts."""
+    """The methods compared with vanilla, for one tiny model and one batch of prompts."""
 
     entry: Entry
     make: Inputs
@@ -148,14 +148,14 @@ class _Comparison:
             case["acceptance"] = stats.acceptance_rate
             case["efficiency"] = stats.block_efficiency
         elif case[OURS]["outcome"] in (IDENTICAL, TIE):
-            case[OURS] = {"outcome": ERROR, "message": "strategy='spec' was ignored: nothing was decoded by it"}
+            case[OURS] = {"outcome": ERROR, "message": "strategy='spec' was ignored: it decoded nothing"}
         case["rounding_decides"] = case[OURS].pop("in_blocks_too", False)
         if self.assisted:
             case[ASSISTED] = self._outcome("/transformers/generation/", **assistant)
         return case
 
     def _noise(self) -> float:
-        """How far rounding can move the target's logits: measured where the target can be asked in another way."""
+        """How far rounding can move the target's logits, measured if they can be computed in another way."""
         ways = (_one_forward(self.target, self.inputs, self.expected, positions) for positions in (True, False))
         measured = min((self._off(logits) for logits in ways if logits is not None), default=math.inf)
         deviation = float(self.expected.rows[0].logits.std()) if self.expected.rows else 0.0
@@ -175,7 +175,7 @@ class _Comparison:
         return outcome(lambda: _generate(self.target, self.inputs, self.new_tokens, **options), self.judge, package)
 
     def judge(self, given: Answer) -> dict[str, Any]:
-        """What comes of other tokens or other logits than vanilla's."""
+        """The outcome of a method's answer, compared with vanilla's tokens and logits."""
         expected = self.expected
         if given.sequences.shape != expected.sequences.shape:
             shapes = [tuple(answer.sequences.shape) for answer in (given, expected)]
@@ -209,7 +209,7 @@ class _Comparison:
         return all(comparison.judge(noise)[0] != BUG for comparison in comparisons)
 
     def _draft(self) -> tuple[PreTrainedModel, float, float | None]:
-        """A perturbed copy that agrees with the target on about half of vanilla's tokens, how, and how often."""
+        """A perturbed copy that agrees with the target on about half of vanilla's tokens, its noise, its agreement."""
         low, high, noise = 0.0, 4.0, 0.12
         for _ in range(9):
             draft = perturbed(self.target, noise, self.seed + 1)
@@ -221,7 +221,7 @@ class _Comparison:
         return draft, noise, agreement
 
     def _agreement(self, model: PreTrainedModel) -> float | None:
-        """On how many of vanilla's tokens the model's argmax agrees, in one forward over all."""
+        """The share of vanilla's tokens that are the model's argmax, in one forward over all of them."""
         ways = (_one_forward(model, self.inputs, self.expected, positions) for positions in (True, False))
         logits = next((logits for logits in ways if logits is not None), None)
         if logits is None or len(logits) != len(self.expected.sequences):  # RAG has a row for each document
@@ -231,9 +231,9 @@ class _Comparison:
 
 
 def _until_the_end(expected: Row, given: Row) -> tuple[Row, Row]:
-    """Two rows without the padding after an end that both have in common; what ended is a class's own affair.
+    """Two rows without the padding that both have after an end; what counts as an end is up to the class.
 
-    Ours has no logits there, vanilla has those of rows that go on.
+    Ours has no logits there; vanilla has those of the rows that continue.
     """
     is_told = given.logits.ne(0).any(dim=-1).tolist()
     length = max((i for i, told in enumerate(is_told, start=1) if told), default=0)
@@ -263,7 +263,7 @@ def _generate(model: PreTrainedModel, inputs: dict[str, Any], new_tokens: int, *
         raise TypeError(f"the class returns {type(out).__name__}, which holds no tokens")
     steps: list[Any] = [getattr(out, name, None) for name in ("logits", "scores")]
     if sequences.ndim != 2 or not all(isinstance(s, tuple) and len(s) == new_tokens for s in steps):
-        return Answer(sequences, new_tokens)  # codes of several codebooks, a waveform, or a class that tells no logits
+        return Answer(sequences, new_tokens)  # codes of several codebooks, a waveform, or a class without logits
     logits, scores = (torch.stack(s, dim=1).float() for s in steps)
     tokens = sequences[:, -new_tokens:]
     if logits.shape != scores.shape or logits.shape[:-1] != tokens.shape or int(tokens.max()) >= logits.shape[-1]:
@@ -272,7 +272,7 @@ def _generate(model: PreTrainedModel, inputs: dict[str, Any], new_tokens: int, *
 
 
 def outcome(run: Callable[[], Answer], judge: Callable[[Answer], dict[str, Any]], package: str) -> dict[str, Any]:
-    """What came of a method: what `judge` says of its answer, or the kind of the exception that it raised."""
+    """A method's outcome: the judgement of its answer, or the kind of exception that it raised."""
     try:
         given = run()
     except Exception as error:
@@ -284,15 +284,15 @@ def outcome(run: Callable[[], Answer], judge: Callable[[Answer], dict[str, Any]]
 def _difference(given: Answer, expected: Answer) -> str:
     unlike = given.sequences != expected.sequences
     row, column = min(unlike.nonzero()[:, :2].tolist(), key=lambda place: place[1])
-    return f"row {row + 1} differs in column {column}; the class tells no logits"
+    return f"row {row + 1} differs in column {column}; the class returns no logits"
 
 
 @torch.no_grad()
 def _one_forward(model: PreTrainedModel, inputs: dict[str, Any], expected: Answer, positions: bool) -> Tensor | None:
-    """`[batch, new tokens, vocab]`: the logits for the new tokens in one forward over all; `None` where it has none.
+    """`[batch, new tokens, vocab]`: the new tokens' logits, from one forward over all; `None` if there are none.
 
     Args:
-        positions: whether to tell them, counted from each row's first token.
+        positions: whether to pass them, counted from each row's first token.
     """
     kwargs, sequences, new_tokens = copy.deepcopy(inputs), expected.sequences, expected.new_tokens
     try:
@@ -308,12 +308,12 @@ def _one_forward(model: PreTrainedModel, inputs: dict[str, Any], expected: Answe
         logits = model(**kwargs).logits
     except Exception:
         return None
-    # Whisper's own `generate()` returns new tokens alone, without what they follow
+    # Whisper's own `generate()` returns only the new tokens
     return logits[:, -new_tokens:] if logits.ndim == 3 and logits.shape[1] >= new_tokens else None
 
 
 def _in_blocks(model: PreTrainedModel, inputs: dict[str, Any], expected: Answer) -> Iterator[Tensor]:
-    """The same when the model alone is fed in blocks on a cache of transformers, cut in several ways."""
+    """The same with the model alone, fed in blocks on a transformers cache; the blocks are cut in several ways."""
     mask, sequences, new_tokens = inputs.get("attention_mask"), expected.sequences, expected.new_tokens
     if model.config.is_encoder_decoder or mask is None:
         return

@@ -1,4 +1,4 @@
-"""The results of `compat.py` for people: counts, a Markdown page, and a summary by outcome and message."""
+"""The results of `compat.py` for people to read: counts, a Markdown page, and a summary by outcome and message."""
 
 import re
 from collections import Counter, defaultdict
@@ -19,7 +19,7 @@ _CELLS = {IDENTICAL: "✓", TIE: "✓ tie", REFUSED: REFUSED}
 
 
 def outcome(result: dict[str, Any], method: str, batch: int) -> tuple[str, str]:
-    """A class's outcome for a method and batch size, over all kinds of inputs, and the message that goes with it."""
+    """A class's outcome for a method and batch size, over all kinds of inputs, and its message."""
     if "crash" in result:
         return CRASH, result["crash"]
     if result["build"] is not None:
@@ -36,14 +36,14 @@ def outcome(result: dict[str, Any], method: str, batch: int) -> tuple[str, str]:
 
 
 def counts(results: list[dict[str, Any]], batches: Sequence[int]) -> dict[str, dict[str, dict[str, int]]]:
-    """How many classes have each outcome: by batch size, then method; of results in one dtype."""
+    """How many classes have each outcome, by batch size, then method; all results must have one dtype."""
     return {
         str(batch): {m: dict(Counter(outcome(r, m, batch)[0] for r in results)) for m in COLUMNS} for batch in batches
     }
 
 
 def by_dtype(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """The results of each dtype, in the order in which they come."""
+    """The results of each dtype, in their original order."""
     dtypes: dict[str, list[dict[str, Any]]] = {}
     for result in results:
         dtypes.setdefault(result["dtype"], []).append(result)
@@ -51,7 +51,7 @@ def by_dtype(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def summary(results: list[dict[str, Any]]) -> str:
-    """Counts, then the classes grouped by what ours does where it is not identical."""
+    """Counts, then the classes where ours is not identical, grouped by outcome and message."""
     lines = []
     for dtype, own in by_dtype(results).items():
         batches = _batches(own)
@@ -59,7 +59,7 @@ def summary(results: list[dict[str, Any]]) -> str:
         for rows, methods in counts(own, batches).items():
             lines += [f"B={rows} {COLUMNS[method]}: {tally}" for method, tally in methods.items()]
         for batch in batches:
-            lines.append(f"\n## ours, {dtype}, B={batch}, not identical")
+            lines.append(f"\n## ours, {dtype}, B={batch}: not identical")
             for (kind, message), names in _groups(own, OURS, batch):
                 lines.append(f"- {kind} ({len(names)}): {message}\n    {', '.join(names)}")
     return "\n".join(lines)
@@ -80,7 +80,7 @@ def _groups(results: list[dict[str, Any]], method: str, batch: int) -> list[tupl
 
 
 def _pattern(message: str, name: str) -> str:
-    """The message without what is particular to one class, so that equal reasons group together."""
+    """The message without the details of one class, so that equal reasons form one group."""
     message = re.sub(r"row \d+ (differs|has).*", r"tokens or logits differ", message.replace(name, "CLASS"))
     message = re.sub(r"^\d+ rows$", "rounding decides", message)
     message = re.sub(r" \[\d+(, \d+)*\]", "", message)  # shapes
@@ -88,7 +88,7 @@ def _pattern(message: str, name: str) -> str:
 
 
 def markdown(results: list[dict[str, Any]], batches: Sequence[int], command: str) -> str:
-    """The page: how it was made, counts in each dtype, one row per class, and the reasons."""
+    """The page: how it was made, counts for each dtype, one row per class, and the reasons."""
     dtypes = by_dtype(results)
     ran = {dtype: [r for r in own if _ran(r, batches)] for dtype, own in dtypes.items()}
     names = list(dict.fromkeys(r["name"] for own in ran.values() for r in own))
@@ -96,22 +96,22 @@ def markdown(results: list[dict[str, Any]], batches: Sequence[int], command: str
     lines = [
         "# Compatibility",
         "",
-        "Every class of transformers that has the `generate()` of its `GenerationMixin`, whatever it generates,",
-        "tried with a tiny random model and a draft that agrees in part: greedy tokens beside those of `generate()`.",
+        "Every class of transformers that inherits `generate()` from `GenerationMixin`, whatever it generates, tried",
+        "with a tiny random model and a draft that agrees in part. Greedy tokens are compared with vanilla's.",
         "",
-        "- **identical**: vanilla's tokens, every one, for text and, where such a prompt could be made, images, sound.",
-        "- **identical but for ties**: a row parts from vanilla where its two best logits are closer than the target's",
-        "  own rounding, measured without our code. This is the rule of `scripts/check_lossless`.",
+        "- **identical**: all tokens equal vanilla's, for text and, if such a prompt could be made, images and sound.",
+        "- **identical but for ties**: a row differs from vanilla where its two best logits are closer than the",
+        "  target's own rounding, measured without our code. This is the rule of `scripts/check_lossless`.",
         "- **refused**: an exception raised on purpose, which names what is missing.",
         "- **error**: another exception. **wrong**: other tokens, or logits further off than rounding explains.",
         "",
-        "Configs are the defaults of each class, shrunk, with all their kinds of layers. Windows are shorter than the",
-        "prompts; the rows of a batch are uneven, and some cross the windows only while they are decoded. The weights",
-        "are random and large. Where the target alone, fed in blocks of four, is as far from vanilla, other weights",
-        "are drawn, up to four times. The draft is a copy with noise, or look-up where it cannot be fed text alone.",
+        "Configs are each class's defaults, shrunk, with all their kinds of layers. Windows are shorter than the",
+        "prompts; the rows of a batch have uneven lengths, and some reach the window only during decoding. The weights",
+        "are random and large. If the target alone, fed in blocks of four, is as far from vanilla, new weights are",
+        "drawn, up to four times. The draft is a copy with noise, or look-up if a draft cannot be fed text alone.",
         "",
         f"{where}. Made by",
-        f"`{command}`. Classes with which vanilla itself cannot generate, or that cannot be",
+        f"`{command}`. Classes that vanilla cannot generate with, or that cannot be",
         "built here, are at the end.",
         "",
         f"## {len(names)} classes that can be built and that vanilla can generate with",
@@ -129,7 +129,7 @@ def markdown(results: list[dict[str, Any]], batches: Sequence[int], command: str
         cells = [_cell(found.get((name, dtype)), method, batch) for dtype, method, batch in columns]
         layer_names = ", ".join(layer.replace("_attention", "") for layer in layers)
         lines.append(f"| {name} | {layer_names} | {', '.join(kinds)} | {' | '.join(cells)} |")
-    lines += ["", "## What hf_specdec says where it refuses", ""]
+    lines += ["", "## Reasons that hf_specdec gives", ""]
     reasons: dict[str, list[str]] = defaultdict(list)
     for own in ran.values():
         for batch in batches:

@@ -1,4 +1,4 @@
-"""Examines classes in a process of its own: `python -m hf_specdec.tools.compat_worker`, see `isolated.py`."""
+"""Examines classes in a separate process: `python -m hf_specdec.tools.compat_worker`, see `isolated.py`."""
 
 import time
 import warnings

@@ -1,6 +1,6 @@
-"""Distillation: where a draft starts, what it reads, its loss, its training, and the acceptance that results.
+"""Distillation: a draft's initial weights, its training data, loss and training, and the resulting acceptance.
 
-Owns no files but the checkpoints that it is told to write; scripts decide on folders, tables and exit codes. Needs the
+Writes no files except the checkpoints it is told to write; scripts decide on folders, tables and exit codes. Needs the
 extra `train` (accelerate, datasets).
 """
 
@@ -29,10 +29,10 @@ from ..records.stats import SpeculationStats
 from .progress import progress
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
-# Not prose-like code, or not shipped by every system.
+# Not ordinary code, or not shipped by every system.
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "lib2to3"}
 SKIPPED_FOLDERS |= {"turtledemo", "pydoc_data", "encodings", "__pycache__", "lib-dynload"}
-# Never seen by the embedded pair; its held-out prompts are cut from these.
+# The embedded pair never saw these; its held-out prompts are cut from them.
 HELD_OUT = (
     *("textwrap.py", "fractions.py", "queue.py", "shlex.py", "statistics.py", "heapq.py", "calendar.py", "pprint.py"),
     *("tempfile.py", "graphlib.py", "ftplib.py", "configparser.py", "gettext.py", "selectors.py", "sched.py", "csv.py"),
@@ -41,14 +41,14 @@ HELD_OUT = (
 
 GAMMA = 5  # draft length of the acceptance figures: the library's default
 ROWS_WRITTEN = 64  # rows that the target continues at a time
-CHUNK = 2**24  # logits turned into float32 probabilities at a time: 64 MiB for each of the few temporaries
+CHUNK = 2**24  # logits converted to float32 probabilities at a time: 64 MiB for each of a few temporaries
 
 
-# ------------------------------------------------------------------------------------------------ where a draft starts
+# ----------------------------------------------------------------------------------------------------- initial weights
 
 
 def first_layers(target: PreTrainedModel, layers: int) -> PreTrainedModel:
-    """A draft made of the target's embeddings, first `layers` layers, final norm and head, in the target's dtype."""
+    """A draft with the target's embeddings, first `layers` layers, final norm and head, in the target's dtype."""
     draft = random_layers(target, layers)
     missing = draft.load_state_dict(target.state_dict(), strict=False).missing_keys
     if missing:
@@ -57,7 +57,7 @@ def first_layers(target: PreTrainedModel, layers: int) -> PreTrainedModel:
 
 
 def random_layers(target: PreTrainedModel, layers: int) -> PreTrainedModel:
-    """A draft of the target's configuration with `layers` layers and random weights, in the target's dtype."""
+    """A draft with the target's configuration, but `layers` layers and random weights, in the target's dtype."""
     config = copy.deepcopy(target.config)
     text = config.get_text_config(decoder=True)
     if not 1 <= layers < text.num_hidden_layers:
@@ -76,14 +76,14 @@ def random_layers(target: PreTrainedModel, layers: int) -> PreTrainedModel:
     return draft
 
 
-# ---------------------------------------------------------------------------------------------------- what it reads
+# ------------------------------------------------------------------------------------------------------- training data
 
 
 def standard_library(modules: int | None = None) -> DatasetDict:
-    """Python's standard library, a document per module: the first `modules` (all if None) in `train`, and `heldout`."""
+    """Python's standard library, one document per module: `train` (its first `modules`, all if None) and `heldout`."""
     names = [path.relative_to(STDLIB) for path in sorted(STDLIB.rglob("*.py"))]
     names = [name for name in names if SKIPPED_FOLDERS.isdisjoint(name.parts) and name.as_posix() not in HELD_OUT]
-    names = [name for name in names if not name.parts[0].startswith("config-")]  # how this very Python was built
+    names = [name for name in names if not name.parts[0].startswith("config-")]  # how this Python was built
     held_out = [str(STDLIB / name) for name in HELD_OUT if (STDLIB / name).exists()]
     if not held_out or not names:
         raise SystemExit(f"Expected the standard library's sources under {STDLIB}, found none; is it a zipped install?")
@@ -92,9 +92,9 @@ def standard_library(modules: int | None = None) -> DatasetDict:
 
 
 def cut(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int, **options: Any) -> list[list[int]]:
-    """The texts' tokens in pieces of at most `length`, none across two texts; lone tokens teach nothing and go.
+    """Cut the texts' tokens into pieces of at most `length`, none spanning two texts; pieces of one token are dropped.
 
-    `options` are the tokenizer's, such as `add_special_tokens`.
+    `options` are passed to the tokenizer, such as `add_special_tokens`.
     """
     rows = tokenizer(texts, verbose=False, **options)["input_ids"] if texts else []
     pieces = [row[at : at + length] for row in rows for at in range(0, len(row), length)]
@@ -102,7 +102,7 @@ def cut(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int, **opt
 
 
 def hold_out(pieces: list[list[int]], count: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Split into `(training, held out)`: `count` pieces, evenly spread, are held out, and with them their doubles."""
+    """Split into `(training, held out)`: `count` evenly spaced pieces are held out; their duplicates are dropped."""
     if len(pieces) <= count:
         raise ValueError(
             f"the text has {len(pieces)} pieces of at least two tokens, expected more than the {count} held out: "
@@ -117,7 +117,7 @@ def hold_out(pieces: list[list[int]], count: int) -> tuple[list[list[int]], list
 
 
 def draws(size: int, count: int, seed: int) -> list[int]:
-    """`count` of the numbers below `size`: in random order, all of them once before any comes again."""
+    """`count` numbers below `size` in random order; every number comes once before any is repeated."""
     generator = torch.Generator().manual_seed(seed)
     rounds = [torch.randperm(size, generator=generator) for _ in range(-(-count // size))]
     return torch.cat(rounds)[:count].tolist() if rounds else []
@@ -131,13 +131,13 @@ def write(
     draft: PreTrainedModel | None = None,
     what: str | None = None,
 ) -> tuple[list[list[int]], SpeculationStats]:
-    """Let the target continue the prompts, greedily if `temperature` is None, drafted by `draft` if there is one.
+    """Let the target continue the prompts, greedily if `temperature` is None, and with `draft` if there is one.
 
     Args:
-        what: says on stderr what is being done, and how far it is; None says nothing.
+        what: title of the progress shown on stderr; None shows nothing.
 
     Returns:
-        Prompt and continuation of each row, up to and with its end token; and what speculation did.
+        Prompt and continuation of each row, up to and including its end token; and the speculation statistics.
     """
     stats = SpeculationStats()
     config = target.generation_config
@@ -168,7 +168,7 @@ def write(
 
 
 def pays(stats: SpeculationStats, draft: PreTrainedModel, target: PreTrainedModel) -> bool:
-    """Whether speculating is likely faster than not: τ > 1 + γ c, with c taken from the parameter counts."""
+    """Whether speculation is likely to be faster: τ > 1 + γ c, with c taken from the parameter counts."""
     return stats.block_efficiency > 1 + GAMMA * draft.num_parameters() / target.num_parameters()
 
 
@@ -182,16 +182,16 @@ def examples(
     temperature: float,
     seed: int,
 ) -> Dataset:
-    """What the draft learns from: `count` texts as they are, and as many continued greedily and by sampling.
+    """The draft's training data: `count` texts as they are, `count` continued greedily, `count` by sampling.
 
-    The continuations are the target's own, since that is the text which drafts are verified along. A draft changes
-    how fast they are written, not what they are.
+    The target writes the continuations, because drafts are verified along the target's own text. A draft changes
+    how fast they are written, but not the text.
 
     Args:
-        prompt_tokens: the length of what the target continues; None: the pieces are prompts, which must stay whole.
+        prompt_tokens: length of the prompts that the target continues; None keeps the pieces whole, as prompts.
 
     Returns:
-        `kind` ("text", "greedy", "sampled"), `input_ids`, all of different pieces while these last, and
+        `kind` ("text", "greedy", "sampled"), `input_ids` (no piece is used twice while there are enough), and
         `completion_mask`: 0 for the tokens of a prompt, 1 for all others.
     """
     torch.manual_seed(seed)
@@ -215,13 +215,13 @@ def distillation_loss(
     """KL(target || draft) over the whole vocabulary, plus cross-entropy on the target's argmax; the mean over tokens.
 
     One of the divergences that DistillSpec compares (Zhou et al. 2024, arXiv:2310.08461). By Pinsker's inequality it
-    bounds what sampling loses: a draft token is rejected with probability TV(p, q) <= sqrt(KL(p || q) / 2). Greedy
-    acceptance asks for the same argmax only, hence the second term. Only a few rows at a time become float32
-    probabilities, which are computed again in the backward pass instead of being kept.
+    bounds rejection when sampling: a draft token is rejected with probability TV(p, q) <= sqrt(KL(p || q) / 2). Greedy
+    acceptance only needs the same argmax, hence the second term. Only a few rows at a time become float32
+    probabilities; the backward pass recomputes them to save memory.
 
     Args:
-        draft_logits, target_logits: `[..., vocabulary]`; where one is padded wider, the rest of it is left out.
-        argmax_weight: of the second term.
+        draft_logits, target_logits: `[..., vocabulary]`; if one is wider because of padding, the excess is ignored.
+        argmax_weight: weight of the second term.
         mask: `[...]`, true for the tokens that count; all if None.
     """
     width = min(draft_logits.shape[-1], target_logits.shape[-1])
@@ -248,14 +248,14 @@ class Recipe:
     """How a draft is trained.
 
     Attributes:
-        steps: updates of the weights.
-        rows: examples of one forward.
-        accumulate: forwards of one step.
+        steps: number of weight updates.
+        rows: examples per forward.
+        accumulate: forwards per step.
         lr: peak learning rate of AdamW, reached after a tenth of the steps, then falling linearly to zero.
         argmax_weight: see `distillation_loss`.
-        completion_only_loss: the draft learns what the target wrote, not the prompts (as TRL's option of that name).
-        mixed_precision: "no", "bf16" or "fp16", of both models' forwards; the draft's weights are float32.
-        seed: of the order of the examples.
+        completion_only_loss: train on the target's continuations, not on the prompts (as in TRL).
+        mixed_precision: "no", "bf16" or "fp16", for both models' forwards; the draft's weights are float32.
+        seed: seed for the order of the examples.
     """
 
     steps: int
@@ -288,20 +288,20 @@ class Distillation:
         here = self._accelerator.device
         if (here.type, here.index or 0) != (target.device.type, target.device.index or 0):
             raise ValueError(
-                f"the target is on {target.device}, accelerate trains on {here}: choose the GPU by CUDA_VISIBLE_DEVICES"
+                f"the target is on {target.device}, accelerate trains on {here}: set CUDA_VISIBLE_DEVICES to choose"
             )
         draft = draft.float()
         optimizer = torch.optim.AdamW(draft.parameters(), lr=recipe.lr, betas=(0.9, 0.95), weight_decay=0.01)
         schedule = get_linear_schedule_with_warmup(optimizer, recipe.steps // 10, recipe.steps)
         rows: Any = _with_masks(examples, recipe.completion_only_loss)
         order = draws(len(rows), recipe.steps * recipe.accumulate * recipe.rows, recipe.seed)
-        # Its own generator: a loader draws a seed whenever it is iterated, which a resumed run does once more.
+        # Its own generator: a loader draws a seed whenever it is iterated, and a resumed run iterates once more.
         loader: Any = DataLoader(rows, recipe.rows, sampler=order, collate_fn=_collate, generator=torch.Generator())
         prepared = self._accelerator.prepare(draft, optimizer, loader, schedule)
         self._draft, self._optimizer, self._loader, self._schedule = prepared
 
     def train(self) -> Iterator[float]:
-        """Take the remaining steps; gives each one's loss when it is done."""
+        """Take the remaining steps, yielding each step's loss."""
         total = 0.0
         self._draft.train()
         for batch in skip_first_batches(self._loader, self.step * self.recipe.accumulate):
@@ -327,12 +327,12 @@ class Distillation:
         return distillation_loss(draft_logits, target_logits, self.recipe.argmax_weight, counted)
 
     def draft(self) -> PreTrainedModel:
-        """The draft as it is now, in the target's dtype: what gets measured and saved. The next call changes it."""
+        """The draft as it is now, in the target's dtype, to be measured or saved. The next call changes it."""
         self._trained.load_state_dict(self._draft.state_dict())
         return self._trained.eval()
 
     def save(self, folder: Path) -> None:
-        """Write `folder/checkpoint-STEP`, complete or not at all, in place of the one before."""
+        """Replace the checkpoint in `folder` with `checkpoint-STEP`, written completely or not at all."""
         unfinished, before = folder / "unfinished", list(folder.glob("checkpoint-*"))
         shutil.rmtree(unfinished, ignore_errors=True)
         self._accelerator.save_state(str(unfinished))
@@ -341,14 +341,14 @@ class Distillation:
             shutil.rmtree(old)
 
     def load(self, folder: Path) -> None:
-        """Go on from the checkpoint in `folder`, if there is one: weights, optimizer, schedule, random state, order."""
+        """Resume from the checkpoint in `folder`, if any: weights, optimizer, schedule, random state, order."""
         for saved in sorted(folder.glob("checkpoint-*"))[-1:]:
             self._accelerator.load_state(str(saved))
             self.step = int(saved.name.removeprefix("checkpoint-"))
 
 
 def _with_masks(examples: Dataset, completion_only: bool) -> list[tuple[list[int], list[int]]]:
-    """By row the tokens, and 1 for each that the draft learns to write; rows without any such token are left out."""
+    """Each row's tokens, and a mask: 1 for those that the draft learns. Rows without such a token are left out."""
     rows = examples["input_ids"][:]
     if not completion_only:
         return [(row, [1] * len(row)) for row in rows]
@@ -361,8 +361,8 @@ def _with_masks(examples: Dataset, completion_only: bool) -> list[tuple[list[int
 def _collate(rows: list[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
     """Right-padded `input_ids`, `attention_mask` and `counted`, `[rows, tokens]`.
 
-    `counted`: the positions whose logits count. Those that come before a learned token do, since they predict it; the
-    last one of a row, whatever it predicts, goes with the last token.
+    `counted`: the positions whose logits enter the loss: each position before a learned token, since it predicts that
+    token. The last position of a row predicts no known token; it counts if the last token is learned.
     """
     tensors = [torch.tensor(row) for row, _ in rows]
     counted = [torch.tensor([*mask[1:], mask[-1]]) for _, mask in rows]
@@ -375,7 +375,7 @@ def _collate(rows: list[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
 
 @contextmanager
 def interruptible() -> Iterator[list[int]]:
-    """Collects Ctrl-C instead of raising it, so that a step is never cut in half; the second one raises again."""
+    """Collect the first Ctrl-C instead of raising, so that no step is interrupted; the second one raises again."""
     received: list[int] = []
 
     def note(number: int, frame: object) -> None:
@@ -389,7 +389,7 @@ def interruptible() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, before)
 
 
-# ------------------------------------------------------------------------------------------------- what comes of it
+# ---------------------------------------------------------------------------------------------------------- the result
 
 
 def acceptance(
@@ -400,7 +400,7 @@ def acceptance(
     temperature: float,
     seed: int = 0,
 ) -> dict[str, SpeculationStats]:
-    """What real speculative runs over the prompts accept, "greedy" and "sampled"; leaves the random state alone."""
+    """Acceptance in real speculative runs over the prompts, "greedy" and "sampled"; the random state is unchanged."""
     devices = [target.device] if target.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)

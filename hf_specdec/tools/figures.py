@@ -1,4 +1,4 @@
-"""The figures of a benchmark, drawn with matplotlib as SVG that takes its ink from the page it stands in."""
+"""The figures of a benchmark, drawn with matplotlib as SVG that uses the text colour of the surrounding page."""
 
 import io
 from collections.abc import Callable
@@ -22,7 +22,7 @@ STYLE: dict[Any, Any] = {
 
 
 def draw_all(result: dict[str, Any]) -> dict[str, str]:
-    """SVG by title: those figures that the measurement has the data for."""
+    """SVG by title, for the figures that the measurement has data for."""
     base = result["settings"][0]
     drawings: dict[str, Callable[[Axes], bool]] = {
         "Speed-up by category": lambda axes: by_category(axes, base),
@@ -35,7 +35,7 @@ def draw_all(result: dict[str, Any]) -> dict[str, str]:
 
 
 def by_category(axes: Axes, setting: dict[str, Any]) -> bool:
-    """Bars: the best method of each family, by category of the prompts."""
+    """Bars: the best method of each family, by prompt category."""
     shown = {family: best(setting, family) for family in (ASSISTED, OURS)}
     names = list(setting["methods"][VANILLA]["categories"])
     drawn = [(family, name) for family, name in shown.items() if name]
@@ -83,7 +83,7 @@ def over_gamma(axes: Axes, setting: dict[str, Any]) -> bool:
 
 
 def acceptance(axes: Axes, setting: dict[str, Any]) -> bool:
-    """Lines over the position in the draft: the share of drafts accepted there, of our longest fixed γ and look-up."""
+    """Lines over the position in the draft: the share of drafts accepted there, for our longest fixed γ and look-up."""
     shown: dict[str, tuple[str, list[float]]] = {}
     for name, figures in setting["methods"].items():
         if figures.get("acceptance_by_position"):
@@ -100,7 +100,7 @@ def acceptance(axes: Axes, setting: dict[str, Any]) -> bool:
 
 
 def over_context(axes: Axes, settings: list[dict[str, Any]]) -> bool:
-    """Lines over prompt length at the first batch size: milliseconds per token while decoding."""
+    """Lines over prompt length, for the first batch size: milliseconds per token while decoding."""
     settings = [s for s in settings if s["batch_size"] == settings[0]["batch_size"]]
     settings = sorted(settings, key=lambda s: s["prompt_tokens"][1])
     names = {family: best(settings[0], family) for family in (VANILLA, ASSISTED, OURS)}
@@ -128,7 +128,7 @@ def best(setting: dict[str, Any], family: str) -> str:
 
 
 def _svg(title: str, draw: Callable[[Axes], bool]) -> str:
-    """The figure as an SVG element; empty if `draw` has nothing to show."""
+    """The figure as an SVG element; empty if `draw` has no data."""
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": title}):
         figure = Figure(figsize=(6.4, 3.8), layout="constrained")
         axes = figure.add_subplot()

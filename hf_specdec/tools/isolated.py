@@ -1,4 +1,4 @@
-"""A worker process that answers one question at a time and is started again when it crashes or takes too long."""
+"""A worker process that answers one question at a time, restarted if it crashes or takes too long."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ class Worker:
     """Runs `module` (as `python -m`) as a server of JSON lines.
 
     Args:
-        module: its `main` calls `serve(handler)`.
+        module: a module whose main block calls `serve(handler)`.
     """
 
     def __init__(self, module: str):
@@ -22,7 +22,7 @@ class Worker:
         self._process: subprocess.Popen[bytes] | None = None
 
     def ask(self, question: dict[str, Any], seconds: float) -> dict[str, Any]:
-        """The answer, or `{"crash": why}` when the worker died or was stopped after `seconds`."""
+        """The answer, or `{"crash": why}` if the worker died or was stopped after `seconds`."""
         if self._process is None:
             self._process = self._start()
         process = self._process
@@ -59,7 +59,7 @@ class Worker:
 
 
 def serve(handler: Any) -> None:
-    """Answer each line of standard input; whatever the handler prints goes to standard error."""
+    """Answer each line of standard input; the handler's own output goes to standard error."""
     with os.fdopen(os.dup(1), "w") as out:
         os.dup2(2, 1)
         with contextlib.suppress(KeyboardInterrupt):

@@ -1,34 +1,34 @@
-"""Whether speculation changes what a model says: greedy outputs, token by token (sampled ones: `two_sample.py`).
+"""Whether speculation changes a model's output: greedy outputs, token by token (sampled ones: `two_sample.py`).
 
-Owns the comparison and its verdicts; knows nothing of command lines or tables.
+Owns the comparison and its verdicts; does not deal with command lines or tables.
 
-Vanilla and speculative decoding must give the same tokens. In a dtype of few digits two correct programs may still
-part, because a forward over several tokens rounds otherwise than one over a single token. So where a row first parts
-from vanilla (what follows differs legitimately), both paths have seen the same prefix, and their logits there decide.
-It is a *numerical tie* when all of this holds, and a *BUG* otherwise:
+Vanilla and speculative decoding must give the same tokens. In a low-precision dtype, two correct programs may still
+diverge, because a forward over several tokens rounds differently from one over a single token. At the first differing
+token of a row (later ones may differ), both paths have seen the same prefix, so their logits there decide.
+It is a *numerical tie* if all of this holds, and a *BUG* otherwise:
 
 1. each path chose the best token of its own scores;
 2. the gap between the two tokens, summed over both paths, is at most the *bound*;
 3. up to there, the logits of the two paths differ by at most the bound (over vanilla's TOP best tokens per position).
 
-A row of identical tokens is a BUG too if it fails the third. The bound is the larger of
+A row of identical tokens is also a BUG if it fails condition 3. The bound is the larger of
 
-- the *resolution*: two units in the last place of the dtype at the magnitude of the row's logits, since each of the
-  four logits in the sum of the gaps is rounded by half a unit at the very end;
-- twice the *noise* of the target itself, from the differences between vanilla's logits (one token at a time, with
-  transformers' cache) and one plain forward over the whole unpadded text without any cache: at each position of all
-  prompts, the largest over the TOP tokens. For logits that are off by n at most, the sum of two tokens' gaps is off by
-  2n at most.
+- the *resolution*: two units in the last place of the dtype at the magnitude of the row's logits, because each of the
+  four logits in the sum of the gaps is rounded by half a unit in the last step;
+- twice the *noise* of the target itself. It comes from the differences between vanilla's logits (one token at a time,
+  with transformers' cache) and one plain forward over the whole unpadded text without a cache: at each position of all
+  prompts, the largest over the TOP tokens. If logits are off by at most n, the sum of two tokens' gaps is off by at
+  most 2n.
 
-The largest of these differences alone would be a poor measure: with as many positions again, or in another way of
-speculating, the largest is a larger one, the more so the fewer there were. So the noise is the level that one of
-COMPARED times as many positions is expected to pass, and never less than the largest difference seen. As each
-difference is itself the largest of TOP, they follow Gumbel's law of extremes, which their mean and spread determine. On
-12 prompts of 64 tokens of the embedded pair in bfloat16: largest difference 0.125, noise 0.17, bound 0.35, largest
-deviation of ours 0.125; with 48 of the 768 positions, the largest difference alone may be 0.0625.
+The largest difference seen would be a poor measure: with more positions, or another way of speculating, a larger one
+turns up, and the fewer positions there were, the larger it is. So the noise is the level that one of COMPARED times as
+many positions is expected to exceed, and at least the largest difference seen. Each difference is itself the largest
+of TOP, so they follow Gumbel's law of extremes, which their mean and spread determine. On 12 prompts of 64 tokens of
+the embedded pair in bfloat16: largest difference 0.125, noise 0.17, bound 0.35, our largest deviation 0.125; with 48
+of the 768 positions, the largest difference alone may be 0.0625.
 
-None of our code takes part in measuring the noise, so a bug that spoils our logits cannot excuse itself by it. What the
-bound may hide is said as well: the share of positions at which vanilla's own best two tokens are that close.
+The noise is measured without our code, so a bug that spoils our logits cannot hide in it. The report also shows how
+much the bound may hide: the share of positions at which vanilla's own best two tokens are that close.
 """
 
 import math
@@ -47,7 +47,7 @@ from ..records.stats import SpeculationStats
 from .arguments import Prompt, encode
 
 TOP = 20  # tokens per position whose logits are compared
-COMPARED = 10  # positions that speculation is compared at, for each one that noise was measured at: a run has 4 ways
+COMPARED = 10  # compared positions per position at which noise was measured: a run has 4 ways
 EULER = 0.5772156649  # the mean of the standard Gumbel law
 IDENTICAL, TIE, BUG = "identical", "tie", "BUG"
 
@@ -67,7 +67,7 @@ class Way:
         """The arguments of `generate()`."""
         if self.drafter == "look-up":
             return {"strategy": "spec", "prompt_lookup_num_tokens": self.gamma}
-        # The tokenizers were compared when the pair was loaded; naming one for both spares doing so in every call.
+        # The tokenizers were compared when the pair was loaded; passing one for both saves doing so in every call.
         one = {"tokenizer": pair.tokenizer, "assistant_tokenizer": pair.tokenizer}
         return {"strategy": "spec", "assistant_model": pair.draft, "num_assistant_tokens": self.gamma, **one}
 
@@ -77,9 +77,9 @@ class Row:
     """What one call generated for one prompt.
 
     Attributes:
-        tokens: the new tokens, up to and with the first end token.
-        logits: `[tokens, vocab]`, as the model gave them on the way.
-        scores: `[tokens, vocab]`, what the logits processors made of them; their argmax is chosen.
+        tokens: the new tokens, up to and including the first end token.
+        logits: `[tokens, vocab]`, the model's own.
+        scores: `[tokens, vocab]`, the logits after all logits processors; their argmax is chosen.
     """
 
     tokens: list[int]
@@ -89,13 +89,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One row of speculative decoding beside vanilla's.
+    """One row of speculative decoding, compared with vanilla's.
 
     Attributes:
         prompt: its number, from 1.
         position: the number of the first new token that differs, from 1; `None` if none does.
-        tokens: vanilla's and our token there; `None` for one that had ended before.
-        gaps: by how much each path prefers its own token to the other's, in scores; `None` where one had ended.
+        tokens: vanilla's and our token there; `None` if that row had already ended.
+        gaps: by how much each path prefers its own token to the other's, in scores; `None` if one had ended.
         deviation: the largest difference between the two paths' logits up to that position.
         resolution: two units in the last place at the magnitude of the logits.
     """
@@ -126,11 +126,11 @@ class Comparison:
 
 @dataclass
 class Rounding:
-    """What vanilla and plain forwards of the target differ by.
+    """The differences between vanilla and plain forwards of the target.
 
     Attributes:
-        differences: by position, the largest between their logits.
-        margins: by position, how far vanilla's best score is ahead of its second.
+        differences: the largest difference between their logits at each position.
+        margins: the gap between vanilla's best and second-best score at each position.
     """
 
     differences: list[float] = field(default_factory=list)
@@ -138,7 +138,7 @@ class Rounding:
 
     @property
     def noise(self) -> float:
-        """What one in COMPARED times as many positions is expected to differ by, at least the largest seen."""
+        """The largest difference expected at COMPARED times as many positions, at least the largest seen."""
         if not self.differences:
             return 0.0
         scale = statistics.pstdev(self.differences) * math.sqrt(6) / math.pi
@@ -152,7 +152,7 @@ class Rounding:
 
 @dataclass
 class GreedyResult:
-    """All prompts in one way."""
+    """The comparison of all prompts in one way."""
 
     way: Way
     rounding: Rounding  # shared by the ways of one batch size, complete when all batches have run
@@ -168,7 +168,7 @@ class GreedyResult:
 
     @property
     def near_ties(self) -> float:
-        """The share of vanilla's positions whose best two scores are within the bound: where a tie would pass."""
+        """The share of vanilla's positions whose best two scores are within the bound, so that a tie would pass."""
         margins = self.rounding.margins
         return sum(margin <= self.bound for margin in margins) / len(margins)
 
@@ -204,8 +204,8 @@ def check_greedy(
     """Decode greedily with vanilla and in each way, and compare.
 
     Args:
-        pair, prompts: what to decode; prompts are left-padded into batches of each way's size.
-        new_tokens: at most, per prompt.
+        pair, prompts: the models and prompts; prompts are left-padded into batches of each way's size.
+        new_tokens: maximum per prompt.
         advance: called after each batch and way.
     """
     roundings = {way.batch_size: Rounding() for way in ways}
@@ -228,7 +228,7 @@ def check_greedy(
 
 
 def decode(target: PreTrainedModel, inputs: dict[str, Tensor], new_tokens: int, **options: Any) -> list[Row]:
-    """Greedy `generate()`, by row of the batch."""
+    """Greedy `generate()`, one `Row` per row of the batch."""
     out = target.generate(
         **inputs,
         max_new_tokens=new_tokens,
@@ -244,7 +244,7 @@ def decode(target: PreTrainedModel, inputs: dict[str, Tensor], new_tokens: int, 
 
 
 def cut(tokens: Tensor, model: PreTrainedModel) -> list[list[int]]:
-    """Each row up to and with its first end token; what stands behind it is padding."""
+    """Each row up to and including its first end token; the rest is padding."""
     eos = model.generation_config.eos_token_id
     ends = set() if eos is None else set(torch.tensor(eos).flatten().tolist())
     return [row[: next((i for i, t in enumerate(row, start=1) if t in ends), len(row))] for row in tokens.tolist()]
@@ -258,13 +258,13 @@ def unpadded(inputs: dict[str, Tensor]) -> Iterator[Tensor]:
 
 @torch.inference_mode()
 def plain_logits(target: PreTrainedModel, prompt: Tensor, tokens: list[int]) -> Tensor:
-    """What one forward over the whole text, without a cache, gives for each of `tokens`: `[tokens, vocab]`."""
+    """The logits for each of `tokens` from one forward over the whole text, without a cache: `[tokens, vocab]`."""
     ids = torch.cat([prompt, prompt.new_tensor(tokens[:-1])])
     return target(input_ids=ids[None], use_cache=False).logits[0, len(prompt) - 1 :].float()
 
 
 def compare(prompt: int, vanilla: Row, spec: Row, dtype: torch.dtype) -> Comparison:
-    """Two rows that continue the same prompt with a model of that dtype."""
+    """Compare two rows that continue the same prompt with a model of that dtype."""
     shorter = min(len(vanilla.tokens), len(spec.tokens))
     at = next((i for i in range(shorter) if vanilla.tokens[i] != spec.tokens[i]), shorter)
     same = slice(at + 1)  # the positions at which both paths had seen the same prefix
@@ -281,7 +281,7 @@ def compare(prompt: int, vanilla: Row, spec: Row, dtype: torch.dtype) -> Compari
 
 
 def spacing(magnitude: float, dtype: torch.dtype) -> float:
-    """The distance between neighbouring numbers of a dtype at a magnitude."""
+    """The distance between neighbouring numbers of a dtype at a given magnitude."""
     return float(torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(magnitude))) if magnitude else 0.0
 
 

@@ -1,7 +1,7 @@
-"""Ways to generate, measured against one another on one machine that may be busy with other things too.
+"""Measure ways to generate against one another, on a machine that may also be busy with other work.
 
-Methods take turns batch by batch, and every ratio is taken within a round before the median over the rounds is: what
-slows the machine down for a while slows down both sides. Owns the clocks and the ratios; prints nothing.
+Methods take turns batch by batch, and every ratio is taken within a round, before the median over the rounds: if
+something slows the machine down for a while, both sides slow down. Owns the clocks and the ratios; prints nothing.
 """
 
 import gc
@@ -33,10 +33,10 @@ class Method:
     """A way to generate.
 
     Attributes:
-        name: as tables show it.
+        name: as shown in tables.
         family: `VANILLA`, `ASSISTED` or `OURS`.
-        options: makes the arguments of `generate()`, anew for each run.
-        gamma: γ where it is one number, else `None`.
+        options: makes fresh arguments of `generate()` for each run.
+        gamma: γ if it is constant, else `None`.
     """
 
     name: str
@@ -50,13 +50,13 @@ class Run:
     """One `generate()` call.
 
     Attributes:
-        seconds: wall time in all.
-        first_seconds: wall time until the first new token of every row was there.
+        seconds: total wall time.
+        first_seconds: wall time until every row had its first new token.
         tokens: new tokens, each row counted to its end.
-        first_tokens: those of them that came out of the same target forward as the first.
-        decode_seconds: wall time from the next target forward on. By then both models have read the prompt, whichever
-            did so before the first token; of the drafts, those of one forward are left out, by every method.
-        forwards: forwards of the target, over the prompt included.
+        first_tokens: the new tokens from the same target forward as the first one.
+        decode_seconds: wall time from the next target forward on. By then both models have prefilled, whichever did so
+            before the first token; every method leaves out the drafts of one forward.
+        forwards: forwards of the target, including the prefill.
     """
 
     seconds: float
@@ -69,15 +69,15 @@ class Run:
 
 @dataclass
 class Record:
-    """What was measured of one method in one setting.
+    """The measurements of one method in one setting.
 
     Attributes:
         rounds: `[rounds][batches]`.
-        stats: of the timed rounds; only ours fills it.
+        stats: statistics of the timed rounds; only ours fills them.
         rows: the new tokens of every row, batch after batch, in the untimed round.
-        differing: indices of rows that were not vanilla's in some run.
-        refusal: the first line of the error where the method refuses the input.
-        peak_bytes: memory that one call took on top of what was there before, `None` where it cannot be read.
+        differing: indices of rows that differed from vanilla's in some run.
+        refusal: the first line of the error if the method refuses the input.
+        peak_bytes: peak memory of one call beyond what was in use before, `None` if it cannot be read.
     """
 
     method: Method
@@ -90,7 +90,7 @@ class Record:
 
 
 class Arrivals(BaseStreamer):
-    """A streamer that notes when the first token arrives, how many come with it, and when the next forward begins."""
+    """A streamer that records when the first token arrives, how many come with it, and when the next forward begins."""
 
     def __init__(self, rows: int):
         self.rows, self.forwards, self.columns, self.first_seconds = rows, 0, -1, 0.0
@@ -116,7 +116,7 @@ class Arrivals(BaseStreamer):
 
 
 def timed(target: PreTrainedModel, batch: Batch, new_tokens: int, options: dict[str, Any]) -> tuple[Run, Tensor]:
-    """One greedy `generate()` call: its times, and the sequences it returned."""
+    """Time one greedy `generate()` call; returns its times and sequences."""
     rows, width = batch["input_ids"].shape
     arrivals = Arrivals(rows)
     with counting(target, arrivals.count_forward, ours="strategy" in options):
@@ -147,8 +147,8 @@ _FEEDING: list[tuple[type, str]] = [
 
 @contextmanager
 def counting(target: PreTrainedModel, count: Callable[[], None], ours: bool) -> Iterator[None]:
-    """Inside, `count` is called before each forward of the target: by a hook, or in our loop without, because models
-    that have hooks are not compiled.
+    """Inside the block, `count` is called before each forward of the target: by a hook, except in our loop, because
+    models with hooks are not compiled.
     """
     originals: list[Any] = [getattr(cls, name) for cls, name in _FEEDING]
 
@@ -173,7 +173,7 @@ def counting(target: PreTrainedModel, count: Callable[[], None], ours: bool) -> 
 
 
 def new_rows(target: PreTrainedModel, sequences: Tensor, width: int) -> list[list[int]]:
-    """What follows the prompt of `width` columns in each row, up to its first end token (padding follows that)."""
+    """The tokens after the prompt of `width` columns in each row, up to the first end token (the rest is padding)."""
     eos = target.generation_config.eos_token_id
     ends = set() if eos is None else set(torch.tensor(eos).flatten().tolist())
     rows = sequences[:, width:].tolist()
@@ -183,15 +183,15 @@ def new_rows(target: PreTrainedModel, sequences: Tensor, width: int) -> list[lis
 class Comparison:
     """Methods that take turns on the same batches.
 
-    Call `warm_up` first, then `round` as often as wanted; `weigh` reads peak memory.
+    Call `warm_up` first, then `round` as often as needed; `weigh` reads peak memory.
 
     Args:
-        methods: the first one must be vanilla; it is what tokens are compared with.
-        bare: measured after each batch too, if given.
+        methods: the first must be vanilla; all others are compared with its tokens.
+        bare: also measured after each batch, if given.
         advance: called with a method's name before each of its runs.
 
     Attributes:
-        records: by the methods' names.
+        records: one per method, by name.
     """
 
     def __init__(
@@ -208,7 +208,7 @@ class Comparison:
         self.reference = self.records[methods[0].name]
 
     def warm_up(self) -> None:
-        """An untimed round: its rows are kept, and adaptive schedules learn in it what things cost."""
+        """An untimed round: its rows are kept, and adaptive schedules learn the costs."""
         for index, record in self._turns(self.records):
             self._run(record, index, keep=True)
         if self.bare is not None:
@@ -218,7 +218,7 @@ class Comparison:
             record.stats = SpeculationStats()
 
     def round(self, names: Iterable[str] | None = None) -> None:
-        """A timed round of vanilla and the methods named, or of all."""
+        """A timed round of vanilla and the named methods, or of all."""
         chosen = self.records if names is None else {self.reference.method.name, *names}
         for record in (self.records[name] for name in chosen):
             record.rounds.append([])
@@ -230,14 +230,14 @@ class Comparison:
                 self.bare.measure()
 
     def weigh(self) -> None:
-        """One untimed run of each method on the last batch, for its peak memory."""
+        """Read each method's peak memory in one untimed run on the last batch."""
         for record in self.records.values():
             with peak_memory(self.target.device) as peak:
                 self._run(record, len(self.batches) - 1)
             record.peak_bytes = None if record.refusal else peak.get("bytes")
 
     def _turns(self, names: Iterable[str]) -> Iterator[tuple[int, Record]]:
-        """Batch by batch: vanilla, then the others in another order each time, so that none always follows the same."""
+        """Batch by batch: vanilla, then the others in a new random order, so that none always follows the same one."""
         others = [record for name in names if (record := self.records[name]) is not self.reference]
         for index in range(len(self.batches)):
             for record in [self.reference, *random.sample(others, len(others))]:
@@ -245,7 +245,7 @@ class Comparison:
                 yield index, record
 
     def _run(self, record: Record, index: int, keep: bool = False) -> Run | None:
-        """One method on one batch; `None` where it refuses. The rows of the run are kept if so wanted."""
+        """Run one method on one batch; `None` if it refuses. `keep` stores the run's rows."""
         if record.refusal:
             return None
         batch = self.batches[index]
@@ -268,7 +268,7 @@ class Comparison:
 
 
 def checked(record: Record) -> float:
-    """Tokens of a usual verification forward: γ + 1, with the mean γ where it varies; 1 where nothing is drafted."""
+    """Tokens in a typical verification forward: γ + 1, with the mean γ if it varies; 1 if nothing is drafted."""
     if record.method.gamma is not None:
         return 1 + record.method.gamma
     stats = record.stats
@@ -276,15 +276,15 @@ def checked(record: Record) -> float:
 
 
 def around(tokens: float) -> list[int]:
-    """Forwards to measure for a mean number of tokens that may still change a little."""
+    """Forward lengths to measure for a mean number of tokens that may still change a little."""
     return [int(tokens)] if tokens == int(tokens) else [max(int(tokens) - 1, 1), int(tokens) + 2]
 
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[dict[str, int]]:
-    """Fills `["bytes"]` with what the block took at its peak on top of what there was; leaves it out if unknown.
+    """Set `["bytes"]` to the block's peak memory beyond what was in use before; leave it out if unknown.
 
-    CUDA: of torch's allocator. CPU: of the resident set, whose high-water mark Linux lets us reset.
+    CUDA: memory of torch's allocator. CPU: the resident set, whose high-water mark can be reset on Linux.
     """
     found: dict[str, int] = {}
     gc.collect()
@@ -298,7 +298,7 @@ def peak_memory(device: torch.device) -> Iterator[dict[str, int]]:
         return
     try:
         if hasattr(libc := CDLL(None), "malloc_trim"):
-            libc.malloc_trim(0)  # else what earlier runs have freed would be taken again unseen
+            libc.malloc_trim(0)  # else memory that earlier runs freed would be reused unnoticed
         Path("/proc/self/clear_refs").write_text("5")
         before = _resident("VmRSS")
     except OSError:
@@ -314,6 +314,6 @@ def _resident(name: str) -> int:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until an accelerator has done what it was told."""
+    """Wait until the accelerator has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,6 +1,6 @@
 """The ways to generate that scripts compare: vanilla, HF assisted generation, and ours, by draft length and schedule.
 
-A *way* is how the command line names them: a number is a constant γ, a name is a schedule, "default" sets nothing.
+A *way* is a name on the command line: a number is a constant γ, a word is a schedule, "default" sets nothing.
 """
 
 import copy
@@ -21,9 +21,9 @@ def vanilla() -> Method:
 def assisted(draft: PreTrainedModel, way: str) -> Method:
     """HF assisted generation.
 
-    transformers reads γ and schedule from the draft's generation config and learns into it, so each run gets a draft of
-    its own, which shares the weights. A number means that many drafts: transformers' confidence threshold, which would
-    cut them short, is 0 then.
+    transformers reads γ and the schedule from the draft's generation config and updates it as it runs, so each run
+    gets its own copy of the draft, which shares the weights. A number means exactly that many draft tokens:
+    transformers' confidence threshold, which would cut drafts short, is then 0.
     """
     fixed = {"assistant_confidence_threshold": 0.0} if way.isdecimal() else {}
 
@@ -42,7 +42,7 @@ def assisted_lookup(gamma: int) -> Method:
 
 
 def ours(draft: PreTrainedModel, options: dict[str, Any], label: str) -> Method:
-    """strategy="spec" with a draft model and any options of `generate()`."""
+    """`strategy="spec"` with a draft model and any options of `generate()`."""
     fixed = options.get("num_assistant_tokens_schedule") == "constant"
     fixed &= not options.get("assistant_confidence_threshold")
     return Method(

@@ -1,4 +1,4 @@
-"""How far long work is: a bar in a terminal, and elsewhere, as in a log file, a line now and then."""
+"""Progress of long work: a bar in a terminal; elsewhere, as in a log file, an occasional line."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -12,13 +12,13 @@ SECONDS = 30.0  # between lines
 
 @contextmanager
 def progress(console: Console, what: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
-    """Inside, call what it gives with the number of steps done and, if there is one, a note: `advance(7, "loss 0.5")`.
+    """Yields a function to call with the number of steps done and, optionally, a note: `advance(7, "loss 0.5")`.
 
     Args:
-        console: where it shows.
-        what: is being done.
+        console: where to show the progress.
+        what: title of the work.
         total: number of steps.
-        done: steps done before.
+        done: steps already done.
     """
     if console.is_terminal:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

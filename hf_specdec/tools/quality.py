@@ -1,9 +1,9 @@
 """Quality of continuations, vanilla and speculative side by side, compared prompt by prompt.
 
-Owns the metrics of a set of continuations, the modules of `evaluate` they come from, and the interval of a difference.
-Generates what it is asked for; prints nothing.
+Owns the metrics of a set of continuations, the `evaluate` modules that compute them, and the interval of a difference.
+Generates continuations on request; prints nothing.
 
-A *run* is one continuation per prompt, `run[prompt] = [token, ...]`, cut behind the first end token. Greedy decoding
+A *run* is one continuation per prompt, `run[prompt] = [token, ...]`, cut after the first end token. Greedy decoding
 has one run per method, sampling one per seed.
 """
 
@@ -33,12 +33,12 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Comparison:
-    """One metric of both methods.
+    """One metric for both methods.
 
     Attributes:
-        name: what is measured.
+        name: the metric.
         vanilla, speculative: `[prompts]`, one value per prompt (the mean over its runs).
-        scale: from the mean over prompts to what is shown; perplexity is the exponential of a mean.
+        scale: converts the mean over prompts to the figure shown; perplexity is the exponential of a mean.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Comparison:
 
     @property
     def means(self) -> tuple[float, float]:
-        """What is shown of vanilla and of speculative."""
+        """The figures shown for vanilla and speculative."""
         return float(self.scale(self.vanilla.mean())), float(self.scale(self.speculative.mean()))
 
     @property
@@ -62,7 +62,7 @@ class Comparison:
         return bool(np.array_equal(self.vanilla, self.speculative))
 
     def to_dict(self, interval: bool) -> dict[str, Any]:
-        """What tables show, as plain JSON types; with the interval of the difference, if there are enough prompts."""
+        """The figures in tables, as plain JSON types, with the difference's interval if there are enough prompts."""
         vanilla, speculative = self.means
         shown = {"vanilla": vanilla, "speculative": speculative, "difference": self.difference, "equal": self.equal}
         if not interval or len(self.vanilla) < bootstrap.LEAST:
@@ -71,7 +71,7 @@ class Comparison:
         return shown | {"interval": [low, high], "contains_0": low <= 0 <= high}
 
     def interval(self) -> tuple[float, float]:
-        """The 95 % percentile bootstrap interval of the difference; prompts are drawn, with both methods' values."""
+        """The 95 % percentile bootstrap interval of the difference; prompts are resampled with both methods' values."""
 
         def difference(drawn: np.ndarray) -> np.ndarray:
             vanilla, speculative = (self.scale(v[drawn].mean(axis=1)) for v in (self.vanilla, self.speculative))
@@ -82,11 +82,11 @@ class Comparison:
 
 @dataclass(frozen=True)
 class TextMetric:
-    """A module of `evaluate` that compares one text with a reference.
+    """An `evaluate` module that compares one text with a reference.
 
     Attributes:
         module: the module.
-        names: of its scores, as tables show them, and what its results call them.
+        names: its scores: the name in tables -> the key in its results.
     """
 
     module: Any
@@ -94,7 +94,7 @@ class TextMetric:
 
     @classmethod
     def load(cls, name: str) -> "TextMetric":
-        """By name on the Hub, or by path. Scores: what is called like the module, or "score", or else all floats."""
+        """Load by Hub name or path. Scores: the result named like the module, or "score", or else all floats."""
         import evaluate
 
         module, short = evaluate.load(name, keep_in_memory=True), Path(name).stem
@@ -114,7 +114,7 @@ class TextMetric:
 
 
 def generate(target: PreTrainedModel, batches: Iterable[Batch], seed: int, **options: Any) -> Run:
-    """One run over all batches, `torch` seeded once; `options` are those of `target.generate`."""
+    """One run over all batches, with `torch` seeded once; `options` are passed to `target.generate`."""
     torch.manual_seed(seed)
     eos = target.generation_config.eos_token_id
     ends = set() if eos is None else set(torch.tensor(eos).flatten().tolist())
@@ -128,10 +128,10 @@ def generate(target: PreTrainedModel, batches: Iterable[Batch], seed: int, **opt
 
 @torch.no_grad()
 def nats_per_token(target: PreTrainedModel, batches: Iterable[Batch], run: Run) -> list[float]:
-    """By prompt, the mean of −log p(token | prompt, tokens before it) over its continuation.
+    """For each prompt, the mean of −log p(token | prompt, tokens before it) over its continuation.
 
-    p is the target's own distribution, before any logits processor and at temperature 1; one forward per batch, prompts
-    and continuations right-padded, so that positions count from 0 whatever the model. exp of it is the perplexity.
+    p is the target's own distribution, before any logits processor and at temperature 1. One forward per batch; prompts
+    with continuations are right-padded, so that positions count from 0 in any model. The exponential is the perplexity.
     """
     means, continuations = [], iter(run)
     for batch in batches:
@@ -147,19 +147,19 @@ def nats_per_token(target: PreTrainedModel, batches: Iterable[Batch], run: Run) 
 
 
 def distinct_bigrams(tokens: list[int]) -> float:
-    """Share of a continuation's pairs of neighbouring tokens that are distinct; 1.0 without any pair."""
+    """The share of a continuation's pairs of adjacent tokens that are distinct; 1.0 if there are no pairs."""
     pairs = list(itertools.pairwise(tokens))
     return len(set(pairs)) / len(pairs) if pairs else 1.0
 
 
 def compare_runs(vanilla: list[Run], speculative: list[Run], agreement: Any) -> list[Comparison]:
-    """What needs no reference: agreement with vanilla, length, distinct bigrams.
+    """The metrics that need no reference: agreement with vanilla, length, distinct bigrams.
 
-    Greedy runs are compared with vanilla's. Sampled ones differ even between runs of one method, so each is compared
-    with vanilla's runs of *other* seeds, and so are vanilla's own: that is what agreement there is by chance.
+    Greedy runs are compared with vanilla's. Sampled runs differ even within one method, so each is compared with
+    vanilla's runs of *other* seeds. So are vanilla's own runs, which shows the agreement by chance.
 
     Args:
-        vanilla, speculative: as many runs of each, over the same prompts.
+        vanilla, speculative: equally many runs of each, over the same prompts.
         agreement: the `evaluate` module token_agreement.
     """
     pairs = list(itertools.permutations(range(len(vanilla)), 2)) or [(0, 0)]
@@ -184,7 +184,7 @@ def compare_runs(vanilla: list[Run], speculative: list[Run], agreement: Any) -> 
 def compare_perplexity(
     target: PreTrainedModel, batches: list[Batch], vanilla: list[Run], speculative: list[Run]
 ) -> Comparison:
-    """Perplexity under the target, of continuations given their prompts: exp of the mean over prompts and runs."""
+    """Perplexity of the continuations under the target, given their prompts: exp of the mean over prompts and runs."""
     nats = [np.mean([nats_per_token(target, batches, run) for run in runs], axis=0) for runs in (vanilla, speculative)]
     return Comparison("perplexity", nats[0], nats[1], np.exp)
 
@@ -197,10 +197,10 @@ def compare_with_references(
     agreement: Any,
     metrics: list[TextMetric],
 ) -> list[Comparison]:
-    """Continuations against the prompts' references; prompts without one are left out.
+    """Compare continuations with the prompts' references; prompts without one are left out.
 
     Exact match compares texts without surrounding white space, token agreement compares tokens by position, and
-    `metrics` score every continuation on its own.
+    `metrics` score each continuation separately.
     """
     known = [(i, str(prompt.reference)) for i, prompt in enumerate(prompts) if has_reference(prompt)]
     references = [reference.strip() for _, reference in known]
@@ -223,7 +223,7 @@ def compare_with_references(
 
 
 def has_reference(prompt: Prompt) -> bool:
-    """Whether there is anything but white space to compare with."""
+    """Whether the reference contains anything but white space."""
     return bool((prompt.reference or "").strip())
 
 
@@ -235,7 +235,7 @@ def load_metric(name: str) -> Any:
 
 
 def load_text_metrics(names: list[str]) -> tuple[list[TextMetric], dict[str, str]]:
-    """Those that load and work, and for the others, by name, why they do not."""
+    """The metrics that load and work, and for each of the others the reason, by name."""
     import evaluate
 
     evaluate.config.HF_EVALUATE_OFFLINE = evaluate.config.HF_EVALUATE_OFFLINE or not _hub_answers()
@@ -246,13 +246,13 @@ def load_text_metrics(names: list[str]) -> tuple[list[TextMetric], dict[str, str
         except FileNotFoundError as error:
             offline = evaluate.config.HF_EVALUATE_OFFLINE
             missing[name] = "no such folder, not in the cache, and the Hub is out of reach" if offline else str(error)
-        except Exception as error:  # whatever a foreign module raises, the others still work
+        except Exception as error:  # whatever a third-party module raises, the others still work
             missing[name] = next(iter(str(error).strip().splitlines()), type(error).__name__)
     return metrics, missing
 
 
 def acceptance(stats: SpeculationStats) -> dict[str, Any]:
-    """What our module acceptance_rate says of all iterations that `stats` counted."""
+    """The results of our module acceptance_rate over all iterations that `stats` counted."""
     metric = load_metric("acceptance_rate")
     for iteration in stats.iterations:
         metric.add_batch(predictions=iteration["accepted"], references=iteration["drafted"])
@@ -262,8 +262,8 @@ def acceptance(stats: SpeculationStats) -> dict[str, Any]:
 def with_true_continuations(prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase, new_tokens: int) -> list[Prompt]:
     """The embedded pair's held-out prompts, with the `new_tokens` tokens that follow them in the standard library.
 
-    They are cut from modules of Python 3.11.7; where this Python's module differs or has no source, and behind a chat
-    template, `reference` stays `None`.
+    They are cut from modules of Python 3.11.7. `reference` stays `None` if this Python's module differs or has no
+    source, or if a chat template was applied.
     """
     lines = (DEMO_PAIR / "heldout_prompts.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
@@ -282,7 +282,7 @@ def with_true_continuations(prompts: list[Prompt], tokenizer: PreTrainedTokenize
 
 
 def _hub_answers() -> bool:
-    """Asked once, as `evaluate` ignores HF_HUB_OFFLINE and waits 100 s per file of a Hub that does not answer."""
+    """Checked once, because `evaluate` ignores HF_HUB_OFFLINE and waits 100 s per file if the Hub does not answer."""
     import evaluate
     import requests
 
@@ -296,5 +296,5 @@ def _hub_answers() -> bool:
 
 
 def _by_prompt(values: list[float], runs: int) -> np.ndarray:
-    """`[runs * prompts]`, one run after another -> `[prompts]`, means over runs."""
+    """`[runs * prompts]`, run after run -> `[prompts]`, means over runs."""
     return np.reshape(values, (runs, -1)).mean(axis=0)

@@ -1,4 +1,4 @@
-"""What was measured, for people: table cells, where and how it was measured, and a page with figures."""
+"""Measurements for people to read: table cells, where and how they were made, and a page with figures."""
 
 import html
 import platform
@@ -21,7 +21,7 @@ COLUMNS = ("tokens/s", "speed-up", "decode", "vs HF", "first", "α", "τ", "idea
 
 
 def cells(figures: dict[str, Any]) -> list[str]:
-    """One method's row under `COLUMNS`."""
+    """One method's table row, with the columns `COLUMNS`."""
     if "refused" in figures:
         return ["refused", *[""] * (len(COLUMNS) - 1)]
     same, rows = figures["rows"] - figures["differing_rows"], figures["rows"]
@@ -41,7 +41,7 @@ def cells(figures: dict[str, Any]) -> list[str]:
 
 
 def fitted(table: Table) -> Table:
-    """The table, made to fit narrow terminals: words go on in the next line, nothing is cut, numbers stay whole."""
+    """Make the table fit narrow terminals: words wrap, nothing is cut off, numbers stay whole."""
     for column in table.columns:
         column.overflow = "fold"
         column.no_wrap = column.justify == "right"
@@ -49,7 +49,7 @@ def fitted(table: Table) -> Table:
 
 
 def bare_forwards(bare: dict[str, Any]) -> str:
-    """One line on the forwards that the ideal rests on."""
+    """One line about the forwards from which the ideal is computed."""
     if "missing" in bare:
         return f"no bare forwards: {bare['missing']}"
     target = ", ".join(f"{ms:.1f} ({tokens})" for tokens, ms in bare["target_ms"].items())
@@ -57,7 +57,7 @@ def bare_forwards(bare: dict[str, Any]) -> str:
 
 
 def categories(setting: dict[str, Any]) -> tuple[list[str], dict[str, list[str]]]:
-    """The categories of the prompts, and each method's speed-ups in them; nothing if there is only one."""
+    """The prompt categories, and each method's speed-ups in them; nothing if there is only one."""
     names = list(setting["methods"][VANILLA]["categories"])
     shown = {name: figures for name, figures in setting["methods"].items() if "refused" not in figures}
     cells = {name: [spread(figures["categories"][c]) for c in names] for name, figures in shown.items()}
@@ -73,7 +73,7 @@ def number(value: float | None, unit: str = "") -> str:
 
 
 def surroundings(pair: SpecPair, command: str) -> dict[str, Any]:
-    """Where and how: what a figure needs beside it."""
+    """Where and how the figures were measured: they mean little without it."""
     target, draft = pair.target, pair.draft
     return {
         "command": command,
@@ -101,7 +101,7 @@ def _cpu() -> str:
 
 
 def _commit() -> str | None:
-    """Of the checkout that this package lies in, if it is one; "+" when files were changed since."""
+    """The commit of the checkout that contains this package, if there is one; with "+" if files changed since."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
@@ -112,30 +112,30 @@ def _commit() -> str | None:
 
 
 GLOSSARY = {
-    "speed-up": "seconds per new token, vanilla's over the method's, within a round; the median over the rounds, and "
-    "the quartiles",
+    "speed-up": "vanilla's seconds per new token divided by the method's, within a round; median over the rounds, and "
+    "quartiles",
     "decode": "the same without the time to the first token and the tokens that came with it",
-    "vs HF": "the speed-up over the fastest of transformers' own ways in the same table",
-    "first": "time to the first token of every row, and how many times faster than vanilla's that is",
-    "α": "acceptance rate: of the drafted tokens, how many the target kept",
-    "τ": "block efficiency: tokens per target forward and row; vanilla has 1",
-    "ideal": "the speed-up at this τ if nothing but the bare forwards took time: "
+    "vs HF": "the speed-up over the fastest of transformers' own methods in the same table",
+    "first": "time to the first token of every row, and how many times faster than vanilla that is",
+    "α": "acceptance rate: the share of drafted tokens that the target accepted",
+    "τ": "block efficiency: tokens per target forward and row; 1 for vanilla",
+    "ideal": "the speed-up at this τ if only the bare forwards took time: "
     "τ · t_target(1) / (t_target(γ + 1) + γ · t_draft(1))",
     "reached": "the decoding speed-up as a share of the ideal",
-    "memory": "what one call takes at its peak on top of the models",
-    "rows": "whether the tokens are vanilla's, row by row",
+    "memory": "peak memory of one call, without the models",
+    "rows": "whether the tokens equal vanilla's, row by row",
 }
 
 
 def write(result: dict[str, Any], path: Path) -> None:
-    """The page: one file without references to others."""
+    """Write the page: one self-contained file."""
     from .figures import best, draw_all  # matplotlib is only needed here
 
     base = result["settings"][0]
     name = best(base, OURS) or best(base, VANILLA)
     figures = base["methods"][name]
     tiles = {
-        "the speed of HF's best way": number((figures.get("over_assisted") or {}).get("median"), "x"),
+        "the speed of HF's best method": number((figures.get("over_assisted") or {}).get("median"), "x"),
         "of the drafts accepted (α)": percent(figures.get("acceptance_rate")),
         "tokens per target forward (τ)": number(figures["block_efficiency"]),
         "of the ideal reached": percent(figures.get("efficiency")),
@@ -143,7 +143,7 @@ def write(result: dict[str, Any], path: Path) -> None:
     }
     rows = sum(method.get("rows", 0) for setting in result["settings"] for method in setting["methods"].values())
     differing = sum(m.get("differing_rows", 0) for s in result["settings"] for m in s["methods"].values())
-    verdict = f"<span class=good>Identical:</span> all {rows} rows have vanilla's tokens."
+    verdict = f"<span class=good>Identical:</span> all {rows} rows equal vanilla's."
     if differing:
         kind = "bad" if result["dtype"] == "float32" else "faint"
         verdict = f"<span class={kind}>{differing} of {rows} rows differ from vanilla's</span> ({result['dtype']})."
@@ -199,7 +199,7 @@ def _rows(title: str, headings: Sequence[str], rows: dict[str, list[str]], setti
 
 
 def _cell(text: str) -> str:
-    """Quartiles, in parentheses, are smaller."""
+    """Show the quartiles, in parentheses, smaller."""
     return "<td>" + re.sub(r" (\(.*\))", r" <small>\1</small>", html.escape(text)) + "</td>"
 
 

@@ -1,4 +1,4 @@
-"""The settings of a measurement: batches of prompts with a given number of rows and of tokens."""
+"""The settings of a measurement: batches of prompts with given numbers of rows and tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,18 +9,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .arguments import Prompt
 
-OWN = "own"  # prompts as long as they are
+OWN = "own"  # prompts of their own length
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all methods are given.
+    """The input that all methods get.
 
     Attributes:
         batch_size: rows per batch.
-        context: tokens per prompt; `None`: as the dataset has them.
+        context: tokens per prompt; `None`: as in the dataset.
         batches: `input_ids` and `attention_mask`, `[batch_size, columns]`, left-padded.
-        categories: of each batch; "mixed" where its rows differ.
+        categories: one per batch; "mixed" if its rows differ.
     """
 
     batch_size: int
@@ -30,7 +30,7 @@ class Setting:
 
     @property
     def lengths(self) -> tuple[int, int]:
-        """The shortest and the longest prompt."""
+        """The lengths of the shortest and the longest prompt."""
         counts = torch.cat([batch["attention_mask"].sum(dim=1) for batch in self.batches])
         return int(counts.min()), int(counts.max())
 
@@ -50,15 +50,15 @@ def make_setting(
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
 ) -> Setting:
-    """Batches of `count` of the prompts, or a few more to fill the last one, spread evenly.
+    """Make batches of `count` evenly spaced prompts, or a few more to fill the last batch.
 
     Args:
-        prompts: those to choose from; a longer context is made by putting others in front of a prompt.
-        context: tokens per prompt; `None` takes them as they are.
-        ragged: the rows of a batch are spread from a quarter of `context` to all of it.
+        prompts: the prompts to choose from; for a longer context, other prompts are put before one.
+        context: tokens per prompt; `None` leaves them as they are.
+        ragged: the lengths in a batch range from a quarter of `context` to all of it.
 
     Raises:
-        SystemExit: if there are fewer prompts than that takes.
+        SystemExit: if there are too few prompts.
     """
     count = -(-count // batch_size) * batch_size
     if count > len(prompts):
@@ -80,7 +80,7 @@ def make_setting(
 def token_ids(
     prompts: Sequence[Prompt], index: int, length: int | None, tokenizer: PreTrainedTokenizerBase
 ) -> list[int]:
-    """The ids of one prompt; exactly `length` of them if given: its end, behind as much of other prompts as needed."""
+    """The ids of one prompt. If `length` is given, exactly that many: its end, after other prompts as needed."""
     ids: list[int] = tokenizer(prompts[index].text)["input_ids"]
     if length is None:
         return ids
@@ -93,13 +93,13 @@ def token_ids(
 
 
 def check_positions(model: PreTrainedModel, setting: Setting, new_tokens: int) -> None:
-    """Raise SystemExit if the model has fewer positions than the longest prompt and its continuation take."""
+    """Raise SystemExit if the model has too few positions for the longest prompt and its continuation."""
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     needed = setting.lengths[1] + new_tokens
     if limit is not None and needed > limit:
         raise SystemExit(
-            f"{type(model).__name__} has {limit} positions, prompts of {setting.lengths[1]} and {new_tokens} new "
-            f"tokens take {needed}: choose a smaller --context or --new-tokens"
+            f"{type(model).__name__} has {limit} positions, but prompts of {setting.lengths[1]} tokens and "
+            f"{new_tokens} new tokens take {needed}: choose a smaller --context or --new-tokens"
         )
 
 

@@ -1,4 +1,4 @@
-"""From runs to figures: ratios within each round, their median and quartiles, and what stands behind them."""
+"""From runs to figures: ratios within each round, their median and quartiles, and the counts they rest on."""
 
 import math
 import statistics
@@ -32,7 +32,7 @@ def total_cost(runs: Iterable[Run]) -> float:
 
 
 def decode_cost(runs: Iterable[Run]) -> float:
-    """Seconds per new token behind the first target forward's; NaN if there are no such tokens."""
+    """Seconds per new token after those of the first target forward; NaN if there are none."""
     runs = list(runs)
     tokens = sum(run.tokens - run.first_tokens for run in runs)
     return sum(run.decode_seconds for run in runs) / tokens if tokens else math.nan
@@ -52,7 +52,7 @@ def ratio(
     cost: Callable[[Iterable[Run]], float] = total_cost,
     batches: Sequence[int] | None = None,
 ) -> Spread:
-    """How many times cheaper `fast` is, by `cost`, on all batches or those named, over the rounds of both."""
+    """How many times cheaper `fast` is, by `cost`, on all or the given batches, over the rounds of both."""
     values = []
     for theirs, mine in zip(slow.rounds, fast.rounds):
         chosen = range(len(theirs)) if batches is None else batches
@@ -79,7 +79,7 @@ def summarise(setting: Setting, records: dict[str, Record], bare: BareForwards) 
 def figures(
     setting: Setting, record: Record, reference: Record, rivals: Sequence[Record], bare: BareForwards
 ) -> dict[str, Any]:
-    """One method: against vanilla, against the best of the `rivals`, and what was counted."""
+    """One method's figures: against vanilla, against the best of the `rivals`, and its counts."""
     if record.refusal:
         return {"family": record.method.family, "refused": record.refusal}
     result: dict[str, Any] = {"family": record.method.family, "gamma": record.method.gamma}
@@ -106,10 +106,10 @@ def figures(
 
 
 def growth(settings: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """By method, what a decoded token costs with the longest context over what it costs with the shortest.
+    """For each method, the cost of a decoded token at the longest context divided by that at the shortest.
 
     Args:
-        settings: summaries; those with as many rows as the first one are compared.
+        settings: summaries; those with the batch size of the first one are compared.
     """
     alike = [s for s in settings if s["batch_size"] == settings[0]["batch_size"]]
     short, long = (choose(alike, key=lambda s: s["prompt_tokens"][1])["methods"] for choose in (min, max))
@@ -118,7 +118,7 @@ def growth(settings: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def _speculation(record: Record, result: dict[str, Any], bare: BareForwards) -> dict[str, Any]:
-    """α, τ, and how near the decoding comes to what bare forwards would allow."""
+    """α, τ, and how close decoding comes to the ideal of bare forwards."""
     stats = record.stats
     if record.method.family != OURS or not stats.target_forwards:
         return {}
@@ -138,7 +138,7 @@ def _speculation(record: Record, result: dict[str, Any], bare: BareForwards) -> 
 
 
 def _categories(setting: Setting, record: Record, reference: Record) -> dict[str, Any]:
-    """The speed-up by category of the prompts."""
+    """The speed-up by prompt category."""
     indices: dict[str, list[int]] = {}
     for index, name in enumerate(setting.categories):
         indices.setdefault(name, []).append(index)

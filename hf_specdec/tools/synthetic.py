@@ -1,6 +1,6 @@
-"""Pairs without training, of any size: big random ones, and the embedded one with the cost of a large model.
+"""Untrained pairs of any size: big random ones, and the embedded pair with the cost of a large model.
 
-For measuring speed where no weights can be downloaded. Each says what agrees with what, and why.
+For measuring speed where no weights can be downloaded. Each docstring says how often target and draft agree, and why.
 """
 
 import argparse
@@ -20,12 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("synthetic pairs")
     add = group.add_argument
     add("--synthetic", choices=KINDS, help="instead of a pair: `big`, a random Llama of 300M whose first two layers "
-        "draft, or `embedded-big`, the embedded pair with a target of 300M that says the same")  # fmt: skip
+        "draft, or `embedded-big`, the embedded pair with a 300M target that computes the same")  # fmt: skip
     add("--random-draft", action="store_true", help="give the draft random weights, so that it never agrees")
 
 
 def load(args: argparse.Namespace) -> SpecPair:
-    """The pair that the arguments of `add_pair_arguments` and `add_arguments` describe."""
+    """Load the pair that the arguments of `add_pair_arguments` and `add_arguments` describe."""
     if args.synthetic is None:
         pair = load_pair(args)
     else:
@@ -52,10 +52,10 @@ def big_pair(
     epsilon: float = 0.03,
     seed: int = 0,
 ) -> SpecPair:
-    """A random Llama of 306M parameters, and its first layers as the draft, over the embedded pair's tokenizer.
+    """A random Llama of 306M parameters with its first layers as the draft, and the embedded pair's tokenizer.
 
-    The layers behind the draft's add only `epsilon` times what they would, so the draft agrees mostly: about four times
-    in five at 0.03, half of the time at 0.08.
+    The layers after the draft's are scaled down by `epsilon`, so the draft mostly agrees: about four times in five at
+    0.03, half of the time at 0.08.
     """
     tokenizer = AutoTokenizer.from_pretrained(DEMO_PAIR / "target")
     config = LlamaConfig(
@@ -80,7 +80,7 @@ def big_pair(
 
 
 def first_layers(target: PreTrainedModel, count: int) -> PreTrainedModel:
-    """A draft that is the target's first layers with its embeddings, norm and head; it shares those weights."""
+    """A draft of the target's first layers, embeddings, norm and head; it shares the target's weights."""
     config = copy.deepcopy(target.config)
     config.num_hidden_layers = count
     if getattr(config, "layer_types", None):
@@ -96,7 +96,7 @@ def first_layers(target: PreTrainedModel, count: int) -> PreTrainedModel:
 def embedded_big_pair(
     dtype: torch.dtype, device: str = "cpu", *, layers: int = 48, intermediate_size: int = 10240
 ) -> SpecPair:
-    """The embedded pair, its target made big: realistic text and acceptance at the cost ratio of a large model."""
+    """The embedded pair with an enlarged target: realistic text and acceptance at the cost ratio of a large model."""
     pair = SpecPair.from_pretrained(str(DEMO_PAIR), dtype=dtype, device_map=device)
     pair.target = enlarged(pair.target, layers, intermediate_size)
     pair.config = _config("embedded-big")
@@ -106,8 +106,8 @@ def embedded_big_pair(
 def enlarged(model: PreTrainedModel, layers: int, intermediate_size: int, seed: int = 0) -> PreTrainedModel:
     """A Llama that computes the same function as `model` with more layers and wider MLPs.
 
-    The layers put behind its own add nothing (`o_proj` and `down_proj` are zero), nor do the columns added to each
-    `down_proj`; everything else that is new is random, so that it costs what weights cost.
+    The layers appended to its own add nothing (`o_proj` and `down_proj` are zero), nor do the columns added to each
+    `down_proj`; all other new weights are random, so that they cost what weights cost.
     """
     config = copy.deepcopy(model.config)
     own, width = config.num_hidden_layers, config.intermediate_size
@@ -132,7 +132,7 @@ def enlarged(model: PreTrainedModel, layers: int, intermediate_size: int, seed: 
 
 
 def random_like(model: PreTrainedModel, seed: int = 1) -> PreTrainedModel:
-    """A model of the same shape with random weights, embeddings and head apart, so that it agrees with nothing."""
+    """A model of the same shape with random weights and untied embeddings, so that it agrees with nothing."""
     config = copy.deepcopy(model.config)
     config.tie_word_embeddings = False
     torch.manual_seed(seed)

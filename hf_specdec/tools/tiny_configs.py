@@ -1,7 +1,7 @@
-"""Shrinking: the default config of any architecture, made so small that a random model of it is built in a moment.
+"""Shrinks the default config of any architecture so far that a random model of it can be built in a moment.
 
-Sizes are recognised by the names of config attributes, in nested configs too. Every kind of layer that the default
-config has is kept: lists with one entry per layer are cut down to one layer of each kind, all lists alike.
+Sizes are recognised by the names of config attributes, also in nested configs. Every kind of layer in the default
+config is kept: lists with one entry per layer are cut down to one layer of each kind, all in the same way.
 """
 
 import re
@@ -15,7 +15,7 @@ WINDOW = 12
 
 _WIDTH, _INNER, _HEADS, _HEAD_DIM, _LAYERS = 32, 64, 4, 8, 2
 
-# Largest value by attribute name; the first pattern that matches the whole name decides. Defaults below it stay.
+# Largest value by attribute name; the first pattern that matches the whole name counts. Smaller defaults stay.
 _SIZES: list[tuple[str, int | None]] = [
     (r"type_vocab_size|task_type_vocab_size|additional_vocab_size", None),
     (r".*vocab_size.*|num_embeds|num_embeddings|codebook_size|num_centroids|n_token", VOCAB),
@@ -31,7 +31,7 @@ _SIZES: list[tuple[str, int | None]] = [
     (r"rotary_dim", 4),
     (r".*(num_key_value_heads|kv_n_heads|num_kv_heads|num_query_groups)", 2),
     (r"(linear_num_key_heads)", 2),
-    (r"index_n_heads", 32),  # scores are sums of ReLUs: with few heads many keys tie at 0, and are chosen by accident
+    (r"index_n_heads", 32),  # scores are sums of ReLUs: with few heads, many keys tie at 0, and the choice is arbitrary
     (r".*(attention_heads|num_heads|n_head|n_heads|mamba_n_heads|mamba_num_heads|linear_num_value_heads|resampler_heads"
      r"|resampler_n_heads)", _HEADS),
     (r".*(q_lora_rank|kv_lora_rank|o_lora_rank|hc_lowrank|laurel_rank|adapter_rank|gated_norm_rank|time_step_rank"
@@ -75,7 +75,7 @@ _TOKEN = re.compile(r".*_(token|start|end|newline|patch)_(id|index|ids)|.*_token
 _ORDINARY = {"bos_token_id": 1, "pad_token_id": 0, "decoder_start_token_id": 2, "sep_token_id": 3, "cls_token_id": 3,
              "mask_token_id": 3, "unk_token_id": 3}  # fmt: skip
 
-# What no rule could know, by model type: changes to the shrunk arguments.
+# Exceptions to the rules, by model type: changes to the shrunk arguments.
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 _MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 8}
 _EXPERTS = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}
@@ -162,7 +162,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
 
 
 def shrink(config: PreTrainedConfig) -> dict[str, Any]:
-    """Arguments for the class of `config` that make a tiny config with the same kinds of layers."""
+    """Arguments for `config`'s class that make a tiny config with the same kinds of layers."""
     changes: dict[str, Any] = {}
     fields = {name: value for name, value in vars(config).items() if not name.startswith("_")}
     layers = _layers(config)
@@ -239,7 +239,7 @@ def _real_name(config: PreTrainedConfig, name: str) -> str:
 
 
 def _kept_layers(fields: dict[str, Any], layers: int | None) -> list[int] | None:
-    """Which layers of the default to keep: the first of each kind, twice over where the kinds are few."""
+    """Which layers of the default to keep: the first of each kind, twice if there are few kinds."""
     lists = [v for k, v in fields.items() if isinstance(v, (list, tuple)) and len(v) == layers and layers > 2]
     if not lists or layers is None:
         return None

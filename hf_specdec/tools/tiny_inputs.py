@@ -1,7 +1,7 @@
-"""Prompts for tiny models: text, and text with an image or sound where that can be made without a processor.
+"""Prompts for tiny models: text, and text with an image or sound if that can be made without a processor.
 
-Most multimodal classes take what their vision or audio tower would have said (`mm_encoder_outputs`), which is the same
-for all of them. The others get pixels or features of the shape that they ask for.
+Most multimodal classes accept the output of their vision or audio tower (`mm_encoder_outputs`), in the same form for
+all of them. The others get pixels or features of the shape that they need.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ _PLACEHOLDERS = 4  # tokens that stand for an image or a sound
 
 
 def inputs_of(model: PreTrainedModel) -> dict[str, Inputs]:
-    """The kinds of prompts that are tried with a model, by name."""
+    """The kinds of prompts to try with a model, by name."""
     config = model.config
     for key in (type(model).__name__, f"{config.model_type}/{model.main_input_name}", config.model_type):
         if key in _OWN:
@@ -57,7 +57,7 @@ def _placeholder(model: PreTrainedModel, kind: str) -> int | None:
 
 
 def _media(kind: str) -> Inputs:
-    """A prompt in whose middle stands an image or a sound, as its tower would have said it."""
+    """A prompt with an image or a sound in its middle, given as its tower's output."""
 
     def make(model: PreTrainedModel, batch: int, seed: int) -> dict[str, Any]:
         inputs: dict[str, Any] = dict(prompts(batch, _WIDTH, seed))
@@ -67,7 +67,7 @@ def _media(kind: str) -> Inputs:
         inputs["input_ids"][:, place.stop :] = inputs["input_ids"][:, place.stop :].clamp(min=4)
         width = model.config.get_text_config(decoder=True).hidden_size
         features = _randn(model, seed, batch, _PLACEHOLDERS, width)
-        for form in (features, tuple(features)):  # classes want the one or the other
+        for form in (features, tuple(features)):  # some classes want one, some the other
             output = BaseModelOutputWithPooling(pooler_output=form)
             output.deepstack_features = [form if isinstance(form, tuple) else features.flatten(0, 1)]
             inputs["mm_encoder_outputs"] = {kind: output}
@@ -84,7 +84,7 @@ def _randn(model: PreTrainedModel, seed: int, *shape: int) -> Tensor:
 
 
 def _features(name: str, *shape: str | int, text: bool = False, **more: Callable[[int], Tensor]) -> Inputs:
-    """Inputs `name` of random numbers, `[batch, *shape]`; a name in `shape` is an attribute of the config."""
+    """Random inputs called `name`, `[batch, *shape]`; a name in `shape` is an attribute of the config."""
 
     def make(model: PreTrainedModel, batch: int, seed: int) -> dict[str, Any]:
         sizes = [size if isinstance(size, int) else _attribute(model.config, size) for size in shape]
@@ -102,13 +102,13 @@ def _attribute(config: Any, path: str) -> int:
 
 
 def _pixels(model: PreTrainedModel, batch: int, seed: int) -> dict[str, Any]:
-    """Pixels beside the text, of the size that the vision tower is made for."""
+    """Text and pixels, of the size that the vision tower expects."""
     size = model.config.vision_config.image_size
     return {**prompts(batch, _WIDTH, seed), "pixel_values": _randn(model, seed, batch, 3, size, size)}
 
 
 def _with_question(model: PreTrainedModel, batch: int, seed: int) -> dict[str, Any]:
-    """InstructBLIP: image tokens in the prompt, and the question once more for the Q-Former."""
+    """InstructBLIP: image tokens in the prompt, and the question again for the Q-Former."""
     inputs = _pixels(model, batch, seed)
     count = model.config.num_query_tokens
     token = _placeholder(model, "image")
@@ -161,7 +161,7 @@ def _unconditional(model: PreTrainedModel, batch: int, seed: int) -> dict[str, A
 
 
 def _codebooks(model: PreTrainedModel, batch: int, seed: int) -> dict[str, Any]:
-    """Musicgen's decoder: one row for each codebook of each prompt."""
+    """Musicgen's decoder: one row per codebook and prompt."""
     return {"input_ids": prompts(batch * model.config.num_codebooks, 4, seed)["input_ids"].clamp(min=4)}
 
 
@@ -187,7 +187,7 @@ def _semantic(model: PreTrainedModel, batch: int, seed: int) -> dict[str, Any]:
 
 
 def _with_documents(model: PreTrainedModel, batch: int, seed: int) -> dict[str, Any]:
-    """RAG: what the retriever would have found."""
+    """RAG: the documents that a retriever would have found."""
     documents = prompts(batch * model.config.n_docs, _WIDTH, seed, side="right")
     scores = _randn(model, seed, batch, model.config.n_docs)
     context = {"context_input_ids": documents["input_ids"], "context_attention_mask": documents["attention_mask"]}
@@ -207,7 +207,7 @@ def _into_speech(make: Inputs) -> Inputs:
 
 _FRAMES = _features("input_features", 64, "encoder_config.num_mel_bins")
 _IMAGE16 = {"image": _features("pixel_values", 3, 16, 16)}
-# What is fed to classes that a general rule does not fit, by model type.
+# Inputs of classes that no general rule fits, by model type.
 _OWN: dict[str, dict[str, Inputs]] = {
     "whisper/input_features": {"audio": _features("input_features", "num_mel_bins", 1024)},
     "moonshine": {"audio": _features("input_values", 4000)},

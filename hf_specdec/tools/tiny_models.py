@@ -23,7 +23,7 @@ _MOST_PARAMETERS = 20_000_000
 
 
 class NotBuildable(Exception):
-    """Why no tiny model of a class was made here."""
+    """No tiny model of a class could be built; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class Entry:
     """A class that has a `generate()`.
 
     Attributes:
-        name: of the class.
-        model_type: the config's.
-        mappings: the mappings of transformers that list it; none for a class that only its own module names.
-        module: where it is defined, if `transformers` does not export it.
+        name: the class's name.
+        model_type: its config's.
+        mappings: transformers' mappings that list it; none if only its own module does.
+        module: the module that defines it, if `transformers` does not export it.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Entry:
 
 
 def entries() -> list[Entry]:
-    """Every class of the mappings for text once, in alphabetical order; they are listed without an import."""
+    """Every class in the text mappings, once, in alphabetical order; listing them imports nothing."""
     found: dict[str, dict[str, list[str]]] = {}
     for mapping in _MAPPINGS:
         names = getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES", {})
@@ -80,7 +80,7 @@ def _generating_classes() -> Iterator[Any]:
                 continue
             try:
                 members = vars(importlib.import_module(module.name))
-            except ImportError:  # of a package that is not here; no class that generates is in such a file today
+            except ImportError:  # a package is missing; today no such file defines a class that generates
                 continue
             for member in list(members.values()):
                 own = inspect.isclass(member) and member.__module__ == module.name
@@ -89,7 +89,7 @@ def _generating_classes() -> Iterator[Any]:
 
 
 def _own_type(name: str, types: list[str]) -> str:
-    """Of several config types that lead to a class, the one that the class names as its own."""
+    """The config type that a class names as its own, if several lead to it."""
     if len(types) == 1:
         return types[0]
     own = getattr(getattr(transformers, name), "config_class", None)
@@ -142,8 +142,8 @@ def build(entry: Entry, seed: int = 0, dtype: torch.dtype = torch.float32, **kwa
 
 
 def _enlarge(model: PreTrainedModel) -> None:
-    """Make every weight matter: what was initialised too small is enlarged, embeddings do not drown the layers, and no
-    output is tied to them, which makes random models repeat their last token. Ids that stand for images are never said.
+    """Make every weight matter: weights initialised too small are enlarged, embeddings do not drown out the layers, and
+    no output is tied to them, since that makes random models repeat their last token. Image ids are never generated.
     """
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -176,7 +176,7 @@ def _plain_generation_config(model: PreTrainedModel) -> None:
 
 
 def perturbed(model: PreTrainedModel, noise: float, seed: int = 1) -> PreTrainedModel:
-    """A copy that agrees with `model` only in part: each weight matrix gets relative Gaussian noise."""
+    """A copy that agrees only partly with `model`: each weight matrix gets relative Gaussian noise."""
     draft = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -189,7 +189,7 @@ def perturbed(model: PreTrainedModel, noise: float, seed: int = 1) -> PreTrained
 def prompts(batch: int, width: int, seed: int, side: str = "left") -> dict[str, Tensor]:
     """`batch` prompts of uneven lengths, padded to `width`; the first one fills it.
 
-    The others have lengths from equal parts of the range, so that some start within a window and some beyond it.
+    The lengths of the others come from equal parts of the range, so that some start within a window and some beyond it.
     """
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(4, FIRST_SPECIAL, (batch, width), generator=generator)

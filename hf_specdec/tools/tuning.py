@@ -1,6 +1,6 @@
-"""Which draft length and schedule suit a pair: a race that drops the slower half again and again, and its outcome.
+"""Finds the draft length and schedule that suit a pair: a race that drops the slower half in each round.
 
-Owns the race and what is written into a pair file; the measuring is `measure.py`'s.
+Owns the race and what it writes into a pair file; `measure.py` does the measuring.
 """
 
 import os
@@ -23,9 +23,9 @@ from .methods import ours, vanilla
 from .settings import Setting
 from .summary import Spread, ratio
 
-LEAST_ROUNDS, MOST_ROUNDS = 3, 20  # of the winner: fewer have no quartiles to speak of, more say nothing new
-# How far the speed-up with other prompts may be from the one measured: neighbours among the draft lengths tried differ
-# by about 5 to 10 %, so that a figure less certain than twice that does not tell which of them to choose.
+LEAST_ROUNDS, MOST_ROUNDS = 3, 20  # of the winner: fewer give no useful quartiles, more add nothing
+# How far the speed-up with other prompts may be from the one measured: neighbouring draft lengths differ by about 5 to
+# 10 %, so a figure less certain than twice that cannot decide between them.
 MOST_SPREAD = 0.2
 
 
@@ -34,11 +34,11 @@ class Contender:
     """One choice of options and how it did.
 
     Attributes:
-        name: as tables show it.
-        options: of `generate()`.
+        name: as shown in tables.
+        options: arguments of `generate()`.
         record: its runs.
-        speedup: over vanilla in the rounds that it took part in.
-        interval: 95 %, of the speed-up on other prompts of the kind; None where there are too few for one.
+        speedup: over vanilla, in the rounds that it took part in.
+        interval: 95 % interval of the speed-up on other prompts of the same kind; None if there are too few prompts.
     """
 
     name: str
@@ -56,8 +56,8 @@ class Contender:
 def candidates(
     gammas: Sequence[int], schedules: Sequence[str], thresholds: Sequence[float]
 ) -> dict[str, dict[str, Any]]:
-    """Options to try, by name: constant γs, schedules ("heuristic" ones begin with the middle γ), and the longest γ cut
-    short where the draft is less sure than a threshold."""
+    """Options to try, by name: constant γs, schedules ("heuristic" ones begin with the middle γ), and the longest γ,
+    cut short when the draft's confidence is below a threshold."""
     gammas = sorted(gammas)
     constant = {"num_assistant_tokens_schedule": "constant"}
     found: dict[str, dict[str, Any]] = {f"γ={n}": {"num_assistant_tokens": n, **constant} for n in gammas}
@@ -79,11 +79,11 @@ def race(
     bare: BareForwards,
     report: Callable[[str], None] = lambda text: None,
 ) -> list[Contender]:
-    """Measure the candidates against vanilla, each round without the slower half of the last, until `seconds` are over.
+    """Measure the candidates against vanilla, dropping the slower half after each round, until `seconds` are over.
 
-    At least one round of all, and `LEAST_ROUNDS` of the winner, are run however long that takes.
+    At least one round of all, and `LEAST_ROUNDS` of the winner, always run, however long they take.
 
-    Returns: all contenders, those that went furthest first, then by speed-up.
+    Returns: all contenders, sorted by rounds survived, then by speed-up.
     """
     end = time.monotonic() + seconds
     methods = {name: ours(pair.draft, options, name) for name, options in tried.items()}
@@ -112,8 +112,8 @@ def race(
 def interval(slow: Record, fast: Record) -> tuple[float, float] | None:
     """The 95 % interval of the speed-up, by bootstrapping over batches, each with all its rounds.
 
-    Rounds repeat the same greedy text: they tell how steady the clock is, and nothing about other prompts. None with
-    fewer than `bootstrap.LEAST` batches.
+    Rounds repeat the same greedy text: they show how steady the clock is, but nothing about other prompts. None if
+    there are fewer than `bootstrap.LEAST` batches.
     """
     rounds = list(zip(slow.rounds, fast.rounds))
     batches = len(rounds[0][0])
@@ -131,22 +131,22 @@ def interval(slow: Record, fast: Record) -> tuple[float, float] | None:
 
 
 def doubt(best: Contender, setting: Setting) -> str:
-    """Why the prompts or tokens are too few to say whether speculation pays, and how well; empty if they are enough."""
+    """Why there are too few prompts or tokens to say whether and how well speculation pays; empty if enough."""
     batches = len(setting.batches)
     if best.interval is None:
         unit = "prompts" if setting.batch_size == 1 else f"batches of {setting.batch_size} prompts"
-        return f"{batches} {unit} do not tell how much speed-ups vary, {bootstrap.LEAST} {unit} do: more --prompts"
+        return f"{batches} {unit} cannot show how much speed-ups vary; {bootstrap.LEAST} can: more --prompts"
     low, high = best.interval
     found = f"with other prompts the speed-up may be {low:.2f} to {high:.2f} (95 % interval over {batches} batches)"
     if not (low > 1 and best.pays) and not (high < 1 and not best.pays):
-        return f"{found}, so it is open whether speculation pays: more --prompts, --new-tokens or --minutes"
+        return f"{found}, so it is unclear whether speculation pays: more --prompts, --new-tokens or --minutes"
     if high - low > 2 * MOST_SPREAD * best.speedup.median:
-        return f"{found}, which is too wide to choose by: more --prompts or --new-tokens"
+        return f"{found}, which is too wide for a choice: more --prompts or --new-tokens"
     return ""
 
 
 def outcome(config: PairConfig, best: Contender, entry: dict[str, Any]) -> PairConfig:
-    """The pair file's content after a race: does speculation pay, with which options, and what was measured.
+    """The pair file's content after a race: whether speculation pays, with which options, and the measurements.
 
     It pays if the winner was faster than vanilla in three rounds out of four.
     """
@@ -157,7 +157,7 @@ def outcome(config: PairConfig, best: Contender, entry: dict[str, Any]) -> PairC
 def measured_entry(
     best: Contender, bare: BareForwards, setting: Setting, surroundings: dict[str, Any]
 ) -> dict[str, Any]:
-    """What a pair file keeps of a race."""
+    """The record of a race in a pair file."""
     kept = ("date", "command", "device", "threads", "dtype", "torch", "transformers")
     return {name: surroundings[name] for name in kept} | {
         "batch_size": setting.batch_size,
@@ -173,13 +173,13 @@ def measured_entry(
 
 
 def pair_file_for(pair: SpecPair, folder: Path) -> PairConfig:
-    """The pair file in `folder`, or a new one that refers to where the models of `pair` are.
+    """The pair file in `folder`, or a new one that refers to the places of `pair`'s models.
 
     Raises:
-        SystemExit: if the folder holds another pair, or the models are nowhere.
+        SystemExit: if the folder holds another pair, or the models are not stored anywhere.
     """
     if pair.sources is None:
-        raise SystemExit("expected a pair that can be loaded again to write a pair file for, got a synthetic one")
+        raise SystemExit("a pair file needs a pair that can be loaded again, got a synthetic one")
     if (folder / FILE_NAME).is_file():
         found = find_pair(str(folder))
         assert found is not None
@@ -201,7 +201,7 @@ def _place(name: str) -> str:
 
 
 def _reference(source: ModelReference, folder: Path) -> ModelReference:
-    """`source` as a pair file in `folder` names it: Hub ids as they are, local folders by the way there."""
+    """`source` as a pair file in `folder` names it: Hub ids unchanged, local folders by relative path."""
     if not Path(source.name_or_path).is_dir():
         return source
     way = os.path.relpath(Path(source.name_or_path).resolve(), folder.resolve())

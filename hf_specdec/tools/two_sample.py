@@ -1,14 +1,14 @@
-"""Whether sampled continuations follow vanilla's law: a two-sample test, and how small a bias it would find.
+"""Whether sampled continuations follow vanilla's distribution: a two-sample test, and how small a bias it would find.
 
-Equally many continuations are drawn both ways; each token, and each two in a row, are compared by a chi-squared test
-whose statistic is summed over the prompts. For two samples of n outcomes each, from laws p and q, the statistic follows
-a chi-squared law with non-centrality n·Σ(p − q)²/(p + q). By Cauchy-Schwarz that is at least 2n·δ², where δ is the
-total variation between p and q over the cells compared: the power holds for any bias of size δ, whatever its
+Equally many continuations are drawn both ways. Each token, and each pair of adjacent tokens, is compared by a
+chi-squared test whose statistic is summed over the prompts. For two samples of n outcomes each, from distributions p
+and q, the statistic is chi-squared with non-centrality n·Σ(p − q)²/(p + q). By Cauchy-Schwarz that is at least 2n·δ²,
+where δ is the total variation between p and q over the cells compared: the power holds for any bias of size δ, in any
 direction.
 
-In a dtype of few digits two correct programs draw from laws that differ by rounding. So the null hypothesis is not
-"equal" but "no further apart than twice what vanilla and a plain forward of the target are", measured without our code:
-a non-central chi-squared law.
+In a low-precision dtype, two correct programs draw from distributions that differ by rounding. So the null hypothesis
+is not "equal" but "at most twice as far apart as vanilla and a plain forward of the target", measured without our
+code: a non-central chi-squared distribution.
 """
 
 import math
@@ -29,9 +29,9 @@ from .lossless import Way, cut
 ALARM = 1e-3  # probability that a run fails by chance
 POWER = 0.9
 NEW_TOKENS = 4  # per continuation
-PROMPT_TOKENS = 16  # of each prompt, since it is prefilled once per continuation
+PROMPT_TOKENS = 16  # per prompt; few, since it is prefilled once per continuation
 ROWS = 100  # continuations drawn per call
-RARE = 10  # outcomes that came less often, in both samples together, share one cell
+RARE = 10  # outcomes seen less often, in both samples together, share one cell
 SAMPLING: dict[str, Any] = {"do_sample": True, "max_new_tokens": NEW_TOKENS, "num_return_sequences": ROWS}
 
 Outcome = tuple[int, ...]
@@ -44,8 +44,8 @@ class View:
     Attributes:
         statistic, freedom: summed over the prompts.
         granted: the non-centrality that rounding explains.
-        p_value: of one test; a run does `tests` of them, and fails if any p-value is below ALARM / tests.
-        detectable: the bias that this test finds with probability POWER; `None` where there is nothing to compare.
+        p_value: of this test alone; a run makes `tests` of them, and fails if any p-value is below ALARM / tests.
+        detectable: the bias that this test finds with probability POWER; `None` if there is nothing to compare.
     """
 
     begin: int
@@ -73,7 +73,7 @@ class SampledResult:
 
     @property
     def p_value(self) -> float:
-        """Of the way, corrected for all tests of the run (Bonferroni)."""
+        """The way's p-value, corrected for all tests of the run (Bonferroni)."""
         return min(1.0, self.tests * min(view.p_value for view in self.views))
 
     @property
@@ -104,11 +104,11 @@ def check_sampled(
     samples: int,
     advance: Callable[[], None] = lambda: None,
 ) -> list[SampledResult]:
-    """Draw continuations of NEW_TOKENS tokens with vanilla and in each way, and compare their laws.
+    """Draw continuations of NEW_TOKENS tokens with vanilla and in each way, and compare their distributions.
 
     Args:
-        pair, prompts: what to continue, the first PROMPT_TOKENS tokens of it, as the target's generation config says.
-        ways: their batch sizes do not matter.
+        pair, prompts: the target continues the first PROMPT_TOKENS tokens of each prompt, by its generation config.
+        ways: their batch sizes are ignored.
         samples: continuations per prompt and way, a multiple of ROWS.
         advance: called after each ROWS continuations.
     """
@@ -141,7 +141,7 @@ def check_sampled(
     total = samples * len(prompts)
 
     def view(span: tuple[int, int], statistic: float, freedom: int) -> View:
-        # Twice the difference in logits is four times the distance, and laws of prefixes add up.
+        # Twice the difference in logits is four times the distance, and the distances of prefixes add up.
         granted = 4 * total * distance * span[1]
         if freedom == 0:
             return View(*span, statistic, freedom, granted, 1.0, None)
@@ -156,9 +156,9 @@ def check_sampled(
 
 @torch.inference_mode()
 def rounding_of_laws(target: PreTrainedModel, inputs: dict[str, Tensor]) -> float:
-    """How far apart vanilla's and a plain forward's law of the next token are: the mean Σ(p − q)²/(p + q).
+    """The distance between vanilla's and a plain forward's next-token distributions: the mean Σ(p − q)²/(p + q).
 
-    Of the second new token on: vanilla takes the first from a plain forward itself.
+    From the second new token on: vanilla takes the first one from a plain forward itself.
     """
     out = target.generate(**inputs, **SAMPLING, return_dict_in_generate=True, output_logits=True)
     width = inputs["input_ids"].shape[1]
@@ -174,11 +174,11 @@ def rounding_of_laws(target: PreTrainedModel, inputs: dict[str, Tensor]) -> floa
 
 
 def chi_squared(first: Counter[Outcome], second: Counter[Outcome]) -> tuple[float, int]:
-    """The statistic and its degrees of freedom, from how often each outcome came in two samples of equal size."""
+    """The statistic and its degrees of freedom, from the counts of each outcome in two samples of equal size."""
     both = first + second
     common = [x for x, count in both.most_common() if count >= RARE]
     rare = both.total() - sum(both[x] for x in common)
-    if 0 < rare < RARE and common:  # too few for a cell of their own: the smallest one takes them in
+    if 0 < rare < RARE and common:  # too few for their own cell: merged with the smallest one
         common.pop()
     cells = [(first[x], second[x]) for x in common]
     rest = [sample.total() - sum(sample[x] for x in common) for sample in (first, second)]
@@ -203,13 +203,13 @@ def critical_value(freedom: int, significance: float, noncentrality: float = 0.0
 
 
 def detectable_bias(samples: int, freedom: int, significance: float, power: float, noncentrality: float = 0.0) -> float:
-    """The total variation that is found with probability `power`, at most 1.
+    """The total variation that the test finds with probability `power`, at most 1.
 
     Args:
-        samples: in each of the two, over all contexts whose statistics were added up; the bias is then the root mean
+        samples: size of each sample, over all contexts whose statistics were summed; the bias is then the root mean
             square over contexts.
         freedom, significance: of the test.
-        noncentrality: what the null hypothesis grants (see `tail`).
+        noncentrality: allowed by the null hypothesis (see `tail`).
     """
     threshold = critical_value(freedom, significance, noncentrality)
     needed = _solve(lambda x: tail(threshold, freedom, x) > power)
@@ -217,7 +217,7 @@ def detectable_bias(samples: int, freedom: int, significance: float, power: floa
 
 
 def _solve(reached: Callable[[float], bool]) -> float:
-    """The smallest positive number for which `reached` holds, which must hold for all larger ones."""
+    """The smallest positive number for which `reached` holds; it must hold for all larger ones."""
     low, high = 0.0, 1.0
     while not reached(high):
         low, high = high, 2 * high

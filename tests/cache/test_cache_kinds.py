@@ -1,4 +1,4 @@
-"""Kinds of caches, weights and wrappers: each gives vanilla's tokens, or is refused by name before anything is fed."""
+"""Kinds of caches, weights and wrappers: each gives vanilla's tokens, or raises an error before any forward."""
 
 import copy
 import functools
@@ -49,7 +49,7 @@ def generate(target: Any, draft: Any = None, batch: int = 4, width: int = 14, **
 
 
 def check_identical(target: Any, draft: Any, **kwargs: Any) -> None:
-    """Vanilla's tokens for one and for four rows, with drafts that are partly accepted."""
+    """Vanilla's tokens for one and for four rows, with partly accepted drafts."""
     stats = hf_specdec.SpeculationStats()
     for batch in (1, 4):
         for gamma in (1, 4):
@@ -100,7 +100,7 @@ def test_a_cache_implementation_in_the_models_generation_config_is_refused_too()
 
 
 class Diary(DynamicCache):
-    """A user's subclass that adds something and changes nothing."""
+    """A user's subclass that adds something but changes no behaviour."""
 
     def note(self) -> None:
         self.notes = [layer.get_seq_length() for layer in self.layers]
@@ -118,7 +118,7 @@ USER_CACHES: dict[str, Callable[[Any, int], Cache]] = {
 
 
 def check_same_entries(ours: Cache, theirs: Cache, masks: Tensor) -> None:
-    """Equal in shape, and in value at the columns of tokens; `masks` `[batch, columns]` says which are."""
+    """Equal in shape, and in value at the columns of tokens, which `masks` `[batch, columns]` marks."""
     assert int(ours.get_seq_length()) == int(theirs.get_seq_length())
     for mine, layer in zip(ours.layers, theirs.layers, strict=True):
         assert mine.keys.shape == layer.keys.shape
@@ -133,7 +133,7 @@ def check_same_entries(ours: Cache, theirs: Cache, masks: Tensor) -> None:
 @pytest.mark.parametrize("kind", USER_CACHES)
 @pytest.mark.parametrize("name", ["llama", "mistral-sliding", "gemma2"])
 def test_two_turns_on_a_users_cache(name, kind, batch):
-    """Also past the window; what the object holds after each turn is what vanilla leaves in it."""
+    """Also past the window; after each turn the object holds what vanilla leaves in it."""
     target, draft = pair(name)
     caches = [USER_CACHES[kind](target.config, 80) for _ in range(2)]
     prompts = make_prompts(batch, width=18, seed=batch)
@@ -164,7 +164,7 @@ class Rounded(DynamicCache):
 
 
 class FakeOffloaded(DynamicCache):
-    """`DynamicCache(offloading=True)` cannot be made without an accelerator."""
+    """`DynamicCache(offloading=True)` needs an accelerator."""
 
     offloading = True
 
@@ -220,11 +220,11 @@ def test_the_self_attention_part_of_a_pair_of_caches_is_what_is_looked_at():
         generate(target, draft, past_key_values=both)
 
 
-# Weights that are elsewhere
+# Weights on other devices
 
 
 class OneDevice(TorchDispatchMode):
-    """Fails where tensors of different devices meet, which devices without data would not notice."""
+    """Fails if tensors of different devices meet, which the meta device would not notice."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.overloadpacket.__name__ not in ("_to_copy", "copy_"):
@@ -291,7 +291,7 @@ def test_weights_that_accelerate_moves_in_for_each_forward():
 
 
 def with_adapter(model: PreTrainedModel, seed: int, scale: float = 0.5) -> Any:
-    """A LoRA adapter over a copy of `model`, strong enough to change what it says."""
+    """A LoRA adapter over a copy of `model`, strong enough to change its output."""
     peft = pytest.importorskip("peft")
     torch.manual_seed(seed)
     config = peft.LoraConfig(
@@ -313,7 +313,7 @@ def test_a_target_with_an_adapter():
 
 
 def test_a_draft_with_an_adapter_drafts_row_by_row_like_any_other():
-    """Its wrapper names no positions; the model inside takes them."""
+    """The wrapper's signature has no positions; the wrapped model takes them."""
     draft = with_adapter(pair()[0], seed=6, scale=0.3)
     check_identical(pair()[0], draft)
     inside, wrapped = hf_specdec.SpeculationStats(), hf_specdec.SpeculationStats()
@@ -347,7 +347,7 @@ def test_an_adapter_added_to_the_model_itself():
 
 
 def test_fixed_forwards_are_not_kept_where_adapters_may_be_switched():
-    """A captured graph would go on with the adapter that it was captured with."""
+    """A captured graph would keep using the adapter that it was captured with."""
     target = with_adapter(pair()[0], seed=5)
     check_identical(target, pair()[0], cache_implementation="static")
     assert target.get_base_model() not in graphs._kept
@@ -365,7 +365,7 @@ def test_virtual_tokens_in_front_of_the_prompt_are_refused(kind):
         generate(tuned, pair()[1])
     with pytest.raises(ValueError, match=r"`assistant_model` \(PeftModelForCausalLM\) needs virtual tokens"):
         generate(pair()[0], tuned)
-    # Having generated so once does not spoil the model inside.
+    # One such call does not spoil the wrapped model.
     tuned.generate(**make_prompts(1), max_new_tokens=2)
     assert generate(tuned.get_base_model(), pair()[1]).equal(generate(pair()[0]))
 
@@ -382,7 +382,7 @@ def test_an_adapter_for_each_row_is_refused():
 
 
 def int8(model: PreTrainedModel) -> Any:
-    """Weights and, over all tokens of an input together, activations."""
+    """Int8 weights, and activations scaled over all tokens of an input together."""
     return torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {torch.nn.Linear}, dtype=torch.qint8)
 
 
@@ -423,7 +423,7 @@ def test_quantized_weights_alone_do_not_matter():
 
 
 def test_compiled_models():
-    """What `torch.compile` wraps around them hides nothing from us; compiling itself would take half a minute here."""
+    """The wrapper of `torch.compile` hides nothing from us; real compilation would take half a minute here."""
     target, draft = (copy.deepcopy(model) for model in pair())
     with torch.compiler.set_stance("force_eager"):
         compiled = torch.compile(draft)
@@ -434,7 +434,7 @@ def test_compiled_models():
 
 
 def test_compiled_code_never_folds_attention(monkeypatch):
-    """It outlives the call of ours in which it was compiled."""
+    """It outlives our call in which it was compiled."""
     folds: list[Tensor] = []
     original = attention.folded
     monkeypatch.setattr(attention, "folded", lambda *args: (folds.append(args[0]), original(*args))[1])
@@ -453,7 +453,7 @@ def test_modes_of_autograd(mode):
 
 
 def test_autocast():
-    """Half precision: ties may fall otherwise with several tokens at once, so the draft is the target: all accepted."""
+    """Half precision: with several tokens at once, ties may fall differently, so the draft is the target."""
     target, draft = pair()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         ours = generate(target, draft, 1, output_logits=True, return_dict_in_generate=True)

@@ -1,4 +1,4 @@
-"""RaggedCache keeps rows of uneven lengths; caches of transformers go in and come out as vanilla leaves them."""
+"""RaggedCache keeps rows of uneven lengths; transformers' caches go in and come out as vanilla leaves them."""
 
 import functools
 import itertools
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 LAYERS = 2
 
 
-# The cache by itself
+# The cache alone
 
 
 class Reference:
@@ -33,7 +33,7 @@ class Reference:
         self.entries = 0.0
 
     def write(self, cache: RaggedCache, queries: int) -> tuple[Tensor, Tensor]:
-        """A forward of `queries` new tokens for each active row; returns what the last layer was given back."""
+        """A forward of `queries` new tokens for each active row; returns the last layer's keys and values."""
         states = torch.zeros(len(cache.rows), 1, queries, 1)
         for i, row in enumerate(cache.rows):
             for query in range(queries):
@@ -63,7 +63,7 @@ class Reference:
 
 
 def filled(lengths: list[int], seed: int = 0, capacity: int = 64) -> tuple[RaggedCache, Reference]:
-    """A cache whose rows have these lengths, and what it must hold."""
+    """A cache with rows of these lengths, and its expected content."""
     cache, reference = RaggedCache(len(lengths), CPU, capacity, 10_000), Reference(len(lengths), seed)
     reference.write(cache, max(lengths))
     for row, length in enumerate(lengths):
@@ -83,7 +83,7 @@ def test_forwards_rollbacks_and_changes_of_the_active_rows_leave_each_row_its_ow
             length = len(reference.rows[row])
             reference.roll_back(cache, row, reference.random.randint(max(length - 2, 0), length))
         reference.check(cache)
-    assert cache.capacity > 64  # it has grown on the way
+    assert cache.capacity > 64  # it has grown meanwhile
 
 
 def test_a_forward_sees_each_row_up_to_its_own_new_entries():
@@ -175,9 +175,9 @@ def test_load_takes_from_a_sliding_layer_what_is_still_there():
 
 @functools.cache
 def pair(name: str) -> tuple[Any, Any]:
-    """Models that agree in part, whatever the architecture."""
+    """Models that agree in part, in any architecture."""
     config = ARCHITECTURES[name]()
-    if name in ("gemma2", "bloom"):  # with tied embeddings these repeat the last token, as does any draft of them
+    if name in ("gemma2", "bloom"):  # with tied embeddings, these models and their drafts repeat the last token
         config.tie_word_embeddings = False
     target = make_model(config)
     return target, perturbed(target, {"gpt2": 0.15, "gemma2": 0.08, "bloom": 0.05}.get(name, 0.04))
@@ -188,7 +188,7 @@ def prompts(batch: int, width: int = 14) -> dict[str, Tensor]:
 
 
 def generate(target: Any, draft: Any = None, **kwargs: Any) -> Any:
-    """Greedy `generate()`: vanilla without a draft, else with strategy='spec', which must have worked at it."""
+    """Greedy `generate()`: vanilla without a draft, else with strategy='spec', which must really have run."""
     kwargs = {"do_sample": False, "max_new_tokens": 16, **kwargs}
     if draft is None:
         return target.generate(**kwargs)
@@ -199,7 +199,7 @@ def generate(target: Any, draft: Any = None, **kwargs: Any) -> Any:
 
 
 def check_same_cache(ours: Any, theirs: Any, first: list[int]) -> None:
-    """Both caches hold the same, layer by layer; columns of left padding may differ."""
+    """Both caches have the same content, layer by layer; columns of left padding may differ."""
     assert type(ours) is type(theirs)
     assert int(ours.get_seq_length()) == int(theirs.get_seq_length())
     assert len(ours.layers) == len(theirs.layers)
@@ -210,7 +210,7 @@ def check_same_cache(ours: Any, theirs: Any, first: list[int]) -> None:
         for name in ("keys", "values"):
             a, b = getattr(mine, name), getattr(layer, name)
             assert a.shape == b.shape
-            dropped = width - min(width, b.shape[2])  # columns that a sliding layer has let go
+            dropped = width - min(width, b.shape[2])  # columns that a sliding layer has dropped
             for row, column in enumerate(first):
                 begin = max(column - dropped, 0)
                 torch.testing.assert_close(a[row, :, begin:], b[row, :, begin:], atol=1e-4, rtol=1e-4)
@@ -221,7 +221,7 @@ def first_columns(inputs: dict[str, Tensor]) -> list[int]:
 
 
 def eos_tokens(target: Any, inputs: dict[str, Tensor]) -> list[int]:
-    """Tokens such that each row ends with one of them, at a step of its own, and none very early."""
+    """Tokens that end each row at a different step, none very early."""
     rows = generate(target, **inputs)[:, inputs["input_ids"].shape[1] :].tolist()
     for eos in itertools.combinations(sorted({token for row in rows for token in row}), len(rows)):
         ends = sorted(min((row.index(token) for token in eos if token in row), default=99) for row in rows)
@@ -266,7 +266,7 @@ def test_the_returned_cache_is_vanillas_where_rows_end_early_whatever_the_layout
 
 @pytest.mark.parametrize("name", ["llama", "bloom"])
 def test_the_returned_cache_is_vanillas_where_rows_met_their_criterion_at_different_steps(name):
-    """Without an EOS token rows go on until all have met one, so that some have gone too far."""
+    """Without an EOS token, rows continue until all have stopped, so some have gone too far."""
 
     class LastToken(StoppingCriteria):
         def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
@@ -302,7 +302,7 @@ SWAPS = {"vanilla, then ours": (False, True), "ours, then vanilla": (True, False
 
 
 def second_turn(inputs: dict[str, Tensor], said: Tensor, masked: Tensor) -> dict[str, Tensor]:
-    """The whole conversation so far and five new tokens; `masked` says which of the columns said are padding."""
+    """The conversation so far and five new tokens; `masked` marks its padding columns."""
     batch, width = inputs["input_ids"].shape
     question = torch.randint(2, VOCAB, (batch, 5), generator=torch.Generator().manual_seed(8))
     mask = torch.cat([inputs["attention_mask"], (~masked).long()[:, width:], torch.ones_like(question)], dim=1)
@@ -367,7 +367,7 @@ USER_CACHES = {
 
 
 def user_cache(target: Any, kind: str, inputs: dict[str, Tensor], prefix: int) -> Any:
-    """A cache as a user makes it, with the first `prefix` columns of the prompt fed by `model.forward`."""
+    """A cache made by a user: `model.forward` has fed the first `prefix` columns of the prompt."""
     cache = USER_CACHES[kind](target.config)
     if prefix:
         mask = inputs["attention_mask"][:, :prefix]
@@ -432,11 +432,11 @@ def test_cache_implementations(implementation, batch):
     check_same_cache(ours.past_key_values, theirs.past_key_values, first_columns(kwargs))
 
 
-# What is refused
+# Errors
 
 
 def count_forwards(*models: Any) -> list[str]:
-    """A list that gets the class name of each model that is called from now on."""
+    """A list that records the class name of each model called from now on."""
     calls: list[str] = []
     for model in models:
         model.register_forward_pre_hook(lambda module, args: calls.append(type(module).__name__))
@@ -498,7 +498,7 @@ def test_a_static_cache_that_is_too_small_is_an_error_as_in_vanilla():
 
 
 def test_layers_grow_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the peak there is one copy of the cache, and the old keys or values of one layer."""
+    """At its peak, memory holds one copy of the cache and the old keys or values of one layer."""
     cache, _ = filled([40, 60])
     old = [weakref.ref(states) for layer in cache.layers for states in (layer.keys, layer.values)]
     alive: list[int] = []

@@ -1,6 +1,6 @@
-"""Past the window: what was said stays what vanilla says, and layers that attend to a window hold no more than it.
+"""Past the window: tokens stay vanilla's, and layers that attend to a window store no more than the window.
 
-Windows are of 12 tokens, prompts of three windows. `few_to_spare` makes storage so tight that entries are let go every
+Windows have 12 tokens, prompts three windows. `few_to_spare` makes storage so tight that entries are dropped every
 few tokens.
 """
 
@@ -45,13 +45,13 @@ CPU = torch.device("cpu")
 
 
 def config(kind: type[PreTrainedConfig], **changes: Any) -> PreTrainedConfig:
-    """With untied embeddings: tied ones make these models, and any draft of them, repeat the last token."""
+    """With untied embeddings: with tied ones, these models and their drafts repeat the last token."""
     made = kind(**{**SIZES, "head_dim": 8, "sliding_window": WINDOW, "max_position_embeddings": 1024, **changes})
     made.tie_word_embeddings = False
     return made
 
 
-# Every layer with a window, or every other one; some share keys and values, have sinks, soft-caps, chunks, experts.
+# Every layer has a window, or every other one; some share keys and values, have sinks, soft-caps, chunks, experts.
 FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "mistral": lambda: config(MistralConfig),
     "phi3": lambda: config(Phi3Config),
@@ -71,7 +71,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     ),
     "gpt_oss": lambda: config(GptOssConfig, num_local_experts=4, num_experts_per_tok=2),
 }  # fmt: skip
-EAGER_ONLY = ("gemma2", "gpt_oss")  # as transformers has it: for soft-caps and sinks
+EAGER_ONLY = ("gemma2", "gpt_oss")  # as in transformers: for soft-caps and sinks
 
 
 @functools.cache
@@ -107,7 +107,7 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(invariants, "ENABLED", True)
 
 
-# What models say
+# Tokens
 
 
 @pytest.mark.core
@@ -157,7 +157,7 @@ def test_prompts_fed_in_chunks(name: str, chunk: int) -> None:
 @pytest.mark.usefixtures("few_to_spare", "checked")
 @pytest.mark.parametrize("name", ["mistral", "gemma2"])
 def test_masked_tokens_in_the_prompt(name: str) -> None:
-    """Rows then advance together, and transformers makes the masks from what the cache says of its layers."""
+    """Rows then advance in lockstep, and transformers makes the masks from the cache's description of its layers."""
     inputs = prompts(3)
     inputs["attention_mask"][0, 4:6] = 0
     inputs["attention_mask"][1:, 33] = 0
@@ -187,7 +187,7 @@ def test_what_is_sampled_past_the_window_does_not_depend_on_what_was_let_go(monk
 
 
 def stored(model: PreTrainedModel, sizes: dict[int, list[list[int]]]) -> Any:
-    """Notes the slots of storage of each layer, by the length of the context, at each forward."""
+    """Records each layer's storage slots at each forward, by context length."""
 
     def note(module: Any, args: Any, kwargs: Any, output: Any) -> None:
         cache = kwargs["past_key_values"]
@@ -233,7 +233,7 @@ def test_short_contexts_allocate_no_whole_window() -> None:
 
 
 def test_a_forward_sees_no_more_keys_than_vanillas() -> None:
-    """One row: the window before the first query, and the queries' own."""
+    """One row: the window before the first query, and the queries' own entries."""
     target, draft = pair("mistral")
     seen = set()
     update = WindowLayer.update
@@ -254,7 +254,7 @@ def test_a_forward_sees_no_more_keys_than_vanillas() -> None:
 
 
 def same_held(ours: Any, theirs: Any, inputs: dict[str, Tensor]) -> None:
-    """Each layer holds what vanilla's holds, but for left padding."""
+    """Each layer holds the same as vanilla's, except for left padding."""
     assert int(ours.get_seq_length()) == int(theirs.get_seq_length())
     for mine, layer in zip(ours.layers, theirs.layers):
         assert type(mine) is type(layer)
@@ -267,7 +267,7 @@ def same_held(ours: Any, theirs: Any, inputs: dict[str, Tensor]) -> None:
 
 
 def early_ends(name: str, batch: int, count: int = 2) -> list[int]:
-    """Tokens that end some rows early and none at once."""
+    """Tokens that end some rows early, but none at once."""
     said = vanilla(name, "sdpa", batch)[:, 3 * WINDOW :].tolist()
     return [row[20 + 17 * i] for i, row in enumerate(said[:count])]
 
@@ -338,11 +338,11 @@ def test_attention_weights_past_the_window_are_vanillas() -> None:
             torch.testing.assert_close(weights[0], expected[0])
 
 
-# The cache by itself
+# The cache alone
 
 
 class Rows:
-    """What a bounded layer must show: a list of entries per row, of which rolling back removes the last."""
+    """The expected content of a bounded layer: a list of entries per row; rolling back removes the last ones."""
 
     def __init__(self, batch: int, size: int, seed: int):
         self.random = random.Random(seed)
@@ -364,7 +364,7 @@ class Rows:
             length = cache.lengths[row]
             self.entries[row][length:] = states[i, 0, :, 0].tolist()
             if prefill and length > ends[i]:
-                continue  # nothing but fill
+                continue  # only fill
             needed = range(max(length - size + 1, 0), length + query_length)
             here = {slot: index for index, slot in enumerate(shown[i].tolist())}
             assert [keys[i, 0, here[slot], 0] for slot in needed] == [self.entries[row][slot] for slot in needed]
@@ -387,7 +387,7 @@ def test_forwards_rollbacks_and_changes_of_the_active_rows_show_each_row_its_win
     rows = Rows(4, size, seed)
     cache, choose = rows.cache, rows.random
     prompt = [choose.randint(1, 40) for _ in range(4)]
-    for _ in range(0, 40, 10):  # chunks of one prefill: all rows advance, fill behind the shorter ones
+    for _ in range(0, 40, 10):  # chunks of one prefill: all rows advance, with fill after the shorter ones
         rows.feed(10, prompt, prefill=True)
         cache.lengths = [length + 10 for length in cache.lengths]
     cache.lengths = list(prompt)
@@ -395,7 +395,7 @@ def test_forwards_rollbacks_and_changes_of_the_active_rows_show_each_row_its_win
     for _ in range(60):
         cache.activate(choose.sample(range(4), choose.randint(1, 4)))
         ends = cache.active_lengths
-        for _ in range(choose.randint(1, 3)):  # as a draft model: several forwards, then back
+        for _ in range(choose.randint(1, 3)):  # like a draft model: several forwards, then a rollback
             queries = choose.choice([1, 1, 2, 5, 9, 30])
             rows.feed(queries, ends)
             for row in cache.rows:
@@ -438,10 +438,10 @@ def test_layers_are_bounded_where_transformers_bounds_them() -> None:
     assert bounded(FAMILIES["llama4"]()) == [WINDOW, None]
     assert bounded(FAMILIES["gemma3n"]()) == [WINDOW, None, None, None]  # the last two share
     assert bounded(config(MistralConfig, sliding_window=None)) == []
-    assert window_layers(DynamicCache().layers, FAMILIES["mistral"](), 1, 1000) == []  # a user's, that holds all
+    assert window_layers(DynamicCache().layers, FAMILIES["mistral"](), 1, 1000) == []  # a user's, with all entries
 
 
-# What is refused
+# Errors
 
 
 @pytest.mark.parametrize("batch", [1, 4])

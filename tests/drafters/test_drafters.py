@@ -1,4 +1,4 @@
-"""Drafters: what each of them owes the loop, what it proposes, and that no draft changes a greedy call."""
+"""Drafters: the contract of each one with the loop, its proposals, and that no draft changes a greedy call."""
 
 import random
 from collections.abc import Callable
@@ -31,7 +31,7 @@ def draft_model(target: PreTrainedModel) -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def vanilla(target: PreTrainedModel) -> dict[int, Tensor]:
-    """The greedy output without us, by batch size."""
+    """The greedy output of vanilla, by batch size."""
     outputs = {rows: generate(target, rows) for rows in (1, 4)}
     assert [int((row == 0).sum()) for row in outputs[4][:, -NEW_TOKENS:]] == [0, 15, 0, 14]
     return outputs
@@ -46,7 +46,7 @@ def generate(target: PreTrainedModel, rows: int, seed: int = 0, **options: Any) 
 
 
 class RandomTokens(Drafter):
-    """Knows nothing."""
+    """Proposes random tokens."""
 
     def __init__(self) -> None:
         self.rng = torch.Generator().manual_seed(0)
@@ -56,14 +56,14 @@ class RandomTokens(Drafter):
 
 
 class Silent(Drafter):
-    """Has nothing to say."""
+    """Proposes nothing."""
 
     def propose(self, context: Context, max_tokens: int) -> Draft:
         return Draft(context.tokens.new_empty(len(context.rows), 0))
 
 
 class Oracle(Drafter):
-    """Knows vanilla's output; proposes it, but for every `errs`-th column."""
+    """Knows vanilla's output and proposes it, except at every `errs`-th column."""
 
     def __init__(self, sequences: Tensor, errs: int | None = None):
         self.sequences = torch.nn.functional.pad(sequences, (0, NEW_TOKENS + 30), value=7)
@@ -78,7 +78,7 @@ class Oracle(Drafter):
 
 
 class Uneven(Oracle):
-    """The truth, another number of tokens for each row and iteration, none among them; nonsense behind that."""
+    """The right tokens, a different number for each row and iteration, sometimes none; garbage after them."""
 
     def propose(self, context: Context, max_tokens: int) -> Draft:
         tokens = super().propose(context, max_tokens).tokens
@@ -88,7 +88,7 @@ class Uneven(Oracle):
 
 
 class HonestRandomTokens(RandomTokens):
-    """Knows nothing and says so."""
+    """Proposes random tokens, with their true probabilities."""
 
     def propose(self, context: Context, max_tokens: int) -> Draft:
         tokens = super().propose(context, max_tokens).tokens
@@ -114,7 +114,7 @@ DRAFTERS: dict[str, Make] = OURS | {
 
 
 class Watched(Drafter):
-    """Any drafter, held to the protocol."""
+    """Wraps any drafter and checks it against the protocol."""
 
     def __init__(self, drafter: Drafter, gamma: int):
         self.drafter, self.gamma = drafter, gamma
@@ -150,7 +150,7 @@ class Watched(Drafter):
         return draft
 
     def check(self, context: Context, draft: Draft) -> None:
-        """More that a test wants to hold."""
+        """Extra checks that a test adds."""
 
     def commit(self, context: Context) -> None:
         before = committed(context)
@@ -192,7 +192,7 @@ def test_a_drafter_serves_one_call_after_the_other(make, target, draft_model, va
     assert [call(drafter, *each) for each in calls] == [call(make(draft_model, vanilla[4]), *each) for each in calls]
 
 
-# ------------------------------------------------------------------------------------------- greedy calls do not care
+# -------------------------------------------------------------------------------------- greedy calls with any drafter
 
 
 @pytest.mark.parametrize("rows", [1, 4])
@@ -211,7 +211,7 @@ def test_a_greedy_call_does_not_depend_on_the_quality_of_the_draft(noise, rows, 
     draft = perturbed(target, noise)
     out = generate(target, rows, assistant_model=draft, strategy="spec", speculation_stats=stats)
     assert out.equal(vanilla[rows])
-    if noise in (0.0, 2.0):  # from a draft that knows everything (but where rows end) to one that knows nothing
+    if noise in (0.0, 2.0):  # from a draft that knows everything (except where rows end) to one that knows nothing
         assert round(stats.acceptance_rate) == (noise == 0.0)
 
 
@@ -248,7 +248,7 @@ def test_the_truth_is_always_accepted_and_nothing_costs_one_forward_per_token(ta
 
 
 class TruthBehindTheLengths(Oracle):
-    """Every token is right, but only the first ones are proposed, and of some rows none."""
+    """Every token is right, but only the first ones are proposed, and for some rows none."""
 
     def propose(self, context: Context, max_tokens: int) -> Draft:
         self.lengths = [row % (max_tokens + 1) for row in context.rows]
@@ -279,14 +279,14 @@ def test_a_draft_leaves_room_for_the_targets_own_token(make, target, draft_model
 
 
 class WatchedModel(Watched):
-    """Holds a `ModelDrafter` to what its model says of the committed tokens alone, whatever was drafted before."""
+    """Checks that a `ModelDrafter` proposes its model's tokens for the committed text, whatever was drafted before."""
 
     drafter: ModelDrafter
 
     @torch.no_grad()
     def check(self, context: Context, draft: Draft) -> None:
         for slot, row in enumerate(context.rows):
-            columns = context.tokens[row, : context.ends[row]][None]  # as vanilla shows them, padding included
+            columns = context.tokens[row, : context.ends[row]][None]  # as in vanilla, including padding
             for i in range(draft.row_lengths[slot]):
                 token = draft.tokens[slot, i]
                 logits = self.drafter.model(columns[:, context.first[row] :]).logits[:, -1].float()
@@ -335,7 +335,7 @@ def test_q_is_what_the_draft_model_says_of_each_prefix_after_the_calls_processor
 
 @pytest.mark.parametrize("rows", [1, 4])
 def test_a_draft_model_runs_once_per_drafted_token_on_at_most_two_tokens(rows, target, draft_model):
-    """Two where all drafts were accepted: it has not seen the last of them, nor the target's own token."""
+    """Two tokens after all drafts were accepted: it has not seen the last draft or the target's own token."""
     stats = SpeculationStats()
     widths: list[int] = []
     hook = draft_model.register_forward_pre_hook(
@@ -343,7 +343,7 @@ def test_a_draft_model_runs_once_per_drafted_token_on_at_most_two_tokens(rows, t
     )
     drafter = ModelDrafter(draft_model)
     options = {"assistant_model": drafter, "strategy": "spec", "speculation_stats": stats, "eos_token_id": None}
-    generate(target, rows, **options)  # of which the first one may ask the model what it can do
+    generate(target, rows, **options)  # the first of them may probe the model
     stats, widths[:] = SpeculationStats(), []
     generate(target, rows, **options | {"speculation_stats": stats})
     hook.remove()
@@ -364,7 +364,7 @@ PAD = 0
 def look_up(
     rows: list[list[int]], max_tokens: int = 4, ngram: int = 2, vocab: int = 100, ends: list[int] | None = None
 ) -> list[list[int]]:
-    """What is proposed for rows of uneven length, left-padded; with `ends`, only so many tokens are committed."""
+    """Proposals for rows of uneven length, left-padded; with `ends`, only that many tokens are committed."""
     width = max(map(len, rows))
     prompt = torch.tensor([[PAD] * (width - len(row)) + row for row in rows])
     context = Context(prompt, [width - len(row) for row in rows], width + 20, PAD)
@@ -381,7 +381,7 @@ def propose(drafter: Drafter, context: Context, max_tokens: int, vocab: int = 10
 
 
 def look_up_in_loops(row: list[int], max_tokens: int, ngram: int) -> list[int]:
-    """The same for one row without padding, from the description."""
+    """The same for one row without padding, written from the description."""
     for size in range(min(ngram, len(row) - 1), 0, -1):
         tail = row[-size:]
         behind = [i + size for i in range(len(row) - size) if row[i : i + size] == tail]
@@ -418,7 +418,7 @@ def test_where_more_follows_beats_where_it_was_last():
 def test_nothing_past_the_end_is_proposed():
     assert look_up([[1, 2, 1]], max_tokens=5, ngram=1) == [[2, 1]]
     assert look_up([[8, 8]], max_tokens=5, ngram=1) == [[8]]
-    # Drafts of an earlier iteration, or other rows' tokens, may stand behind a row's end.
+    # Drafts of an earlier iteration, or other rows' tokens, may follow a row's end.
     assert look_up([[1, 2, 1, 9, 9, 1, 7]], max_tokens=5, ngram=1, ends=[3]) == [[2, 1]]
     assert look_up([[1, 2, 3, 1, 2, 7]], max_tokens=5, ngram=1, ends=[3]) == [[]]
 
@@ -439,7 +439,7 @@ def test_ids_that_are_no_tokens_of_the_target_are_not_proposed():
 
 @pytest.mark.parametrize("ngram", [1, 2, 3])
 def test_look_up_is_what_its_description_says_for_each_row_alone(ngram):
-    """Batches of random texts over few tokens, the pad token among them, with rubbish behind their ends."""
+    """Batches of random texts over few tokens, including the pad token, with garbage after their ends."""
     rng = random.Random(ngram)
     found = 0
     for _ in range(150):
@@ -467,7 +467,7 @@ def test_an_n_gram_has_at_least_one_token():
 
 
 class Careless(Drafter):
-    """Proposes whatever a test tells it to."""
+    """Proposes the tokens that a test gives it."""
 
     def __init__(self, draft: Any):
         self.draft = draft

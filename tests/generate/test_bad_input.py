@@ -1,10 +1,10 @@
-"""What cannot work is refused by name, before any model has run, and leaves everything as it was.
+"""Invalid input raises an error that names it, before any forward, and leaves everything unchanged.
 
-What transformers 5.23 assisted generation gets wrong or does not take, and the test file that has it: batches, all of
-them; `num_return_sequences` and `inputs_embeds`, test_outputs.py; static caches, test_cache.py; recurrent targets and
-drafts, beams, here; padded vocabularies, test_pairs.py; stop strings and criteria of users, test_stopping.py; guidance
-and processors with state, test_processors.py; argmax drafts under sampling, test_acceptance.py and test_sampling.py;
-the draft's generation config rewritten by the "heuristic" schedule, test_strategy.py.
+Input that assisted generation of transformers 5.23 gets wrong or rejects, and the file that tests it: batches, all
+files; `num_return_sequences` and `inputs_embeds`, loop/test_outputs.py; static caches, models/test_graphs.py; recurrent
+targets and drafts, beams, here; padded vocabularies, pairs/test_pair.py; stop strings and users' criteria,
+loop/test_stopping.py; guidance and stateful processors, sampling/test_processors.py; argmax drafts under sampling,
+sampling/test_acceptance.py, test_sampling.py; the "heuristic" schedule's changes to configs, test_strategy.py.
 """
 
 import copy
@@ -45,7 +45,7 @@ def llamas() -> tuple[Any, Any]:
 
 @pytest.fixture
 def pair() -> tuple[Any, Any]:
-    """Models of the test's own, since it may break them."""
+    """Models of the test's own, because it may break them."""
     return copy.deepcopy(llamas())
 
 
@@ -54,7 +54,7 @@ def prompts(batch: int, width: int = 14) -> dict[str, Tensor]:
 
 
 def generate(target: Any, draft: Any, **kwargs: Any) -> Any:
-    """By strategy='spec', which must have worked at it."""
+    """With strategy='spec', which must really have run."""
     stats = SpeculationStats()
     kwargs = {**GREEDY, "speculation_stats": stats, **kwargs}
     out = target.generate(assistant_model=draft, strategy="spec", **kwargs)
@@ -63,7 +63,7 @@ def generate(target: Any, draft: Any, **kwargs: Any) -> Any:
 
 
 def state(*things: Any) -> list[Any]:
-    """What a failed call must not change: configs, generation configs, and whether models train."""
+    """State that a failed call must not change: configs, generation configs, and train mode."""
     parts = []
     for thing in things:
         if isinstance(thing, torch.nn.Module) and hasattr(thing, "config"):
@@ -79,7 +79,7 @@ def state(*things: Any) -> list[Any]:
 
 
 def refused(target: Any, draft: Any, error: type[Exception], match: str, runs: bool = False, **kwargs: Any) -> str:
-    """Check that this call is refused, before any forward unless it `runs`, and that it leaves no traces.
+    """Check that this call raises an error, before any forward unless it `runs`, and leaves no traces.
 
     Returns: the whole message.
     """
@@ -236,7 +236,7 @@ def test_ids_that_are_no_tokens_of_the_model(token):
     inputs["input_ids"][1, -1] = token
     refused(*llamas(), ValueError, f"`input_ids` holds {token}, but .* ids 0 to {VOCAB - 1}", **inputs)
     inputs["input_ids"][1, -1] = 3
-    inputs["input_ids"][inputs["attention_mask"] == 0] = -100  # nobody looks at padding
+    inputs["input_ids"][inputs["attention_mask"] == 0] = -100  # nothing attends to padding
     target, draft = llamas()
     clean = inputs["input_ids"].clamp(min=0)
     expected = target.generate(clean, attention_mask=inputs["attention_mask"], **GREEDY)
@@ -296,7 +296,7 @@ def recurrent_gemma() -> Any:
 def test_drafts_that_cannot_draft_for_the_target(kind):
     target, draft = llamas()
     make, error, match = NO_DRAFTS[kind]
-    asked = kind == "state of its own"  # the model itself is asked what it can do
+    asked = kind == "state of its own"  # the model itself is probed
     assert "`assistant_model`" in refused(target, make(target), error, match, runs=asked)
     works(target, draft)
 
@@ -366,7 +366,7 @@ def test_one_tokenizer_alone_does_not_make_up_for_the_other():
 
 
 def broken(model: Any, value: float, slot: int = 0, rows: int | None = None) -> Any:
-    """The model's logits in a slot of the batch become `value`, once `rows` rows are left."""
+    """From the moment `rows` rows are left, the model's logits in one batch slot become `value`."""
 
     def spoil(head: Any, args: Any, logits: Tensor) -> Tensor:
         logits = logits.clone()
@@ -401,7 +401,7 @@ def test_the_row_whose_model_breaks_on_the_way_is_named(pair, who):
     target, draft = pair
     rows = target.generate(**prompts(3), **GREEDY)[:, 14:].tolist()
     eos = next(token for token in rows[0][3:10] if token not in rows[1] + rows[2])
-    # The first row ends first, and the last one moves up into its place.
+    # The first row ends first, and the last one moves into its slot.
     handle = broken(target if who == "target" else draft, float("nan"), slot=0, rows=2)
     kwargs = {**prompts(3), "eos_token_id": eos}
     refused(target, draft, ValueError, f"The {who} model .*for row 2 after column", runs=True, **kwargs)
@@ -424,7 +424,7 @@ def test_processors_that_leave_nothing_to_say_are_an_error(do_sample):
 
 @functools.cache
 def short_pair(architecture: str, positions: int) -> tuple[Any, Any]:
-    """A pair of which the target has few positions."""
+    """A pair whose target has few positions."""
     config = ARCHITECTURES[architecture]()
     config.update({"n_positions" if isinstance(config, GPT2Config) else "max_position_embeddings": positions})
     config.tie_word_embeddings = False
@@ -433,7 +433,7 @@ def short_pair(architecture: str, positions: int) -> tuple[Any, Any]:
 
 
 def with_positions(target: Any, positions: int) -> Any:
-    """A draft for `target`: its weights, changed a little, and positions of its own number."""
+    """A draft for `target`: its weights, changed a little, and its own number of positions."""
     config = copy.deepcopy(target.config)
     config.update({"n_positions" if isinstance(config, GPT2Config) else "max_position_embeddings": positions})
     draft = make_model(config)
@@ -472,7 +472,7 @@ def test_models_that_cannot_go_beyond_their_positions_fail_as_in_vanilla(batch):
 @pytest.mark.parametrize("batch", [1, 4])
 def test_the_last_position_may_be_used_and_none_behind_it_is_asked_for(batch, gamma):
     target = short_pair("gpt2", 24)[0]
-    draft = with_positions(target, 64)  # so that the target's positions are what ends
+    draft = with_positions(target, 64)  # so that the target runs out of positions
     ids = torch.randint(
         2, VOCAB, (batch, 14), generator=torch.Generator().manual_seed(0)
     )  # no row has padding to spare

@@ -1,4 +1,4 @@
-"""The product: greedy output is token-identical to vanilla `generate()` in float32, whatever batch and draft."""
+"""The main promise: greedy output equals vanilla `generate()`'s in float32, for any batch and draft."""
 
 import functools
 
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 import hf_specdec
 from hf_specdec.models.abilities import Abilities
 
-# How far a draft's weights are moved so that it agrees only in part; the acceptance that this gives is asserted below.
+# Noise on a draft's weights so that it agrees only in part; the resulting acceptance is asserted below.
 NOISE = {"bloom": 0.5, "gemma": 0.35, "gemma2": 0.35}
 NEW_TOKENS = 24
 
@@ -25,7 +25,7 @@ def vanilla(name: str, batch: int) -> torch.Tensor:
     return pair(name)[0].generate(**make_prompts(batch, seed=batch), max_new_tokens=NEW_TOKENS, do_sample=False)
 
 
-# Long: what other batches show, a single row and five uneven ones show.
+# Slow: other batches are covered by a single row and five uneven ones.
 BATCHES = [1, 5, *(pytest.param(batch, marks=pytest.mark.slow) for batch in (2, 8))]
 
 
@@ -48,7 +48,7 @@ def test_every_architecture_says_what_it_said(name: str, batch: int) -> None:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_drafts_of_these_tests_are_accepted_only_in_part(name: str) -> None:
-    """0.1 to 0.95 of first drafts: else the tests above would not see both acceptance and rejection."""
+    """0.1 to 0.95 of first drafts: otherwise the tests above would not see both acceptance and rejection."""
     target, draft = pair(name)
     stats = hf_specdec.SpeculationStats()
     for batch in (1, 5, 8):
@@ -86,7 +86,7 @@ def test_many_prompts_and_drafts_of_every_quality() -> None:
 @pytest.mark.core
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_only_models_with_alibi_fall_back_to_lockstep(name: str) -> None:
-    """They read distances off a 2-D mask; every other model here decodes each row at its own pace."""
+    """They derive distances from a 2-D mask; every other model here decodes each row at its own pace."""
     assert bool(Abilities.of(pair(name)[0]).ragged) == (name not in ("bloom", "falcon-alibi"))
 
 
@@ -119,7 +119,7 @@ def test_a_row_does_not_depend_on_the_other_rows(llama_pair: tuple[PreTrainedMod
 
 
 def test_finished_rows_stop_costing_forwards() -> None:
-    """A forward is over the rows that are still being decoded, and over no others."""
+    """A forward covers exactly the rows that are still being decoded."""
     target, draft = make_pair("llama")
     prompts = make_prompts(4, seed=9)
     free = target.generate(**prompts, max_new_tokens=30, do_sample=False)
@@ -154,7 +154,7 @@ def test_the_shortest_prompts(prompt_tokens: int, llama_pair: tuple[PreTrainedMo
 
 
 def test_long_outputs_outgrow_what_was_allocated_at_first(llama_pair: tuple[PreTrainedModel, PreTrainedModel]) -> None:
-    """Context and caches grow; a limit that is never reached costs no memory."""
+    """Context and caches grow as needed; a limit that is never reached costs no memory."""
     target, draft = llama_pair
     prompts = make_prompts(2, seed=4)
     config = {"do_sample": False, "eos_token_id": 5, "pad_token_id": 0}

@@ -1,4 +1,4 @@
-"""Models and prompts in unusual modes: served as vanilla serves them, or refused with the reason and the way out."""
+"""Models and prompts in unusual modes: as in vanilla, or an error with the reason and a way out."""
 
 import copy
 import functools
@@ -33,7 +33,7 @@ GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
 
 @pytest.fixture
 def pair() -> tuple[PreTrainedModel, PreTrainedModel]:
-    """One's own to spoil."""
+    """A model that the test may change."""
     target = make_model(LlamaConfig(**SMALL), seed=12)
     return target, perturbed(target, 0.08, seed=13)
 
@@ -55,7 +55,7 @@ def no_forward(model: PreTrainedModel) -> None:
 
 @pytest.fixture
 def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is logged once."""
+    """Messages that are logged once."""
     messages: list[str] = []
 
     def warning_once(message: str) -> None:
@@ -119,7 +119,7 @@ def test_checkpointing_counts_layer_by_layer(config):
 def test_an_encoder_may_be_checkpointed_in_train_mode():
     target = t5()
     target.gradient_checkpointing_enable()
-    target.encoder.train()  # it keeps no cache; without dropout it computes the same
+    target.encoder.train()  # without a cache; without dropout it computes the same
     given = {"input_ids": make_prompts(1)["input_ids"], **GREEDY}
     assert target.generate(**given, strategy="spec").tolist() == target.generate(**given).tolist()
     target.decoder.train()
@@ -178,7 +178,7 @@ def test_int32_ids_with_a_cache_and_a_streamer(pair):
 
 @pytest.mark.parametrize("dtype", [torch.int16, torch.uint8])
 def test_narrower_ids_are_read_as_ids(pair, dtype):
-    """Vanilla's embedding does not take them."""
+    """Vanilla's embedding does not accept them."""
     target, draft = pair
     given = make_prompts(3)
     expected = target.generate(**given, **GREEDY)
@@ -201,7 +201,7 @@ def test_ids_that_are_no_integers_are_refused(pair, dtype):
         pair[0].generate(make_prompts(1)["input_ids"].to(dtype), **GREEDY, **spec(pair[1]))
 
 
-# Logits that are no distribution, or say nothing
+# Logits that are not a distribution, or are constant
 
 
 class Renamed(LlamaForCausalLM):
@@ -298,7 +298,7 @@ def test_ids_beyond_the_vocabulary_of_the_drafts_encoder():
         target.generate(make_prompts(1)["input_ids"], **GREEDY, **spec(draft))
 
 
-# A `forward` that does not say what it takes
+# A `forward` with a hidden signature
 
 
 def hidden(model: PreTrainedModel, *wraps: Callable[..., Any]) -> PreTrainedModel:

@@ -1,4 +1,4 @@
-"""Models that prepare the inputs of a step in code of their own: what vanilla feeds after the prompt is what we feed.
+"""Models that prepare each step's inputs in their own code: after the prompt, we feed what vanilla feeds.
 
 Each model here is a Llama or a BART whose `prepare_inputs_for_generation` or `_update_model_kwargs_for_generation` adds
 or changes something that its forward reads.
@@ -50,7 +50,7 @@ class Constant(Reads):
 
 
 class TintedAfterThePrompt(Reads):
-    """A tensor by row, in later steps only."""
+    """A tensor by row, only in later steps."""
 
     def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
         inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
@@ -58,7 +58,7 @@ class TintedAfterThePrompt(Reads):
 
 
 class GainByStep(Reads):
-    """A number that is another one at each step: a block of tokens would need several."""
+    """A number that changes at each step: a block of tokens would need several."""
 
     def prepare_inputs_for_generation(self, input_ids, **kwargs):
         return {**super().prepare_inputs_for_generation(input_ids, **kwargs), "gain": 1.0 + input_ids.shape[1] % 3}
@@ -76,7 +76,7 @@ class GainFromTheSecondStepOn(Reads):
 
 
 class CarriedOn(Reads):
-    """What the update carries on stays the same."""
+    """The update carries over an input that stays the same."""
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, **kwargs):
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs) | {"gain": 2.0}
@@ -108,7 +108,7 @@ class ForgetsTheFirstToken(Reads):
 
 
 class OnlyTheLastLogit(Reads):
-    """Whatever it is asked."""
+    """For any number of tokens."""
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, **kwargs):
         output = super().forward(input_ids, attention_mask, position_ids, past_key_values, **kwargs)
@@ -178,7 +178,7 @@ def test_a_forward_that_returns_too_few_logits_is_an_error() -> None:
 
 
 def test_a_forward_that_comes_to_return_too_few_logits_is_an_error() -> None:
-    """What a model can do is remembered, and looked at all the same."""
+    """Probes' answers are remembered, but the number of logits is still checked."""
     target = build(Limited)
     check(target)
     target.limit = 1
@@ -205,7 +205,7 @@ def test_the_usual_model_is_asked_nothing(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 class InTuples(PreTrainedModel, GenerationMixin):
-    """One layer of attention that keeps keys and values as older code does: as a tuple, or list, of tuples."""
+    """One attention layer that keeps keys and values like older code: as a tuple, or list, of tuples."""
 
     config_class = LlamaConfig
     container: Any = tuple

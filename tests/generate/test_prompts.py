@@ -1,4 +1,4 @@
-"""Prompts that `generate()` takes: padded on either side, with holes, with masks of any kind or none."""
+"""Prompts that `generate()` accepts: padded on either side, with holes, with any kind of mask or none."""
 
 import logging
 from typing import Any
@@ -20,7 +20,7 @@ def pairs() -> dict[str, Any]:
 
 
 def holes(mask: torch.Tensor) -> torch.Tensor:
-    """Masks out two columns of the first row, one of each other, behind its first token."""
+    """Masks two columns of the first row, and one of each other row, after its first token."""
     mask = mask.clone()
     mask[0, 4:6] = 0
     mask[1:, -2] = 0
@@ -28,7 +28,7 @@ def holes(mask: torch.Tensor) -> torch.Tensor:
 
 
 def last_column(mask: torch.Tensor) -> torch.Tensor:
-    """Masks out the first row's last column: that row alone is padded on both sides."""
+    """Masks the first row's last column: only that row is padded on both sides."""
     return mask.masked_fill((torch.arange(len(mask)) == 0)[:, None] & (torch.arange(WIDTH) == WIDTH - 1), 0)
 
 
@@ -44,7 +44,7 @@ MASKS = {
 @pytest.mark.parametrize("layout", MASKS)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_masked_columns_may_be_anywhere(pairs, name, layout, batch):
-    """Vanilla gives such prompts a meaning (if not a good one); it must be the same."""
+    """Vanilla gives such prompts a meaning, if a poor one; ours must match."""
     left = make_prompts(batch)["attention_mask"]
     left[0, 0] = 0
     mask = MASKS[layout](left)
@@ -53,7 +53,7 @@ def test_masked_columns_may_be_anywhere(pairs, name, layout, batch):
         pairs[name], {"input_ids": ids, "attention_mask": mask}, lambda: {"max_new_tokens": NEW}, gammas=(4,)
     )
     unmasked = pairs[name][0].generate(ids, attention_mask=torch.ones_like(mask), max_new_tokens=NEW)
-    assert expected.tolist() != unmasked.tolist()  # else the mask shows nothing
+    assert expected.tolist() != unmasked.tolist()  # otherwise the mask has no effect
 
 
 def test_what_stands_in_masked_columns_does_not_matter(pairs):
@@ -80,7 +80,7 @@ def test_rows_with_masked_columns_end_where_they_end_in_vanilla(pairs, layout):
 @pytest.mark.parametrize("name", ["llama", "falcon-alibi"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_the_cache_comes_back_whatever_the_layout_where_rows_end_early(pairs, name, padded):
-    """Models that cannot attend to rows of different lengths have rows in step, whether or not there is padding."""
+    """Models that cannot attend to rows of different lengths keep rows in lockstep, with or without padding."""
     target, draft = pairs[name]
     inputs = make_prompts(3)
     if not padded:
@@ -113,7 +113,7 @@ def test_right_padding_brings_the_warning_of_transformers(pairs, strategy, caplo
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("mask", ["ones", "none", "bool", "float"])
 def test_masks_of_any_kind(pairs, mask, batch):
-    """Without a mask transformers infers one where it can: here from the padding tokens in the prompts."""
+    """Without a mask, transformers infers one if it can: here from the padding tokens in the prompts."""
     inputs = make_prompts(batch)
     if mask == "ones":
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
@@ -127,7 +127,7 @@ def test_masks_of_any_kind(pairs, mask, batch):
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("padded", [False, True])
 def test_without_a_mask_every_token_counts_where_padding_cannot_be_told(pairs, batch, padded):
-    """Where the padding token is the EOS token, transformers takes padding for text."""
+    """If the padding token is the EOS token, transformers treats padding as text."""
     ids = make_prompts(batch)["input_ids"]
     arguments = {"max_new_tokens": NEW, "pad_token_id": 0, "eos_token_id": 0}
     expected = assert_lossless(

@@ -1,4 +1,4 @@
-"""A prompt of embeddings: the cache that comes back holds what vanilla's holds, in every state, and goes on like it."""
+"""A prompt of embeddings: the returned cache equals vanilla's in every state, and can be continued like it."""
 
 import copy
 from inspect import signature
@@ -25,7 +25,7 @@ def pair(name: str) -> tuple[PreTrainedModel, PreTrainedModel]:
 
 
 def embeddings(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Embeddings that are not those of `ids`, nor of any other tokens."""
+    """Embeddings that belong to no tokens, and not to `ids`."""
     return 1.1 * model.get_input_embeddings()((ids * 5 + 9) % 90).detach()
 
 
@@ -35,7 +35,7 @@ def prompt(model: PreTrainedModel, batch: int) -> dict[str, Tensor]:
 
 
 def ends(model: PreTrainedModel, inputs: dict[str, Tensor]) -> list[int]:
-    """Tokens with which the first row and the last one end, at different steps."""
+    """Tokens that end the first and the last row, at different steps."""
     new = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)[:, -NEW:]
     return [int(new[0, 2]), int(new[-1, 5])]
 
@@ -53,7 +53,7 @@ def held(cache: Cache) -> dict[str, Tensor]:
 
 
 def assert_same_cache(ours: Cache, theirs: Cache, mask: Tensor) -> None:
-    """`mask`, `[batch, columns]`, says which of the first columns are real; what padding leaves does not matter."""
+    """`mask`, `[batch, columns]`, marks the real ones among the first columns; padding's entries do not matter."""
     mine, expected = held(ours), held(theirs)
     assert mine.keys() == expected.keys()
     for name, state in expected.items():
@@ -70,7 +70,7 @@ def assert_same_cache(ours: Cache, theirs: Cache, mask: Tensor) -> None:
 def assert_same(
     target: PreTrainedModel, way: dict[str, Any], inputs: dict[str, Any], mask: Tensor, **kwargs: Any
 ) -> None:
-    """The same tokens and the same cache as vanilla's, from which vanilla goes on to the same tokens."""
+    """The same tokens and the same cache as vanilla's, from which vanilla continues with the same tokens."""
     kwargs = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True, **kwargs}
     fresh = copy.deepcopy
     theirs = target.generate(**fresh(inputs), **fresh(kwargs))
@@ -83,7 +83,7 @@ def assert_same(
 
 
 def go_on(model: PreTrainedModel, ids: Tensor, cache: Cache, mask: Tensor) -> Tensor:
-    """What vanilla says from a cache on; of models that `generate()` cannot start from a cache, the next logits."""
+    """Vanilla's continuation of a cache; for models that `generate()` cannot start from a cache, the next logits."""
     if "cache_params" in signature(model.forward).parameters:
         with torch.no_grad():
             logits: Tensor = model(input_ids=ids, cache_params=cache).logits
@@ -108,7 +108,7 @@ def test_the_cache_of_embeddings_where_rows_end_at_different_times(name: str, ba
 @pytest.mark.parametrize("columns", [4, WIDTH, 2 * WIDTH])
 @pytest.mark.parametrize("name", ["qwen3_next", "mamba2", "llama"])
 def test_ids_beside_embeddings_are_the_text_but_are_not_fed(name: str, columns: int) -> None:
-    """As many of them as the user likes. They are no tokens of these embeddings."""
+    """Any number of them. They are not the tokens of these embeddings."""
     target, draft = pair(name)
     for batch in (1, 3):
         inputs = prompt(target, batch)
@@ -117,7 +117,7 @@ def test_ids_beside_embeddings_are_the_text_but_are_not_fed(name: str, columns: 
 
 
 class Moody(LogitsProcessor):
-    """Favours another token at each call, so that it must be called step by step."""
+    """Favours a different token at each call, so it must be called step by step."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -158,7 +158,7 @@ def test_a_cache_of_the_user_continued_with_embeddings(name: str) -> None:
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_embeddings_that_vanillas_own_first_forward_reads(batch: int) -> None:
-    """An image among them gives positions on several axes; the states are made from the embeddings once more."""
+    """An image among them gives positions on several axes; the states are recomputed from the embeddings."""
     target = build(next(entry for entry in entries() if entry.name == "Qwen3_5ForConditionalGeneration"))
     inputs: dict[str, Tensor] = dict(make_prompts(batch, 14))
     inputs["input_ids"][:, 4:8], inputs["attention_mask"][:, 4:] = target.config.image_token_id, 1

@@ -1,4 +1,4 @@
-"""`strategy="spec"` is there when asked for, changes nothing when not, and works by every way into `generate()`."""
+"""`strategy="spec"` works through every entry to `generate()`, and changes nothing when it is not given."""
 
 import copy
 import functools
@@ -37,7 +37,7 @@ def prompts(batch: int) -> dict[str, torch.Tensor]:
 
 
 def generate(target: Any, draft: Any, **kwargs: Any) -> Any:
-    """By strategy='spec', which must have worked at it."""
+    """With strategy='spec', which must really have run."""
     stats = SpeculationStats()
     kwargs = {**GREEDY, "strategy": "spec", **kwargs}
     out = target.generate(assistant_model=draft, speculation_stats=stats, **kwargs)
@@ -58,7 +58,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def registration() -> Iterator[None]:
-    """Whatever a test does to `generate()`, it is registered as before afterwards."""
+    """Whatever a test does to `generate()`, the registration is restored afterwards."""
     ours, generate = hf_specdec.generate.strategy._original, GenerationMixin.generate
     yield
     GenerationMixin.generate, hf_specdec.generate.strategy._original = generate, ours
@@ -160,7 +160,7 @@ def test_a_strategy_and_a_custom_decoding_method_cannot_both_decide():
         generate(target, draft, **prompts(1), custom_generate=hf_specdec.speculative(draft))
 
 
-# Ways in
+# Entry points
 
 
 def test_arguments_may_be_positional():
@@ -284,14 +284,14 @@ def test_threads_do_not_disturb_each_other():
     assert together == {i: [(out.tolist(), 2 * 24)] * 2 for i, out in enumerate(alone)}
 
 
-# Whose options count
+# Precedence of options
 
 
 def test_a_value_of_the_call_beats_the_targets_config_which_beats_the_drafts():
     target, draft = copy.deepcopy(pair())
     draft.generation_config.num_assistant_tokens = 6
     assert longest_draft(target, draft) == 6
-    target.generation_config.num_assistant_tokens = 20  # though transformers would fill in just that itself
+    target.generation_config.num_assistant_tokens = 20  # though transformers would fill in exactly that
     assert longest_draft(target, draft) == 14 - 1
     target.generation_config.num_assistant_tokens = 4
     assert longest_draft(target, draft) == 4
@@ -308,9 +308,9 @@ def longest_draft(target: Any, draft: Any, **kwargs: Any) -> int:
 
 @pytest.mark.parametrize("schedule", ["constant", "heuristic", "heuristic_transient"])
 def test_models_and_their_configs_are_left_as_they_were(schedule):
-    """Assisted generation writes the number it has learnt into the draft's generation config."""
+    """Assisted generation writes the number that it learned into the draft's generation config."""
     target, draft = copy.deepcopy(pair())
-    draft.generation_config.num_assistant_tokens = 11  # "heuristic" would come to other numbers
+    draft.generation_config.num_assistant_tokens = 11  # "heuristic" would arrive at other numbers
     draft.generation_config.num_assistant_tokens_schedule = schedule
     draft.generation_config.stop_strings = target.generation_config.stop_strings = "~~~"
     objects = [target.generation_config, draft.generation_config, target.config, draft.config]

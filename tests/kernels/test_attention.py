@@ -1,4 +1,4 @@
-"""Folded decode attention: the numbers of SDPA over repeated heads, for our own calls only, and gone afterwards."""
+"""Folded decode attention: equals SDPA over repeated heads, runs only in our own calls, and is removed afterwards."""
 
 import itertools
 import threading
@@ -33,7 +33,7 @@ def registered() -> Any:
 
 @pytest.fixture(autouse=True)
 def as_it_was() -> Iterator[None]:
-    """Each test finds transformers' own function registered, and leaves it so."""
+    """Each test starts and ends with transformers' own function registered."""
     before = registered()
     yield
     left = registered()
@@ -49,7 +49,7 @@ def as_it_was() -> Iterator[None]:
 def states(
     rows: int, heads: int, kv_heads: int, queries: int, keys: int, width: int, value_width: int, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value as models hand them over: views of `[rows, q, heads, d]`, and of a cache with free slots."""
+    """Query, key and value as models pass them: views of `[rows, q, heads, d]`, and of a cache with free slots."""
     generator = torch.Generator().manual_seed(seed)
     query = torch.randn(rows, queries, heads, width, generator=generator).transpose(1, 2)
     key, value = (torch.randn(rows + 1, kv_heads, keys + 5, d, generator=generator) for d in (width, value_width))
@@ -57,7 +57,7 @@ def states(
 
 
 def ragged(rows: int, queries: int, keys: int, seed: int = 0) -> Tensor:
-    """`[rows, 1, q, k]` bool: every query sees some keys, and not all."""
+    """`[rows, 1, q, k]` bool: every query sees some keys, but not all."""
     generator = torch.Generator().manual_seed(seed)
     mask = torch.rand(rows, 1, queries, keys, generator=generator) < 0.6
     mask[..., 0] = True
@@ -69,7 +69,7 @@ def additive(mask: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def repeated(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None = None) -> Tensor:
-    """What `folded` stands for."""
+    """The reference for `folded`."""
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
@@ -147,7 +147,7 @@ def test_neither_keys_nor_values_are_copied(queries: int, monkeypatch: pytest.Mo
 
 @pytest.fixture
 def left(as_it_was: None) -> Iterator[list[dict[str, Any]]]:
-    """The calls that are left to the function registered before, by their keyword arguments."""
+    """The keyword arguments of the calls that fall back to the previously registered function."""
     calls: list[dict[str, Any]] = []
     original = registered()
 
@@ -163,7 +163,7 @@ def left(as_it_was: None) -> Iterator[list[dict[str, Any]]]:
 
 
 class Attention(torch.nn.Module):
-    """What a model's attention layer tells the attention function about itself."""
+    """The attributes of a model's attention layer that the attention function reads."""
 
     is_causal = True
 
@@ -261,7 +261,7 @@ def test_other_threads_are_left_alone_while_ours_decodes(left: list[dict[str, An
 
 @pytest.fixture
 def masks(monkeypatch: pytest.MonkeyPatch) -> list[Tensor | None]:
-    """The masks of all calls of SDPA. (Held here, so that no two have the same address.)"""
+    """The masks of all SDPA calls. (Kept alive here, so that no two have the same address.)"""
     seen: list[Tensor | None] = []
     sdpa = torch.nn.functional.scaled_dot_product_attention
 
@@ -285,7 +285,7 @@ def test_layers_share_a_folded_mask(masks: list[Tensor | None]) -> None:
 
 
 def test_each_folding_has_its_own(masks: list[Tensor | None]) -> None:
-    """A draft may be given the target's mask, with other groups or another precision."""
+    """A draft may receive the target's mask, with other groups or another precision."""
     mask = ragged(2, 3, 80)
     with folded_attention():
         for kv_heads, dtype in itertools.product((1, 2), (torch.float32, torch.bfloat16)):
@@ -325,7 +325,7 @@ def test_a_mask_at_the_address_of_an_earlier_one_is_another() -> None:
 
 @pytest.fixture
 def foldings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many queries each folded call had."""
+    """The number of queries in each folded call."""
     calls: list[int] = []
 
     def count(query: Tensor, *args: Any) -> Tensor:
@@ -336,7 +336,7 @@ def foldings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-# Grouped queries, hence something to fold.
+# Grouped queries, so there is something to fold.
 GROUPED = ("llama", "mistral", "mistral-sliding", "qwen2", "qwen3", "gemma", "gemma2", "phi", "stablelm", "mixtral")
 
 
@@ -365,7 +365,7 @@ def test_folded_decoding_says_what_vanilla_says(
         capped = getattr(target.config, "attn_logit_softcapping", None) is not None  # left to the original
         elsewhere = request.config.getoption("--under") in ("optimal", "compiled")  # drafts others, folds itself
         if before == "sdpa" and name in GROUPED and not capped and not elsewhere:
-            # Each layer of target and draft. The last drafts are cut by the end.
+            # Each layer of target and draft. The end cuts off the last drafts.
             assert foldings.count(gamma + 1) >= 2 * target.config.num_hidden_layers, f"γ = {gamma}"
     assert target.config._attn_implementation == before
 
@@ -407,7 +407,7 @@ def test_one_mask_per_forward(masks: list[Tensor | None], llama_pair: tuple[PreT
 
 
 class Inside(LogitsProcessor):
-    """Does something in the middle of a call, once."""
+    """Runs an action once in the middle of a call."""
 
     def __init__(self, action: Any):
         self.action, self.steps = action, 0
@@ -420,7 +420,7 @@ class Inside(LogitsProcessor):
 
 
 class Asks(StoppingCriteria):
-    """Lets another model talk on each step."""
+    """Runs another model at each step."""
 
     def __init__(self, ask: Any):
         self.ask = ask
@@ -431,7 +431,7 @@ class Asks(StoppingCriteria):
 
 
 class Generates(Drafter):
-    """Drafts what its model generates, speculatively or not."""
+    """Drafts the tokens that its model generates, with or without speculation."""
 
     in_vocabulary = True
 
@@ -532,9 +532,9 @@ def test_a_function_registered_in_the_meantime_stays(llama_pair: tuple[PreTraine
     try:
         assert torch.equal(spec(target, draft, 1, logits_processor=LogitsProcessorList([register])), expected)
         assert registered() is theirs
-        assert calls  # it took over in the middle
+        assert calls  # it took over during the call
         calls.clear()
-        assert torch.equal(spec(target, draft, 1), expected)  # over theirs, which gets what is not folded
+        assert torch.equal(spec(target, draft, 1), expected)  # on top of theirs, which gets unfolded calls
         assert calls
         assert registered() is theirs
     finally:
@@ -544,7 +544,7 @@ def test_a_function_registered_in_the_meantime_stays(llama_pair: tuple[PreTraine
 def test_who_wrapped_ours_in_the_meantime_is_not_called_in_circles(
     llama_pair: tuple[PreTrainedModel, PreTrainedModel],
 ) -> None:
-    """Profilers wrap what they find registered, which may be ours."""
+    """Profilers wrap the registered function, which may be ours."""
     target, draft = llama_pair
     original = registered()
 

@@ -1,4 +1,4 @@
-"""Compiled attention: what PyTorch's says, whatever the shapes; the same tokens; and where it cannot be compiled."""
+"""Compiled attention: equals PyTorch's for all shapes; the same tokens; and behaviour if it cannot be compiled."""
 
 import platform
 import shutil
@@ -39,7 +39,7 @@ def no_grad() -> Iterator[None]:
 
 @pytest.fixture
 def anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """Nothing is built or loaded; the folder where it will be."""
+    """Nothing is built or loaded yet; the folder for the build."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     compiled_attention._function.cache_clear()
     logging.get_logger("hf_specdec.kernels.compiled_attention").warning_once.cache_clear()
@@ -48,7 +48,7 @@ def anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
 
 
 def make(shape: tuple[int, ...], dtype: torch.dtype, masked: str) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Query, key, value and mask, strided as in models: heads within positions, and room behind the keys."""
+    """Query, key, value and mask, strided as in models: heads within positions, and room after the keys."""
     rows, kv_heads, groups, queries, keys, width, value_width = shape
     generator = torch.Generator().manual_seed(sum(shape))
 
@@ -61,7 +61,7 @@ def make(shape: tuple[int, ...], dtype: torch.dtype, masked: str) -> tuple[Tenso
     if masked == "no mask":
         return query, key, value, None
     mask = torch.rand(1 if masked == "one for all rows" else rows, 1, queries, keys, generator=generator) < 0.5
-    if masked == "few":  # chunks of keys that only the last query sees, or all but that one; or nobody sees anything
+    if masked == "few":  # chunks of keys that only the last query sees, or all except that one; or nobody sees anything
         mask[..., 256:] = False
         mask[:, :, -1] ^= True
         mask[:, :, -1, :256] = False
@@ -165,7 +165,7 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
 
 @pytest.fixture
 def uses(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The numbers of queries that compiled attention was asked for."""
+    """The number of queries in each call of compiled attention."""
     attend, seen = compiled_attention.attend, []
 
     def counted(query: Tensor, *args: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Packed weights: the same products, of the weights as they are, in our calls and threads only."""
+"""Packed weights: the same products, from the current weights, only in our calls and threads."""
 
 import copy
 import gc
@@ -31,7 +31,7 @@ pytestmark = [
 
 @pytest.fixture
 def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Tokens of each product of a forward with a packed weight, in any thread."""
+    """The number of tokens in each product with a packed weight, in any thread."""
     seen: list[int] = []
     multiply = packing._multiply
 
@@ -46,7 +46,7 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.fixture
 def pair() -> Pair:
-    """A pair of this test's own, whose weights it may change."""
+    """A pair that this test may change."""
     target = make_model(LlamaConfig(**SIZES), seed=3)
     return target, perturbed(target, 0.12, seed=4)
 
@@ -201,7 +201,7 @@ def _swap_rows(model: PreTrainedModel) -> None:
 
 
 def _swap_hidden_units(model: PreTrainedModel) -> None:
-    """Of gate and up the rows, of down the columns, in eights, so that row sums of the latter stay."""
+    """Swaps groups of eight, rows of gate and up and columns of down, so that the latter's row sums stay."""
     mlp = model.model.layers[0].mlp
     for layer, dim in ((mlp.up_proj, 0), (mlp.down_proj, 1)):
         layer.weight.data.copy_(layer.weight.data.roll(8, dims=dim))
@@ -297,11 +297,11 @@ def test_nothing_is_kept_of_models_that_are_gone(pair: Pair) -> None:
     assert len(packing._kept) == before
 
 
-# --------------------------------------------------------------------------------------------------- where it is inside
+# ------------------------------------------------------------------------------------------------ only inside our calls
 
 
 class Inside(LogitsProcessor):
-    """Calls something in the middle of `generate()`, once."""
+    """Runs an action once in the middle of `generate()`."""
 
     def __init__(self, call: Callable[[], None]):
         self.call: Callable[[], None] | None = call
@@ -364,7 +364,7 @@ def test_calls_within_calls_have_their_own_layers(pair: Pair, products: list[int
     expected = vanilla(pair[0])
     assert spec(pair, **inside(within)) == expected
     assert counted[0] == 0 < counted[1]
-    assert products  # of the outer call, which goes on
+    assert products  # of the outer call, which continues
 
 
 def test_calls_in_inference_mode_leave_nothing_that_others_could_not_take(pair: Pair, products: list[int]) -> None:
@@ -375,7 +375,7 @@ def test_calls_in_inference_mode_leave_nothing_that_others_could_not_take(pair: 
 
 
 def test_gradients_may_be_taken_inside(pair: Pair) -> None:
-    """As guidance by gradients does, in a processor or criterion."""
+    """As gradient guidance does, in a processor or criterion."""
     layer = pair[0].model.layers[0].mlp.up_proj
 
     def differentiate() -> None:
@@ -417,7 +417,7 @@ def test_experts_without_tokens(products: list[int]) -> None:
 
 
 def test_what_is_compiled_inside_is_compiled_without_it(products: list[int]) -> None:
-    """It runs outside too."""
+    """It also runs outside."""
     layer, tokens = nn.Linear(16, 8), torch.randn(2, 16)
     compiled = torch.compile(lambda x: layer(x), backend="aot_eager", fullgraph=True)
     with torch.no_grad():
@@ -433,14 +433,14 @@ def test_what_is_compiled_inside_is_compiled_without_it(products: list[int]) -> 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Nothing is decided yet; the folder where decisions will be kept."""
+    """Nothing is decided yet; the folder for the decisions."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     forget(monkeypatch)
     return tmp_path / "hf_specdec"
 
 
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a new process."""
+    """As in a new process."""
     monkeypatch.setattr(packing, "_gains_by_it", GAINS_BY_IT)
     monkeypatch.setattr(packing, "_gains", {})
 
@@ -449,7 +449,7 @@ GAINS_BY_IT = packing._gains_by_it
 
 
 def measure(gains: Iterable[float], monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
-    """Let measurements find these gains, one after the other. Returns: the shapes that they are of."""
+    """Let measurements find these gains in this order. Returns: the shapes that were measured."""
     measured: list[torch.Size] = []
     following = iter(gains)
 
@@ -480,7 +480,7 @@ def test_big_weights_must_gain_and_small_ones_must_not_lose(
         ([0.9, 1.0, 0.8], False, 3),
         ([1.5, 0.5, 1.5, 1.4, 1.5, 1.6, 1.5, 1.5, 1.5], True, 9),  # disturbed once
         ([1.0, 1.0, 3.0, 1.0, 0.9, 1.0, 1.0, 2.0, 1.0], False, 9),
-        ([1.12, 1.5, 1.5, 1.12, 1.08, 1.11, 1.09, 1.12, 1.3], True, 9),  # near what is enough
+        ([1.12, 1.5, 1.5, 1.12, 1.08, 1.11, 1.09, 1.12, 1.3], True, 9),  # close to the required gain
         ([1.12, 1.0, 1.09, 1.12, 1.08, 1.11, 1.09, 1.08, 1.0], False, 9),
     ],
 )
@@ -528,7 +528,7 @@ def test_each_shape_dtype_and_number_of_threads_is_a_question_of_its_own(
 
 @pytest.mark.parametrize("other", ["cpu", "torch", "isa"])
 def test_another_machine_decides_for_itself(other: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Homes may be shared, and PyTorch may be replaced."""
+    """Homes may be shared between machines, and PyTorch may be replaced."""
     measure(itertools.repeat(2.0), monkeypatch)
     assert packing._gains_by_it(torch.ones(BIG))
     forget(monkeypatch)

@@ -1,4 +1,4 @@
-"""Seconds: every part of an iteration is in one of them, and the schedule learns only from those that drafts change."""
+"""Times: every part of an iteration is counted in one of them, and the schedule learns only from what drafts change."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +21,7 @@ Pair = tuple[PreTrainedModel, PreTrainedModel]
 
 
 class FakeTime:
-    """Stands still but where something takes a number of seconds."""
+    """Advances only where something takes a number of seconds."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -45,7 +45,7 @@ def time(monkeypatch: pytest.MonkeyPatch) -> FakeTime:
 
 
 class Streamer(BaseStreamer):
-    """Notes its columns; takes `seconds` for each, and raises at column `fail_at`."""
+    """Records its columns; takes `seconds` for each, and raises at column `fail_at`."""
 
     def __init__(self, time: FakeTime, seconds: float = 0.0, fail_at: int | None = None):
         self.time, self.seconds, self.fail_at = time, seconds, fail_at
@@ -105,7 +105,7 @@ def test_nearly_all_of_a_real_call_is_told(small_pair: Pair, monkeypatch: pytest
 
     monkeypatch.setattr(SpeculativeDecoding, "run", timed)
     told = []
-    for _ in range(3):  # a machine that is busy may take its time in between
+    for _ in range(3):  # a busy machine may take time in between
         stats = SpeculationStats()
         spec(small_pair, rows=4, max_new_tokens=60, speculation_stats=stats)
         told.append(stats.seconds / took[-1])
@@ -124,14 +124,14 @@ def test_what_was_committed_is_recorded_though_a_streamer_raises(
     assert [i.rows for i in trace.iterations] == [i.rows for i in whole.iterations][: len(trace.iterations)]
     committed = [token for iteration in trace.iterations for token in iteration.rows[0].committed]
     assert [row for column in streamer.columns for row in column] == committed[:fail_at]
-    assert fail_at < len(committed) == stats.committed_tokens  # the iteration in which it raised is the last one told
+    assert fail_at < len(committed) == stats.committed_tokens  # the iteration in which it raised is recorded last
     assert len(committed) - len(trace.iterations[-1].rows[0].committed) <= fail_at
     assert stats.target_forwards == len(trace.iterations)
     assert stats.other_seconds == fail_at + 1.0
 
 
 class RaisesAt(StoppingCriteria, LogitsProcessor):
-    """A criterion and a processor that raises once it sees so many columns."""
+    """A criterion and a processor that raise after a number of columns."""
 
     def __init__(self, columns: int):
         self.columns = columns
@@ -143,7 +143,7 @@ class RaisesAt(StoppingCriteria, LogitsProcessor):
 
 
 def test_an_iteration_in_which_a_criterion_raises_is_not_recorded(small_pair: Pair) -> None:
-    """Nothing of it was committed; those before are told."""
+    """None of it was committed; earlier tokens are reported."""
     whole, trace, stats = Trace(), Trace(), SpeculationStats()
     spec(small_pair, rows=1, speculation_trace=whole)
     with pytest.raises(ArithmeticError, match="asked too much"):
@@ -161,7 +161,7 @@ def test_an_iteration_in_which_a_criterion_raises_is_not_recorded(small_pair: Pa
 
 
 def _by_model(time: FakeTime, pair: Pair) -> list[Any]:
-    """Forwards that take time as on a machine: a draft a quarter of a target's, each more token a little."""
+    """Forwards with realistic times: a draft takes a quarter of a target's, each further token a little."""
 
     def hook(seconds: float) -> Callable[..., None]:
         def after(module: Any, args: Any, kwargs: Any, output: Any) -> None:
@@ -173,7 +173,7 @@ def _by_model(time: FakeTime, pair: Pair) -> list[Any]:
 
 
 def _learned(pair: Pair, time: FakeTime, monkeypatch: pytest.MonkeyPatch, **kwargs: Any) -> tuple[Any, Any]:
-    """What two calls drafted, and what iterations are then believed to take; all estimates are new."""
+    """The draft lengths of two calls, and the estimated seconds per iteration afterwards; all estimates start anew."""
     estimates = Estimates()
     monkeypatch.setattr("hf_specdec.loop.schedule.estimates_for", lambda target, drafter: estimates)
     stats = SpeculationStats()
@@ -193,7 +193,7 @@ def _learned(pair: Pair, time: FakeTime, monkeypatch: pytest.MonkeyPatch, **kwar
 def test_a_slow_streamer_changes_no_draft_length(
     small_pair: Pair, time: FakeTime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It takes its time for each token, so that the best draft length is the same."""
+    """It takes the same time for each token, so the best draft length is the same."""
     hooks = _by_model(time, small_pair)
     try:
         quiet = _learned(small_pair, time, monkeypatch)

@@ -1,4 +1,4 @@
-"""The invariants of the design hold after every iteration, and the check that says so can fail."""
+"""The invariants of the design hold after every iteration, and the check for them can fail."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def asked_pair(llama_pair: tuple[PreTrainedModel, PreTrainedModel]) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """What the models can do is asked before something is broken, which the probes would find first."""
+    """The models are probed before something is broken, because the probes would find it first."""
     decode(*llama_pair, batch=2, gamma=3)
     return llama_pair
 
@@ -77,7 +77,7 @@ def test_entries_in_the_wrong_slot_are_noticed(
 def test_rollback_moves_no_memory(
     asked_pair: tuple[PreTrainedModel, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The storage of each layer is allocated once and stays where it is, though most drafts are rejected."""
+    """Each layer's storage is allocated once and stays in place, though most drafts are rejected."""
     target = asked_pair[0]
     draft = perturbed(target, 0.5)
     decode(target, draft, batch=3, gamma=4)

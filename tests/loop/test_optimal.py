@@ -1,7 +1,7 @@
-"""The "optimal" schedule: it finds the best draft length of a simulated pair, and is lossless whatever the clock says.
+"""The "optimal" schedule: it finds the best draft length of a simulated pair, and is lossless for any clock.
 
-The simulated pair has a true acceptance probability by draft position or by confidence, and true seconds per forward,
-so the best that any schedule could do is known by brute force.
+The simulated pair has a true acceptance probability by draft position or by confidence, and true seconds per forward.
+So brute force gives the best that any schedule could do.
 """
 
 import copy
@@ -55,13 +55,13 @@ def nothing_learned_yet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def linear(first: float, more: float) -> Callable[[int], float]:
-    """The target's seconds by width: so many for one token, and so many for each further one."""
+    """The target's seconds by width: `first` for one token, and `more` for each further one."""
     return lambda width: first + more * (width - 1)
 
 
 @dataclass
 class Pair:
-    """A target and a draft, as far as a schedule sees them.
+    """A target and a draft, as a schedule sees them.
 
     Attributes:
         accept: the probability that a draft is accepted; called for each, so it may draw a confidence (which it is).
@@ -102,7 +102,7 @@ class Pair:
         return drafted, sum(accepted) + self.rows, self.verify(drafted + 1) + drafted * self.draft
 
     def seconds(self, schedule: Optimal, tokens: int) -> float:
-        """A call of so many tokens, in one row."""
+        """A call of this many tokens, in one row."""
         seconds = 0.0
         while tokens > 0:
             _, committed, time = self.iterate(schedule, room=tokens - 1)
@@ -121,13 +121,13 @@ def iteration_of(drafted: list[int], accepted: list[int], verify: float = 1.0, d
 
 
 def best_rate(p: float, verify: Callable[[int], float], draft: float, gamma: int | None = None) -> float:
-    """Tokens per second of one row with the best constant γ, or with this one."""
+    """Tokens per second of one row with the best constant γ, or with the given one."""
     gammas = range(MAX_GAMMA + 1) if gamma is None else [gamma]
     return max(sum(p**i for i in range(g + 1)) / (verify(g + 1) + g * draft) for g in gammas)
 
 
 def settled(pair: Pair, max_gamma: int = MAX_GAMMA, reads_confidence: bool = False, iterations: int = 400) -> Optimal:
-    """A schedule that has seen much of a pair."""
+    """A schedule that has seen a pair for a long time."""
     schedule = Optimal(max_gamma, Estimates(), reads_confidence)
     for _ in range(iterations):
         pair.iterate(schedule)
@@ -151,7 +151,7 @@ SETTINGS = [  # acceptance, first token's seconds, each further one's, the draft
 
 @pytest.mark.parametrize(("p", "first", "more", "draft"), SETTINGS)
 def test_it_finds_the_draft_length_that_brute_force_finds(p: float, first: float, more: float, draft: float) -> None:
-    """Or one that is worth almost as much: within 5% on average over 100 decisions."""
+    """Or one that is almost as good: within 5% on average over 100 decisions."""
     verify = linear(first, more)
     pair = Pair(lambda: p, verify, draft, rng=None)
     schedule = settled(pair)
@@ -164,7 +164,7 @@ def test_it_finds_the_draft_length_that_brute_force_finds(p: float, first: float
 
 @pytest.mark.parametrize(("p", "first", "more", "draft"), SETTINGS)
 def test_chance_costs_a_few_percent(p: float, first: float, more: float, draft: float) -> None:
-    """Over 3000 random iterations behind the first 400, no more than 5% of the best constant γ's rate."""
+    """Over 3000 random iterations after the first 400, at most 5% below the best constant γ's rate."""
     verify = linear(first, more)
     pair = Pair(lambda: p, verify, draft)
     assert pair.rate(settled(pair), 3000) > 0.95 * best_rate(p, verify, draft)
@@ -175,7 +175,7 @@ def test_chance_costs_a_few_percent(p: float, first: float, more: float, draft: 
 def test_good_drafts_that_cost_more_than_they_save_are_given_up(
     p: float, more: float, draft: float, reads_confidence: bool
 ) -> None:
-    """Where the target's time grows with every token, plain decoding is best, and has to be measured to be seen."""
+    """If the target's time grows with every token, plain decoding is best, and must be measured to be found."""
     pair = Pair(lambda: p, linear(1.0, more), draft)
     assert best_rate(p, pair.verify, draft) == 1.0
     assert pair.rate(Optimal(MAX_GAMMA, Estimates(), reads_confidence), 1000) > 0.94
@@ -201,7 +201,7 @@ def test_a_clock_that_stands_still_is_no_error(reads_confidence: bool) -> None:
 # ----------------------------------------------------------------------------------------------- drafts that do not pay
 
 
-HOPELESS = [  # acceptance, each further token's seconds, the draft's; a single token of the target takes one second
+HOPELESS = [  # acceptance, the target's seconds per further token (the first takes one), the draft's seconds
     (0.0, 0.0, 0.1),
     (0.0, 0.05, 0.3),
     (0.05, 0.02, 0.2),
@@ -211,7 +211,7 @@ HOPELESS = [  # acceptance, each further token's seconds, the draft's; a single 
 
 
 def overhead(p: float, more: float, draft: float, reads_confidence: bool, tokens: int) -> float:
-    """What a first call takes more than plain decoding, as a share of that; mean over 20 calls."""
+    """The extra time of a first call over plain decoding, as a share of the latter; mean over 20 calls."""
     times = [
         Pair(lambda: p, linear(1.0, more), draft, rng=random.Random(seed)).seconds(
             Optimal(MAX_GAMMA, Estimates(), reads_confidence), tokens
@@ -233,7 +233,7 @@ def test_a_hopeless_draft_costs_a_few_percent_of_a_short_call(
 
 @pytest.mark.parametrize("reads_confidence", [False, True])
 def test_a_hopeless_draft_that_is_almost_free_is_given_up_as_well(reads_confidence: bool) -> None:
-    """What was expected of it at first is forgotten, however little it would have to be worth."""
+    """The initial estimate is forgotten, however little it would take for drafts to pay."""
     pair = Pair(lambda: 0.0, linear(1.0, 0.0), 0.01)
     schedule = settled(pair, reads_confidence=reads_confidence, iterations=300)
     assert sum(pair.iterate(schedule)[0] > 0 for _ in range(200)) <= 2
@@ -256,7 +256,7 @@ def test_probes_are_short_and_become_rarer_up_to_a_bound(reads_confidence: bool)
 @pytest.mark.parametrize("reads_confidence", [False, True])
 @pytest.mark.parametrize("draft", [0.05, 0.3])
 def test_speculation_resumes_when_the_draft_has_become_good(draft: float, reads_confidence: bool) -> None:
-    """The next probe shows it: they are at most 256 iterations apart, and one that hits is followed by others."""
+    """The next probe shows it: probes are at most 256 iterations apart, and a hit is followed by others."""
     verify = linear(1.0, 0.05)
     schedule = settled(Pair(lambda: 0.0, verify, draft), reads_confidence=reads_confidence, iterations=2000)
     good = Pair(lambda: 1.0, verify, draft)
@@ -280,13 +280,13 @@ SURE, UNSURE = 0.95, 0.15
 def best_renewal_rate(share: float, verify: Callable[[int], float], draft: float) -> float:
     """Tokens per second of the best rule "stop once all drafts so far hold with a probability below a threshold".
 
-    Each draft is SURE with probability `share`, else UNSURE. No rule that knows only the past does better: what the
-    next draft is worth depends on nothing else, but for the bound on the length.
+    Each draft is SURE with probability `share`, else UNSURE. No rule that knows only the past does better: the value of
+    the next draft depends on nothing else, except for the bound on the length.
     """
     mean = share * SURE + (1 - share) * UNSURE
 
     def outcome(alive: float, drafted: int, threshold: float) -> tuple[float, float]:
-        """Expected tokens and seconds of the rest of an iteration."""
+        """Expected tokens and seconds for the rest of an iteration."""
         if drafted == MAX_GAMMA or (drafted and alive * mean < threshold):
             return 1.0, verify(drafted + 1)
         tokens = seconds = 0.0
@@ -313,7 +313,7 @@ def test_it_decodes_as_fast_as_the_best_rule_for_stopping(share: float, more: fl
 
 
 def experienced(rows: int) -> Optimal:
-    """Has seen sure and unsure drafts, in a batch; asked for the next iteration."""
+    """Has seen sure and unsure drafts in a batch; asked about the next iteration."""
     rng = random.Random(1)
     pair = Pair(lambda: SURE if rng.random() < 0.8 else UNSURE, linear(1.0, 0.1), 0.2, rows)
     schedule = settled(pair, reads_confidence=True)
@@ -333,11 +333,11 @@ def test_unsure_drafts_stop_and_confident_ones_go_on() -> None:
     assert said(schedule, [SURE]) == [True]
     assert said(schedule, [SURE], [UNSURE]) == [True, False]
     assert said(schedule, [SURE], [SURE]) == [True, True]
-    assert not all(said(schedule, *[[SURE]] * (MAX_GAMMA - 1)))  # less and less certain of all together
+    assert not all(said(schedule, *[[SURE]] * (MAX_GAMMA - 1)))  # less and less certain of all drafts together
 
 
 def test_the_rows_of_a_batch_are_summed() -> None:
-    """What is worth it for most rows is made for all; which rows they are does not matter."""
+    """If drafting pays for most rows, all rows draft; which rows they are does not matter."""
     schedule = experienced(8)
     verdicts = []
     for sure in range(9):
@@ -350,7 +350,7 @@ def test_the_rows_of_a_batch_are_summed() -> None:
 
 
 def test_what_the_draft_says_of_itself_is_not_believed() -> None:
-    """Confidences are a scale, read off by what happened to such drafts."""
+    """Confidences are only a scale, calibrated by the acceptance of such drafts."""
     claims = {0.9: 0.05, 0.3: 0.95}
     rng = random.Random(0)
 
@@ -379,7 +379,7 @@ def learned(estimates: Estimates, positions: int = 6) -> list[float]:
 
 
 def changes(*rows: RowStep) -> list[int]:
-    """By draft position, whether an iteration raised (1) or lowered (-1) what is expected of it."""
+    """For each draft position, whether an iteration raised (1) or lowered (-1) the estimate."""
     estimates = Estimates()
     before = learned(estimates)
     Optimal(MAX_GAMMA, estimates).update(Iteration(list(rows), 0.1, 1.0, 0.0, 5))
@@ -425,7 +425,7 @@ def test_costs_are_kept_by_size_of_the_batch() -> None:
 
 
 def test_rows_that_have_ended_do_not_make_the_others_look_fast() -> None:
-    """The tokens per second of a large batch are no measure for the one row that is left of it."""
+    """The rate of a large batch is no measure for the one row that remains of it."""
     estimates = Estimates()
     many, one = (Pair(lambda: 0.95, linear(1.0, 0.02), 0.1, rows) for rows in (16, 1))
     for rows in (1, 16):
@@ -454,7 +454,7 @@ def test_the_first_iteration_which_feeds_the_prompt_is_not_timed() -> None:
 
 
 def test_costs_of_all_widths_follow_from_those_measured() -> None:
-    """With one hiccup in four; a forward over one token does not count among the others."""
+    """With one hiccup in four; a one-token forward does not count among the others."""
     estimates = Estimates()
     for _ in range(50):
         for width, seconds in ((1, 1.0), (3, 2.0), (15, 8.0), (15, 800.0), (3, 2.0), (15, 8.0)):
@@ -474,7 +474,7 @@ def test_few_measurements_do_not_make_long_drafts_look_dear() -> None:
 
 
 def test_in_a_batch_forwards_without_drafts_say_what_drafts_add() -> None:
-    """Else drafts of equal lengths would look free, and stay as long as they are."""
+    """Otherwise drafts of equal lengths would look free, and never change in length."""
     for rows, low, high in ((1, 0.0, 0.01), (2, 0.09, 0.11), (8, 0.09, 0.11)):
         estimates = Estimates()
         for _ in range(9):
@@ -503,7 +503,7 @@ def test_a_wider_forward_that_took_less_makes_no_negative_price() -> None:
 
 @pytest.fixture
 def target() -> PreTrainedModel:
-    """A new one for each test, since what is learned of it is remembered."""
+    """A new one for each test, because the schedule remembers what it learns about it."""
     return make_model(LlamaConfig(**CONFIG | {"vocab_size": VOCAB, "max_position_embeddings": 4096}), seed=12)
 
 
@@ -514,7 +514,7 @@ def draft(target: PreTrainedModel) -> PreTrainedModel:
 
 @pytest.fixture
 def by_default(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Defaults as users have them. The schedules that were made."""
+    """The users' defaults. Yields the schedules that were created."""
     monkeypatch.setitem(options.DEFAULTS, "num_assistant_tokens_schedule", None)
     made: list[Any] = []
 
@@ -538,7 +538,7 @@ def test_optimal_is_what_holds_when_nobody_says_anything(
     call(target, None)
     assert [type(schedule) for schedule in by_default] == [Optimal, Optimal]
     model, look_up = by_default
-    assert model.go_on is not None  # this draft's confidence is at hand
+    assert model.go_on is not None  # this draft's confidence is available
     assert look_up.go_on is None
 
 
@@ -614,11 +614,11 @@ def test_the_models_configs_are_as_they_were(
     assert state() == before
 
 
-# -------------------------------------------------------------------------------------------------- whatever time it is
+# ------------------------------------------------------------------------------------------------------------ any clock
 
 
 class Blind(ModelDrafter):
-    """Drafts as on a device whose numbers are far away: nobody reads its confidence."""
+    """Drafts as on a device whose values are expensive to read: its confidence is never read."""
 
     def __init__(self, model: PreTrainedModel):
         super().__init__(model)
@@ -626,7 +626,7 @@ class Blind(ModelDrafter):
 
 
 def wild_clock(seed: int) -> Callable[[], float]:
-    """Goes on by microseconds or by minutes, so that any draft length looks best at some time."""
+    """Jumps by microseconds or by minutes, so that any draft length looks best at some time."""
     rng = random.Random(seed)
     times = itertools.accumulate(10 ** rng.uniform(-6, 2) for _ in itertools.count())
     return lambda: next(times)
@@ -634,7 +634,7 @@ def wild_clock(seed: int) -> Callable[[], float]:
 
 @pytest.fixture
 def wandering(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], dict[str, Any]]]:
-    """Arguments of `generate()` for the schedule by a wild clock with this seed. Afterwards γ has really wandered."""
+    """Arguments of `generate()` for the schedule with a random clock of this seed. Afterwards γ must have varied."""
     stats: list[SpeculationStats] = []
 
     def start(seed: int) -> dict[str, Any]:
@@ -696,7 +696,7 @@ def test_continuations_follow_the_targets_law(way: str, monkeypatch: pytest.Monk
     assert p_value(counts[0], law, suspect) > ALARM
 
 
-# Long: what a blind draft would show, one row at length and continuations of a blind one show.
+# Slow: a single row and the continuations of a blind draft cover what this would show.
 @pytest.mark.parametrize(
     ("way", "rows"),
     [("confident", 1), pytest.param("blind", 1, marks=pytest.mark.slow), ("look-up", 1), ("confident", 4)],
@@ -704,7 +704,7 @@ def test_continuations_follow_the_targets_law(way: str, monkeypatch: pytest.Monk
 def test_each_token_of_a_long_call_follows_the_targets_law(
     way: str, rows: int, chains: dict[str, PreTrainedModel], wandering: Callable[[int], dict[str, Any]]
 ) -> None:
-    """As in test_sampling, over 6000 tokens; γ wanders meanwhile."""
+    """As in test_sampling, over 6000 tokens; γ varies meanwhile."""
     case = CHAINS["look-up, top-p"] if way == "look-up" else Case()
     drafter = {"confident": chains["model"], "blind": Blind(chains["model"]), "look-up": None}[way]
     prompt = torch.tensor([[1, 2, 3], [0, 4, 1], [0, 0, 5], [2, 2, 2]])[:rows]
@@ -747,7 +747,7 @@ def test_caches_stay_right_while_the_draft_length_wanders(
 
 
 class Script(Constant):
-    """Says what it was told to say."""
+    """Proposes the drafts that it was given."""
 
     def __init__(self, gammas: list[int]):
         super().__init__(0)
@@ -761,7 +761,7 @@ class Script(Constant):
 def test_a_draft_that_was_idle_for_long_catches_up(
     rows: int, small_pair: tuple[PreTrainedModel, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its drafts are those of a draft that was never idle, wherever they are asked for, prompt included."""
+    """Its drafts are those of a draft that was never idle, wherever they start, even in the prompt."""
     monkeypatch.setattr(invariants, "ENABLED", True)
     target, draft = small_pair
     prompts = make_prompts(rows, seed=rows)

@@ -1,4 +1,4 @@
-"""What `generate()` returns besides tokens is vanilla's, in class, shape and value; so is what goes in besides ids."""
+"""All outputs of `generate()` besides tokens equal vanilla's in class, shape and value; inputs besides ids work."""
 
 import functools
 from typing import Any
@@ -29,14 +29,14 @@ def pair(name: str = "llama", attention: str = "sdpa") -> tuple[Any, Any]:
         "gpt2",
         "gemma2",
         "bloom",
-    ):  # with tied embeddings these repeat the last token, as does any draft of them
+    ):  # with tied embeddings, these models and their drafts repeat the last token
         config.tie_word_embeddings = False
     target = make_model(config, attn_implementation="eager" if name == "bloom" else attention)
     return target, perturbed(target, {"gpt2": 0.15, "gemma2": 0.08, "bloom": 0.05}.get(name, 0.04))
 
 
 def generate(target: Any, draft: Any = None, **kwargs: Any) -> Any:
-    """Greedy unless told otherwise; with a draft, by strategy='spec', which must have worked at it."""
+    """Greedy unless told otherwise; with a draft, by strategy='spec', which must really have run."""
     kwargs = {"do_sample": False, "max_new_tokens": 14, **kwargs}
     if draft is None:
         return target.generate(**kwargs)
@@ -51,13 +51,13 @@ def prompts(batch: int) -> dict[str, Tensor]:
 
 
 def ends(sequences: Tensor, eos: int | None) -> list[int]:
-    """By row, how many new tokens come before the padding that follows an end."""
+    """For each row, the number of new tokens before the padding after an end."""
     new = sequences[:, WIDTH:].tolist()
     return [row.index(eos) + 1 if eos in row else len(row) for row in new]
 
 
 def early_end(target: Any, inputs: dict[str, Tensor]) -> int:
-    """An EOS token that ends some rows early, but neither all nor none."""
+    """An EOS token that ends some rows early, but not all."""
     rows = generate(target, **inputs)[:, WIDTH:].tolist()
     for token in sorted({token for row in rows for token in row}):
         at = [row.index(token) for row in rows if token in row]
@@ -67,7 +67,7 @@ def early_end(target: Any, inputs: dict[str, Tensor]) -> int:
 
 
 def compare_outputs(ours: Any, theirs: Any, inputs: dict[str, Tensor], eos: int | None = None, past: int = 0) -> None:
-    """Everything has vanilla's shape; values agree where a row is still going, on columns that are not padding."""
+    """Everything has vanilla's shape; values agree while a row is running, on columns that are not padding."""
     assert ours.sequences.equal(theirs.sequences)
     assert list(ours.keys()) == list(theirs.keys())
     firsts, lasts = inputs["attention_mask"].argmax(dim=1).tolist(), ends(theirs.sequences, eos)
@@ -90,7 +90,7 @@ def compare_outputs(ours: Any, theirs: Any, inputs: dict[str, Tensor], eos: int 
                         if name == "hidden_states":
                             close(a[row, query:], b[row, query:])
                         else:
-                            dropped = WIDTH + step - b.shape[-1]  # columns that a sliding layer has let go
+                            dropped = WIDTH + step - b.shape[-1]  # columns that a sliding layer has dropped
                             column = max(first - dropped, 0)
                             close(a[row, :, query:, column:], b[row, :, query:, column:])
 
@@ -158,7 +158,7 @@ def test_nothing_is_recorded_that_was_not_asked_for():
     hook = target.register_forward_pre_hook(lambda model, args, kwargs: asked.update(kwargs), with_kwargs=True)
     ids = generate(target, draft, **prompts(1), output_scores=True, output_hidden_states=True)
     hook.remove()
-    assert ids.equal(out.sequences)  # without return_dict_in_generate, tokens alone
+    assert ids.equal(out.sequences)  # without return_dict_in_generate, only tokens
     assert "input_ids" in asked
     assert "output_hidden_states" not in asked
 
@@ -188,7 +188,7 @@ def test_tokens_alone_are_a_tensor_of_the_callers_own():
     assert inputs["input_ids"].equal(before)
 
 
-# Other ways in
+# Other inputs
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -277,7 +277,7 @@ def test_the_prefill_may_come_in_chunks(chunk, forwards, batch):
 
 
 def test_a_vocabulary_that_only_the_text_config_knows():
-    """Models made of several have no `config.vocab_size`."""
+    """Composite models have no `config.vocab_size`."""
     text = ARCHITECTURES["llama"]()
     vision = CLIPVisionConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4

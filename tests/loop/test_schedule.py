@@ -1,4 +1,4 @@
-"""How long drafts are: transformers' rule, remembered per draft model and nowhere else; and whose options count."""
+"""Draft lengths: transformers' rule, remembered only per draft model; and the precedence of options."""
 
 import copy
 import gc
@@ -23,18 +23,18 @@ from hf_specdec.records.stats import Iteration, RowStep
 
 @pytest.fixture
 def target() -> PreTrainedModel:
-    """A new one for each test, since some change its generation config."""
+    """A new one for each test, because some change its generation config."""
     return make_model(LlamaConfig(**SIZES | {"num_hidden_layers": 1}), seed=12)
 
 
 @pytest.fixture
 def draft(target: PreTrainedModel) -> PreTrainedModel:
-    """A new one for each test, since schedules remember it. About half of its drafts are accepted."""
+    """A new one for each test, because schedules remember it. About half of its drafts are accepted."""
     return perturbed(target, 0.05, seed=13)
 
 
 def gammas(target: PreTrainedModel, draft: Any, rows: int = 1, new_tokens: int = 30, **options: Any) -> list[int]:
-    """The longest draft of each iteration of a greedy call; the last ones may be cut by the end."""
+    """The longest draft of each iteration of a greedy call; the end may cut off the last ones."""
     stats = run(target, draft, rows, new_tokens, **options)
     return [max(iteration["drafted"]) for iteration in stats.iterations]
 
@@ -47,7 +47,7 @@ def run(target: PreTrainedModel, draft: Any, rows: int = 1, new_tokens: int = 30
 
 
 def iteration_of(drafted: list[int], accepted: list[int]) -> Iteration:
-    """What one iteration did, by row, as far as schedules look."""
+    """One iteration by row, as far as schedules look at it."""
     steps = [
         RowStep(row, 10, [7] * n, k, [7] * k + [8]) for row, (n, k) in enumerate(zip(drafted, accepted, strict=True))
     ]
@@ -110,7 +110,7 @@ def test_each_iteration_drafts_what_the_schedule_says(name, rows, target, draft)
         schedule.update(iteration_of(iteration["drafted"], iteration["accepted"]))
     drafted = [max(iteration["drafted"]) for iteration in stats.iterations]
     fits = [i for i, n in enumerate(drafted) if n == said[i]]
-    assert fits[-1] + 1 == len(fits) >= len(drafted) - 4  # the last drafts are cut to what still fits
+    assert fits[-1] + 1 == len(fits) >= len(drafted) - 4  # the last drafts are cut to the remaining length
     assert all(n <= m for n, m in zip(drafted, said, strict=True))
     assert name == "constant" or len(set(drafted)) > 2
 
@@ -122,7 +122,7 @@ HEURISTIC: dict[str, Any] = {"num_assistant_tokens": 9, "num_assistant_tokens_sc
 
 
 def left_off(stats: SpeculationStats, start: int) -> int:
-    """Where the heuristic is after a call that started with γ = `start`."""
+    """The heuristic's γ after a call that started with γ = `start`."""
     schedule = make_schedule("heuristic", start, None, PromptLookupDrafter())
     for iteration in stats.iterations:
         schedule.update(iteration_of(iteration["drafted"], iteration["accepted"]))
@@ -163,7 +163,7 @@ def test_the_memory_does_not_keep_a_draft_alive(target):
     assert gone() is None
 
 
-# -------------------------------------------------------------------------------------------------- whose options count
+# ------------------------------------------------------------------------------------------------ precedence of options
 
 VALUES: dict[str, list[Any]] = {  # by option: of the draft's config, of the target's, of the call's config, of the call
     "num_assistant_tokens": [2, 3, 4, 6],
@@ -206,7 +206,7 @@ def test_the_call_beats_its_config_which_beats_the_targets_which_beats_the_draft
 
 
 def test_a_value_that_is_transformers_own_default_is_a_value(target, draft, resolved):
-    """transformers fills its defaults into what it hands on, so they must be told apart from what was given."""
+    """transformers fills its defaults into what it passes on, so they must be told apart from given options."""
     given = {"num_assistant_tokens": 20, "num_assistant_tokens_schedule": "constant", "max_matching_ngram_size": 2}
     for name, value in given.items():
         setattr(draft.generation_config, name, VALUES[name][0])

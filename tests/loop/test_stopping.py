@@ -1,4 +1,4 @@
-"""The output ends at the very token where vanilla `generate()` would end, wherever in a block that token falls."""
+"""The output ends exactly where vanilla `generate()` would end, wherever in a block that token is."""
 
 import copy
 import itertools
@@ -27,7 +27,7 @@ Rows = list[list[int]]
 
 
 def prompts(batch: int) -> dict[str, Any]:
-    """Uneven prompts, of which the first has a long continuation without repetitions."""
+    """Uneven prompts; the first has a long continuation without repetitions."""
     return make_prompts(batch, seed=4)
 
 
@@ -37,7 +37,7 @@ def new_tokens(target: Any, inputs: dict[str, Any], **kwargs: Any) -> Rows:
 
 
 def some_ends(new: Rows, at: int = 5) -> list[int]:
-    """Tokens that end each row behind a different number of tokens: the first at `at`, the next 3 later..."""
+    """Tokens that end each row after a different number of tokens: the first at `at`, the next 3 later..."""
     return [row[min(at + 3 * i, NEW - 2)] for i, row in enumerate(new)]
 
 
@@ -47,7 +47,7 @@ def some_ends(new: Rows, at: int = 5) -> list[int]:
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("gamma", [1, 5])
 def test_eos_ends_a_row_at_every_position_of_a_block(small_pair, batch, gamma):
-    """The target drafts for itself, so that every draft holds and blocks are as long as they can be."""
+    """The target drafts for itself, so that every draft is accepted and blocks are as long as possible."""
     target, inputs = small_pair[0], prompts(batch)
     new = new_tokens(target, inputs)
     steps = {step % (gamma + 1): step for step in reversed(range(NEW)) if new[0].index(new[0][step]) == step}
@@ -103,7 +103,7 @@ def test_ended_rows_are_padded_as_vanilla_pads_them(small_pair, pad):
 
 
 def test_a_model_whose_padding_is_its_eos_decodes_as_in_vanilla(small_pair):
-    """The model's own generation config says so, and the prompts hold that token in places."""
+    """The model's own generation config defines it, and the prompts contain that token in places."""
     target, inputs = copy.deepcopy(small_pair[0]), prompts(3)
     eos = some_ends(new_tokens(target, inputs))[0]
     target.generation_config.eos_token_id = target.generation_config.pad_token_id = eos
@@ -196,7 +196,7 @@ def test_time_ends_all_rows_or_none(small_pair, batch, eos, seconds, count):
 
 @pytest.mark.parametrize("seconds", [0.5, 4.5, 9.5])
 def test_time_may_run_out_inside_a_block(small_pair, monkeypatch, seconds):
-    """A clock that ticks when the criterion looks at it: once per token, as in vanilla."""
+    """A clock that advances when the criterion reads it: once per token, as in vanilla."""
     arguments = {"max_new_tokens": NEW, "max_time": seconds}
 
     def fresh() -> dict[str, Any]:
@@ -208,11 +208,11 @@ def test_time_may_run_out_inside_a_block(small_pair, monkeypatch, seconds):
     assert assert_lossless(small_pair, prompts(1), fresh).shape[1] == WIDTH + int(seconds) + 1
 
 
-# Criteria that a user writes
+# Users' criteria
 
 
 class AtLeast(StoppingCriteria):
-    """Stops at a length; what it calls `max_length` is not that of the output."""
+    """Stops at a length; its `max_length` is not the output's."""
 
     def __init__(self, length: int) -> None:
         self.length, self.max_length = length, 3
@@ -222,7 +222,7 @@ class AtLeast(StoppingCriteria):
 
 
 class LastToken(StoppingCriteria):
-    """An EOS criterion of one's own."""
+    """A user's EOS criterion."""
 
     def __init__(self, tokens: list[int]) -> None:
         self.tokens = torch.tensor(tokens)
@@ -232,7 +232,7 @@ class LastToken(StoppingCriteria):
 
 
 class NthCall(StoppingCriteria):
-    """Counts its calls; the rows stop one after the other."""
+    """Counts its calls; the rows stop one after another."""
 
     def __init__(self, calls: int) -> None:
         self.left = calls
@@ -243,7 +243,7 @@ class NthCall(StoppingCriteria):
 
 
 class AnyRow(StoppingCriteria):
-    """Stops all rows once one of them says a token."""
+    """Stops all rows once one of them generates a token."""
 
     def __init__(self, tokens: list[int]) -> None:
         self.tokens = torch.tensor(tokens)
@@ -253,14 +253,14 @@ class AnyRow(StoppingCriteria):
 
 
 class OwnEos(EosTokenCriteria):
-    """A subclass of transformers' own, with another idea of the end."""
+    """A subclass of transformers' criterion with a different end."""
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         return super().__call__(input_ids, scores, **kwargs) & (input_ids.shape[1] > WIDTH + 8)
 
 
 class OwnLimit(MaxLengthCriteria):
-    """A subclass of transformers' own that goes on for two more tokens."""
+    """A subclass of transformers' criterion that continues for two more tokens."""
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         return torch.full((len(input_ids),), input_ids.shape[1] >= self.max_length + 2)
@@ -280,7 +280,7 @@ CRITERIA: dict[str, Callable[[Rows], StoppingCriteria]] = {
 @pytest.mark.parametrize("eos", [False, True])
 @pytest.mark.parametrize("name", CRITERIA)
 def test_custom_criteria_end_rows_as_in_vanilla(small_pair, name, eos, batch):
-    """Without an EOS token vanilla lets rows that are done run on until all are."""
+    """Without an EOS token, vanilla continues finished rows until all are finished."""
     inputs = prompts(batch)
     new = new_tokens(small_pair[0], inputs)
 
@@ -293,7 +293,7 @@ def test_custom_criteria_end_rows_as_in_vanilla(small_pair, name, eos, batch):
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_finished_rows_run_on_where_nothing_has_an_eos(small_pair, tokenizer, batch):
-    """Known criteria too: strings and time make no row end before the others when there is no EOS token."""
+    """Known criteria too: without an EOS token, strings and time end no row before the others."""
     inputs = prompts(batch)
     new = new_tokens(small_pair[0], inputs)
     strings = [a_stop_string(tokenizer, [row], 4 + 4 * i) for i, row in enumerate(new)]
@@ -352,7 +352,7 @@ def test_an_eos_criterion_of_the_user_replaces_the_eos(small_pair, batch):
 
 
 class Recording(StoppingCriteria):
-    """Keeps what it is shown, and stops nothing."""
+    """Records its inputs, and stops nothing."""
 
     def __init__(self) -> None:
         self.shown: list[tuple[Rows, tuple[torch.Tensor, ...] | None]] = []
@@ -387,7 +387,7 @@ def test_a_criterion_is_shown_vanillas_tokens_and_scores_once_per_step(small_pai
 
 
 class Sure(StoppingCriteria):
-    """Reads the scores: stops rows that were sure of their last token."""
+    """Reads the scores: stops rows that were confident of their last token."""
 
     def __init__(self, bound: float) -> None:
         self.bound = bound
@@ -404,7 +404,7 @@ def test_a_criterion_may_read_the_scores(small_pair, batch, eos):
     outputs = {"return_dict_in_generate": True, "output_scores": True}
     plain = small_pair[0].generate(**inputs, max_new_tokens=NEW, **outputs)
     surest = torch.stack(plain.scores).softmax(dim=-1).amax(dim=-1)  # [steps, rows]
-    bound = float(surest.amax(dim=0).min()) - 0.01  # every row gets there
+    bound = float(surest.amax(dim=0).min()) - 0.01  # every row reaches it
     arguments = {"max_new_tokens": NEW, "stopping_criteria": [Sure(bound)], **outputs}
     arguments["eos_token_id"] = min(set(range(2, VOCAB)) - set(plain.sequences.flatten().tolist())) if eos else None
     expected = assert_lossless(small_pair, inputs, lambda: dict(arguments))
@@ -413,7 +413,7 @@ def test_a_criterion_may_read_the_scores(small_pair, batch, eos):
 
 @pytest.mark.parametrize("step_by_step", [False, True])
 def test_decoding_ends_with_the_last_row_and_is_fast_until_then(small_pair, tokenizer, step_by_step):
-    """Rows that are done run on without an EOS token, but neither past the last row's end nor token by token."""
+    """Without an EOS token, finished rows continue, but not past the last row's end and not token by token."""
     target, inputs = small_pair[0], prompts(3)
     new = new_tokens(target, inputs)
     stats = SpeculationStats()
@@ -430,7 +430,7 @@ def test_decoding_ends_with_the_last_row_and_is_fast_until_then(small_pair, toke
 
 
 def test_nothing_is_drafted_or_decoded_past_the_end(small_pair):
-    """The statistics count what was committed: no token behind an end."""
+    """The statistics count committed tokens: none after an end."""
     (target, draft), inputs = small_pair, prompts(3)
     ends = some_ends(new_tokens(target, inputs))
     for way in ways_to_draft(draft).values():

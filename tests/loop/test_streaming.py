@@ -1,4 +1,4 @@
-"""Streamers get what vanilla `generate()` gives them: the prompt, one token per row and step, and the end."""
+"""Streamers get the same as from vanilla `generate()`: the prompt, one token per row and step, and the end."""
 
 import threading
 from typing import Any
@@ -15,7 +15,7 @@ WIDTH, NEW = 14, 16
 
 
 class Recording(BaseStreamer):
-    """Keeps what it gets: shapes and values."""
+    """Records its inputs: shapes and values."""
 
     def __init__(self) -> None:
         self.events: list[Any] = []
@@ -28,7 +28,7 @@ class Recording(BaseStreamer):
 
 
 class Scribbling(Recording):
-    """Writes into what it gets, once it has noted it."""
+    """Overwrites its inputs after recording them."""
 
     def put(self, value: torch.Tensor) -> None:
         super().put(value)
@@ -37,7 +37,7 @@ class Scribbling(Recording):
 
 
 class NthCall(StoppingCriteria):
-    """Has state, so that it is called step by step; the rows stop one after the other."""
+    """Has state, so that it is called step by step; the rows stop one after another."""
 
     def __init__(self) -> None:
         self.left = 7
@@ -48,7 +48,7 @@ class NthCall(StoppingCriteria):
 
 
 def arguments_of(ends: str, target: Any, inputs: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """What ends the rows, made anew for each call. Strings and criteria leave rows running until all are done."""
+    """The criteria that end the rows, anew for each call. Strings and criteria keep rows running until all are done."""
     if ends == "length":
         return {}
     if ends == "criterion":
@@ -85,7 +85,7 @@ def test_a_streamer_gets_the_calls_that_vanilla_makes(small_pair, tokenizer, kin
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_tokens_are_streamed_as_soon_as_every_row_has_them(small_pair, batch):
-    """Not all at the end: what a streamer has seen grows between the target's forwards, and never runs ahead."""
+    """Not all at the end: the streamer's tokens grow between the target's forwards, and never run ahead."""
     target, draft = small_pair
     inputs = make_prompts(batch, seed=4)
     streamer, seen = Recording(), []
@@ -96,14 +96,14 @@ def test_tokens_are_streamed_as_soon_as_every_row_has_them(small_pair, batch):
         target.generate(**inputs, max_new_tokens=NEW, streamer=streamer, speculation_stats=stats, **way)
     finally:
         hook.remove()
-    seen = seen[-stats.target_forwards :]  # whatever came before was prefill
+    seen = seen[-stats.target_forwards :]  # everything before it was prefill
     assert seen[0] == 1
     assert len(set(seen)) >= len(seen) / 2
     assert max(seen) < NEW + 2
 
 
 def test_nothing_behind_the_end_is_streamed(small_pair):
-    """Though the target drafts for itself, and the block goes on behind the end."""
+    """Though the target drafts for itself, and the block continues after the end."""
     target, inputs = small_pair[0], make_prompts(1, seed=4)
     new = target.generate(**inputs, max_new_tokens=NEW)[0, WIDTH:].tolist()
     for end in (3, 5, 8):

@@ -36,7 +36,7 @@ def agreement() -> Any:
 
 
 def simulated_steps(rows: int, iterations: int, seed: int) -> list[list[RowStep]]:
-    """Iterations of rows that draft up to 5 tokens, keep some, and sometimes end at an accepted token."""
+    """Iterations of rows that draft up to 5 tokens, accept some, and sometimes end at an accepted token."""
     draw = random.Random(seed)
     steps = []
     for _ in range(iterations):
@@ -52,7 +52,7 @@ def simulated_steps(rows: int, iterations: int, seed: int) -> list[list[RowStep]
 
 @pytest.mark.parametrize("name", NAMES)
 def test_loading_by_path_opens_no_connection(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even where `evaluate` has not been told to stay offline."""
+    """Even if `evaluate` has not been told to stay offline."""
 
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a connection was tried")
@@ -114,7 +114,7 @@ def test_the_folder_is_a_space(name: str) -> None:
 
 
 def test_a_block_that_keeps_three_of_four(acceptance: Any) -> None:
-    """Drafts [the quick brown fox], three accepted, the target says "sly": four tokens from one forward."""
+    """Drafts [the quick brown fox], three accepted, the target adds "sly": four tokens from one forward."""
     result = acceptance.compute(predictions=[3], references=[4])
     assert result.pop("acceptance_rate_interval")[0] < 0.75
     assert result == {
@@ -131,7 +131,7 @@ def test_a_block_that_keeps_three_of_four(acceptance: Any) -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_figures_are_those_of_speculation_stats(acceptance: Any, seed: int) -> None:
-    """Rows that end at an accepted token commit one token less; blocks without drafts count in τ."""
+    """Rows that end at an accepted token commit one token fewer; blocks without drafts count in τ."""
     stats = hf_specdec.SpeculationStats()
     for rows in simulated_steps(rows=3, iterations=20, seed=seed):
         stats.add(Iteration(rows, 0.0, 0.0, 0.0, draft_forwards=1))
@@ -146,7 +146,7 @@ def test_the_figures_are_those_of_speculation_stats(acceptance: Any, seed: int) 
 
 
 def test_one_by_one_in_batches_and_at_once_are_the_same() -> None:
-    """And in memory as through the file in which `evaluate` collects."""
+    """In memory, and through the file in which `evaluate` collects."""
     accepted, drafted = [4, 1, 0, 3, 2], [4, 4, 0, 4, 3]
     metrics = [load("acceptance_rate", keep_in_memory=memory) for memory in (False, True)]
     for metric in metrics:
@@ -161,9 +161,9 @@ def test_one_by_one_in_batches_and_at_once_are_the_same() -> None:
 
 
 def test_the_interval_covers_the_true_rate() -> None:
-    """500 simulated runs of 100 blocks, γ = 5, each draft kept with probability 0.7: 95 % should cover, in between
-    92 and 98 % of the runs but for a chance of 0.002 (binomial; the seed is fixed). Taking drafts as independent
-    trials covers about 76 %.
+    """500 simulated runs of 100 blocks, γ = 5, each draft accepted with probability 0.7: 95 % should cover; outside of
+    92 to 98 % of the runs only with probability 0.002 (binomial; the seed is fixed). Drafts as independent trials
+    cover about 76 %.
     """
     interval = sys.modules[type(load("acceptance_rate")).__module__].interval
     true = sum(0.7**i for i in range(1, 6)) / 5
@@ -224,9 +224,9 @@ def test_committed_tokens_that_do_not_fit_the_blocks_are_refused(acceptance: Any
     [
         ([1, 2, 3], [1, 2, 3], 1.0, 1.0, 1.0, None),
         ([1, 9, 3, 4], [1, 2, 3, 4], 0.0, 0.75, 0.25, 1),
-        ([1, 2], [1, 2, 3, 4], 0.0, 0.5, 0.5, 2),  # one is the other's beginning
+        ([1, 2], [1, 2, 3, 4], 0.0, 0.5, 0.5, 2),  # one is the beginning of the other
         ([1, 2, 3, 4], [1, 2], 0.0, 0.5, 0.5, 2),
-        ([9, 1, 2, 3], [1, 2, 3, 4], 0.0, 0.0, 0.0, 0),  # nothing is aligned
+        ([9, 1, 2, 3], [1, 2, 3, 4], 0.0, 0.0, 0.0, 0),  # there is no alignment
         ([], [], 1.0, 1.0, 1.0, None),
         ([], [1, 2], 0.0, 0.0, 0.0, 0),
     ],
@@ -272,7 +272,7 @@ def test_ids_and_texts_cannot_be_compared(agreement: Any) -> None:
 
 
 def test_modules_combine(agreement: Any) -> None:
-    """Two of one kind, under names of their own; batches go to both."""
+    """Two of one kind, under different names; batches go to both."""
     both = evaluate.combine({"first": agreement, "again": load("token_agreement")}, force_prefix=True)
     both.add_batch(predictions=[[1, 2], [3]], references=[[1, 2], [4]])
     result = both.compute()

@@ -1,4 +1,4 @@
-"""Attention implementations: those that take 4-D masks, those that take none, and what users register."""
+"""Attention implementations: with 4-D masks, without masks, and those that users register."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -35,7 +35,7 @@ def pair(name: str, implementation: str | None = None) -> tuple[PreTrainedModel,
 
 
 def generate(target: Any, draft: Any = None, batch: int = 4, **kwargs: Any) -> Any:
-    """Greedy, from uneven prompts some of which are longer than the windows of these models."""
+    """Greedy, from uneven prompts, some longer than the windows of these models."""
     if draft is not None:
         kwargs = {"assistant_model": draft, "strategy": "spec", "num_assistant_tokens": 4} | kwargs
     prompts = make_prompts(batch, width=18, seed=batch)
@@ -43,7 +43,7 @@ def generate(target: Any, draft: Any = None, batch: int = 4, **kwargs: Any) -> A
 
 
 def check_identical(target: Any, draft: Any, gammas: tuple[int, ...] = (1, 4), **kwargs: Any) -> None:
-    """Vanilla's tokens under the same settings for one and for four rows, with drafts that are partly accepted."""
+    """Vanilla's tokens under the same settings for one and for four rows, with partly accepted drafts."""
     stats = hf_specdec.SpeculationStats()
     for batch in (1, 4):
         expected = generate(target, None, batch, **kwargs)
@@ -62,7 +62,7 @@ def attend_to(model: PreTrainedModel, implementation: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "mistral-sliding", "gemma2", "gpt2", "bloom"])
 def test_eager(name):
-    """`bloom` knows no other."""
+    """`bloom` has no other implementation."""
     check_identical(*pair(name, "eager"))
 
 
@@ -73,7 +73,7 @@ def test_target_and_draft_may_differ(implementations):
 
 
 def test_another_implementation_is_another_question():
-    """The answer about masks is kept for each implementation, and what is switched is asked again."""
+    """The probe's answer about masks is stored per implementation; after a switch the model is probed again."""
     target, draft = make_pair("llama", 0.08)
     assert Abilities.of(target).ragged
     with flash_attention(target):
@@ -94,7 +94,7 @@ def test_each_implementation_is_probed_by_itself(monkeypatch):
     assert probed == ["sdpa", "eager"]
 
 
-# Lengths instead of masks: FlashAttention, through transformers' own integration, over functions that stand in for it
+# Lengths instead of masks: FlashAttention, through transformers' own integration, with substitute functions
 
 
 @pytest.mark.parametrize("who", ["target", "draft", "both"])
@@ -110,7 +110,7 @@ def test_flash_attention(name, who):
 
 
 def test_flash_attention_where_rows_end_early():
-    """The last rows go on alone, and what is handed back is fed in one go."""
+    """The last rows continue alone, and the returned cache is continued in one forward."""
     target, draft = pair("llama")
     ends = generate(target)[:, 18 + 3].tolist()
     with flash_attention(target, draft):
@@ -137,7 +137,7 @@ def test_flash_attention_in_chunks_and_past_holes(name):
 
 
 def test_kernels_that_align_queries_with_the_first_keys_are_refused():
-    """As flash-attn before 2.1: right for prompts and single tokens, hence for vanilla, and for nothing else."""
+    """Like flash-attn before 2.1: right for prompts and single tokens, hence for vanilla, but for nothing else."""
     target, draft = make_pair("llama", 0.08)
     with flash_attention(target, aligned_to="start"):
         assert generate(target).shape == (4, 18 + NEW_TOKENS)
@@ -147,7 +147,7 @@ def test_kernels_that_align_queries_with_the_first_keys_are_refused():
                 match=r"'flash_attention_2', LlamaForCausalLM gives several tokens .*use `attn_implementation='sdpa'`",
             ):
                 generate(target, draft, batch)
-    check_identical(target, draft)  # the refusal holds for that implementation only
+    check_identical(target, draft)  # only that implementation raises the error
 
 
 def test_flash_attention_in_a_decoder_with_an_encoder():
@@ -183,11 +183,11 @@ def test_flex_attention(name):
         check_identical(*pair(name, "flex_attention"), gammas=(4,), max_new_tokens=10)
 
 
-# What users register
+# Implementations that users register
 
 
 def causal(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, aligned_to: str, **kwargs: Any) -> Any:
-    """Without a mask function of its own, this gets no masks at all, and sees padding as vanilla does."""
+    """Without its own mask function, it gets no masks at all, and attends to padding as in vanilla."""
     assert mask is None
     rows = torch.arange(query.shape[2])[:, None] + (key.shape[2] - query.shape[2] if aligned_to == "end" else 0)
     groups = query.shape[1] // key.shape[1]
@@ -221,7 +221,7 @@ def test_a_function_that_gets_no_masks(register):
 
 
 def test_a_function_of_the_naive_kind_is_refused(register):
-    """`is_causal=True` of PyTorch's SDPA means the first keys: right with an empty cache, wrong on a filled one."""
+    """`is_causal=True` of PyTorch's SDPA aligns with the first keys: right for an empty cache, else wrong."""
     register("naive", functools.partial(causal, aligned_to="start"))
     target, draft = pair("llama", "naive")
     with pytest.raises(ValueError, match=r"'naive', LlamaForCausalLM gives several tokens on a filled cache other"):
@@ -253,7 +253,7 @@ def test_paged_attention_says_what_to_use_instead():
 
 
 def test_a_text_model_inside_a_config_of_several():
-    """The text part's implementation is the one that counts."""
+    """Only the text part's implementation counts."""
     from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
     vision = CLIPVisionConfig(
@@ -275,7 +275,7 @@ def test_models_that_know_no_sdpa_fall_back_as_in_vanilla():
 
 
 def test_flash_attention_beside_recurrent_layers():
-    """Their rows go at their own pace where attention takes masks, and in step where it does not."""
+    """Their rows go at their own pace if attention takes masks, otherwise in lockstep."""
     from transformers import Qwen3NextConfig
 
     sizes = {

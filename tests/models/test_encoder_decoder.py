@@ -1,4 +1,4 @@
-"""Encoder-decoder models as targets: what the encoder gives stays, the decoder is verified in blocks like any model."""
+"""Encoder-decoder models as targets: the encoder runs once, and the decoder is verified in blocks like any model."""
 
 import copy
 import functools
@@ -69,7 +69,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "pegasus": lambda: PegasusConfig(**{**TEXT, "init_std": 0.8}),
     "whisper": lambda: WhisperConfig(**{**AUDIO, "init_std": 0.4}),
 }  # fmt: skip
-# By family: a seed whose outputs vary, and how far a draft's weights are moved so that it agrees in part.
+# By family: a seed whose outputs vary, and the noise on a draft's weights so that it agrees in part.
 MADE = {
     "t5": (5, 0.03), "bart": (5, 0.06), "marian": (1, 0.06), "mbart": (3, 0.12), "pegasus": (5, 0.05),
     "whisper": (0, 0.05),
@@ -80,7 +80,7 @@ def make(name: str, seed: int | None = None, **kwargs: Any) -> PreTrainedModel:
     torch.manual_seed(MADE[name][0] if seed is None else seed)
     loader = AutoModelForSpeechSeq2Seq if name == "whisper" else AutoModelForSeq2SeqLM
     model = loader.from_config(FAMILIES[name](), dtype=torch.float32, **kwargs).eval()
-    if name == "t5":  # else its token embeddings drown what attention adds
+    if name == "t5":  # otherwise its token embeddings drown out attention
         model.shared.weight.data *= 0.3
     model.generation_config.pad_token_id = 0
     model.generation_config.max_length = None
@@ -94,7 +94,7 @@ def pair(name: str) -> tuple[PreTrainedModel, PreTrainedModel]:
 
 
 def inputs(name: str, batch: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    """What the encoder is given: features, or ids of uneven lengths, right-padded."""
+    """The encoder's input: features, or right-padded ids of uneven lengths."""
     generator = torch.Generator().manual_seed(100 * batch + seed)
     if name == "whisper":
         return {"input_features": torch.randn(batch, 8, 40, generator=generator)}
@@ -137,7 +137,7 @@ def test_only_decoders_that_are_told_positions_let_rows_run_apart(name: str) -> 
 
 
 def test_a_row_does_not_depend_on_the_other_rows() -> None:
-    """Nor does the encoder's padding leak: alone, a row has none."""
+    """Nor does the encoder's padding leak: a single row has none."""
     for name in ("bart", "t5"):
         target, draft = pair(name)
         given = inputs(name, 3)
@@ -170,7 +170,7 @@ def test_rows_that_finish_leave_and_the_others_keep_their_encoder_outputs(name: 
     assert (6, 6) in widths and any(1 < rows < 6 for rows, _ in widths)
 
 
-# What the decoder begins with
+# The decoder's first tokens
 
 
 @pytest.mark.parametrize("batch", [1, 4])
@@ -179,17 +179,17 @@ def test_decoder_prompts(name: str, batch: int) -> None:
     prompt = torch.randint(3, VOCAB, (batch, 5), generator=torch.Generator().manual_seed(7))
     prompt[:, 0] = START
     out = assert_lossless(pair(name), {**inputs(name, batch), "decoder_input_ids": prompt}, lambda: dict(GREEDY), (4,))
-    assert out[:, :5].equal(prompt) or name == "whisper"  # which returns what is new
+    assert out[:, :5].equal(prompt) or name == "whisper"  # which returns only new tokens
 
 
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("name", ["t5", "bart", "whisper"])
 def test_padded_decoder_prompts(name: str, batch: int) -> None:
-    """Whisper counts real tokens, BART columns: either way as without us."""
+    """Whisper counts real tokens, BART columns: both as in vanilla."""
     prompt = torch.randint(3, VOCAB, (batch, 6), generator=torch.Generator().manual_seed(8))
     mask = (torch.arange(6) >= torch.tensor([2, 0, 4, 1][:batch])[:, None]).long()
     given = {**inputs(name, batch), "decoder_input_ids": prompt * mask, "decoder_attention_mask": mask}
-    # With a start token that the prompts begin with, transformers puts no other in front.
+    # If prompts begin with a start token, transformers adds no other.
     out = assert_lossless(pair(name), given, lambda: {**GREEDY, "decoder_start_token_id": 0}, (1, 4))
     assert out.shape[1] == (NEW_TOKENS if name == "whisper" else 6 + NEW_TOKENS)
 
@@ -217,7 +217,7 @@ def test_options_of_generate(options: dict[str, Any]) -> None:
 
 
 class EndsAt(StoppingCriteria):
-    """Unknown to us: ends a row behind a token."""
+    """An unknown criterion: ends a row after a token."""
 
     def __init__(self, token: int):
         self.token = token
@@ -261,7 +261,7 @@ def test_streamers_hear_the_decoder() -> None:
     assert heard[0][0] == [START]
 
 
-# What is returned
+# Outputs
 
 
 OUTPUTS: dict[str, Any] = {
@@ -318,7 +318,7 @@ def test_returned_caches_of_rows_that_ended_early() -> None:
 @pytest.mark.parametrize("name", ["t5", "bart"])
 @pytest.mark.parametrize("batch", [1, 4])
 def test_a_returned_cache_goes_on(name: str, batch: int) -> None:
-    """Where one call ended the next begins, with caches of ours or of vanilla."""
+    """The next call begins where the last one ended, with our caches or vanilla's."""
     target, draft = pair(name)
     given = inputs(name, batch)
     whole = target.generate(**given, max_new_tokens=16, do_sample=False)
@@ -381,7 +381,7 @@ def test_a_draft_with_the_encoder_of_the_target_does_not_run_it_again() -> None:
 
 
 def test_the_encoder_makes_the_draft_better() -> None:
-    """The draft of an unperturbed copy is always right, which needs its encoder outputs, its mask and its cache."""
+    """An unperturbed copy as the draft is always right, which needs its encoder outputs, its mask and its cache."""
     for name in FAMILIES:
         target, _ = pair(name)
         stats = hf_specdec.SpeculationStats()
@@ -390,7 +390,7 @@ def test_the_encoder_makes_the_draft_better() -> None:
 
 
 def distilled() -> PreTrainedModel:
-    """The decoder of the tiny Whisper without its encoder, perturbed: what Distil-Whisper is as a draft."""
+    """The decoder of the tiny Whisper without its encoder, perturbed: a draft like Distil-Whisper."""
     target, _ = pair("whisper")
     draft = WhisperForCausalLM(copy.deepcopy(target.config)).eval()
     weights = {name: w for name, w in target.state_dict().items() if name in draft.state_dict()}
@@ -490,7 +490,7 @@ def test_decoders_without_a_causal_mask_on_a_cache_are_refused() -> None:
 
 
 class Oracle(hf_specdec.Drafter):
-    """Proposes what vanilla said."""
+    """Proposes vanilla's tokens."""
 
     def __init__(self, truth: torch.Tensor):
         self.truth = torch.nn.functional.pad(truth, (0, 8), value=3)
@@ -502,7 +502,7 @@ class Oracle(hf_specdec.Drafter):
 
 @pytest.mark.parametrize(("batch", "seed"), [(1, 4), (4, 0), (4, 3)])
 def test_decoders_that_do_not_count_padding_as_positions(batch: int, seed: int) -> None:
-    """In M2M100 a padding token takes no position, but only from those that are fed with it: nothing is, behind it."""
+    """In M2M100 a padding token takes no position, but only among tokens fed with it: nothing may follow it."""
     torch.manual_seed(seed)
     target = M2M100ForConditionalGeneration(M2M100Config(**{**TEXT, "init_std": 0.5})).eval()
     target.generation_config.max_length = None
@@ -519,7 +519,7 @@ def test_decoders_that_keep_no_cache_are_refused() -> None:
     sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
     halves = BertConfig(**sizes, intermediate_size=64), BertConfig(**sizes, intermediate_size=64)
     config = EncoderDecoderConfig(encoder=halves[0].to_dict(), decoder=halves[1].to_dict(), pad_token_id=0)
-    target = EncoderDecoderModel(config).eval()  # whose decoder nobody has told that it is one
+    target = EncoderDecoderModel(config).eval()  # whose decoder is not configured as one
     with pytest.raises(ValueError, match=r"\(EncoderDecoderModel\) .*, so drafts cannot be verified"):
         target.generate(**inputs("bart", 1), **GREEDY, strategy="spec", decoder_start_token_id=START)
 
@@ -535,7 +535,7 @@ def test_what_must_hold_after_each_iteration_does(name: str, monkeypatch: pytest
 
 SMALL = 7  # tokens in the vocabulary
 SAMPLED = 3  # tokens
-ALPHA = 1e-4  # false alarms of each of these tests, were its seed not fixed
+ALPHA = 1e-4  # probability of a false alarm in each of these tests, if its seed were not fixed
 
 
 @functools.cache
@@ -570,7 +570,7 @@ def exact_law(model: PreTrainedModel, given: dict[str, torch.Tensor], temperatur
 
 
 def p_value(counts: torch.Tensor, law: torch.Tensor) -> float:
-    """Of a chi-squared test; outcomes that are expected less than five times are pooled."""
+    """Of a chi-squared test; outcomes expected fewer than five times are pooled."""
     expected = law * counts.sum()
     rare = expected < 5
     groups = [torch.cat([x[~rare], x[rare].sum()[None]]) for x in (counts.double(), expected)]
@@ -586,7 +586,7 @@ def sampled(name: str, rows: int, calls: int, **way: Any) -> torch.Tensor:
     for call in range(calls):
         torch.manual_seed(call)
         options = {"max_new_tokens": SAMPLED, "do_sample": True, "temperature": 1.3, "top_k": 0, "top_p": 1.0}
-        # Whisper's own generate() would cut padding off, which here is a token like others.
+        # Whisper's own generate() would remove padding, which is an ordinary token here.
         out = GenerationMixin.generate(target, **sampling_inputs(name), **options, num_return_sequences=rows, **way)
         assert len(out) == rows
         counts += torch.bincount((out[:, -SAMPLED:] * powers).sum(1), minlength=len(counts))
@@ -595,7 +595,7 @@ def sampled(name: str, rows: int, calls: int, **way: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize(("name", "rows", "calls"), [("whisper", 1500, 2), ("bart", 2, 350)])
 def test_samples_are_drawn_from_the_law_of_the_target(name: str, rows: int, calls: int) -> None:
-    """Rows that run apart in large batches, and rows in lockstep, which accept together, in small ones."""
+    """Rows at their own pace in large batches, and rows in lockstep, which accept together, in small ones."""
     target, draft = small_pair(name)
     law = exact_law(target, sampling_inputs(name), 1.3)
     stats = hf_specdec.SpeculationStats()
@@ -640,7 +640,7 @@ def whisper() -> tuple[PreTrainedModel, PreTrainedModel]:
 def test_whisper_says_what_it_said_without_a_draft(
     whisper: tuple[PreTrainedModel, PreTrainedModel], batch: int, options: dict[str, Any]
 ) -> None:
-    """With a draft in sight, it would let the first token be one that it suppresses without."""
+    """With a draft given, transformers would allow a first token that it otherwise suppresses."""
     target, draft = whisper
     first = pair("whisper")[0].generate(**inputs("whisper", batch), max_new_tokens=1, do_sample=False)
     target.generation_config.begin_suppress_tokens = [5, *first[:, -1].tolist()]
@@ -653,7 +653,7 @@ def test_whisper_says_what_it_said_without_a_draft(
 def test_whisper_with_temperature_fallback_and_silence_detection(
     whisper: tuple[PreTrainedModel, PreTrainedModel],
 ) -> None:
-    """Its processor for silence keeps state, so it is called as vanilla calls it."""
+    """Its processor for silence has state, so it is called as in vanilla."""
     target, draft = whisper
     options = {
         "max_new_tokens": 16, "language": "en", "task": "transcribe", "return_timestamps": True,
@@ -680,7 +680,7 @@ def test_whisper_long_form(whisper: tuple[PreTrainedModel, PreTrainedModel]) -> 
 
 
 def test_prompt_lookup_reads_what_the_encoder_was_given() -> None:
-    """Summaries quote their source: [5] stands there in row 0, in front of [9, 8]; row 1 has it in its padding only."""
+    """Summaries quote their source: in row 0, [5] comes before [9, 8]; row 1 has it only in its padding."""
     ids = torch.tensor([[3, 5, 9, 8, 0], [4, 6, 7, 5, 5]])
     mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 0, 0]])
     module = torch.nn.Identity()

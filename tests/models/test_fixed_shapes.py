@@ -1,4 +1,4 @@
-"""Forwards that are kept from call to call do what the model does now; captures are on a pretended CUDA device."""
+"""Forwards kept between calls follow changes of the model; captures are on a simulated CUDA device."""
 
 import gc
 import types
@@ -27,14 +27,14 @@ def make_target(seed: int = 31, **changes: Any) -> PreTrainedModel:
 
 
 class Calls:
-    """Calls of one target and a draft that agrees with it in part, on the device that the target is on."""
+    """Calls of one target, on its device, with a draft that agrees in part."""
 
     def __init__(self, target: PreTrainedModel, move: Callable[[Any], Any] = lambda model: model):
         self.draft = move(perturbed(target, 0.1, seed=5))
         self.target = move(target)
 
     def __call__(self, seed: int = 0, rows: int = 1, **options: Any) -> tuple[list[Any], hf_specdec.SpeculationStats]:
-        """Tokens, which are vanilla's, and statistics."""
+        """The tokens, checked against vanilla's, and the statistics."""
         prompts = {name: tensor.to(self.target.device) for name, tensor in make_prompts(rows, seed=seed).items()}
         expected = self.target.generate(**prompts, **OPTIONS).tolist()
         stats = hf_specdec.SpeculationStats()
@@ -191,7 +191,7 @@ def test_hooks_see_every_forward_though_graphs_were_captured_before(cuda, caplog
         seen: list[int] = []
         with hooked(call.target, kind, seen):
             _, stats = call()
-        # Those of vanilla, one per token, and ours.
+        # Vanilla's, one per token, and ours.
         assert len(seen) == OPTIONS["max_new_tokens"] + stats.target_forwards + stats.target_prefill_forwards
     assert "LlamaForCausalLM runs without CUDA graphs: it has hooks" in caplog.text
 
@@ -204,7 +204,7 @@ def test_each_kind_of_hook_is_found(kind):
         assert parts_of(model).hooked and compiled.compilable(model, compiled.STEPS, True, "drafts") == ()
 
 
-# ------------------------------------------------------------------------- what is compared
+# ----------------------------------------------------------------------- detected changes
 
 
 CHANGES: dict[str, Callable[[PreTrainedModel], Any]] = {
@@ -251,12 +251,12 @@ def test_a_forward_that_was_exchanged_does_not_keep_its_model_alive():
     assert gone() is None
 
 
-# ------------------------------------------------------------------------- compiled, by whatever torch
+# ------------------------------------------------------------------------------ compiled, by any torch
 
 
 @pytest.fixture
 def compilations(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """The options of each compilation, by a torch that cannot isolate them from each other."""
+    """The options of each compilation, in a torch that cannot isolate them from each other."""
     options_seen: list[dict[str, Any]] = []
 
     def compile(function: Callable[..., Tensor], *, dynamic: bool, options: dict[str, Any]) -> Callable[..., Tensor]:

@@ -1,4 +1,4 @@
-"""`cache_implementation="static"`: forwards of fixed shapes on storage that is kept from call to call.
+"""`cache_implementation="static"`: forwards of fixed shapes on storage that is kept between calls.
 
 On a CPU no graph is captured; buffers, masks over the whole capacity and rounded widths are the same.
 """
@@ -49,7 +49,7 @@ def generate(pair: tuple[PreTrainedModel, PreTrainedModel], prompts: dict[str, A
 def test_tokens_are_vanillas_and_shapes_are_few(name, rows, shapes):
     pair, prompts = make_pair(name), make_prompts(rows)
     for gamma in (1, 4):
-        for seed in (0, 1):  # the second call works on the storage of the first
+        for seed in (0, 1):  # the second call uses the storage of the first
             prompts = make_prompts(rows, seed=seed)
             expected = pair[0].generate(**prompts, do_sample=False, max_new_tokens=24)
             assert generate(pair, prompts, num_assistant_tokens=gamma).equal(expected)
@@ -131,7 +131,7 @@ def widths(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
 
 def compiled(pair: tuple[PreTrainedModel, PreTrainedModel], prompts: dict[str, Any], **options: Any) -> Any:
-    """What a call with a compiled draft says, and its statistics."""
+    """The output of a call with a compiled draft, and its statistics."""
     stats = hf_specdec.SpeculationStats()
     options = {"cache_implementation": None, "speculation_compile": "draft", "num_assistant_tokens": 4} | options
     return generate(pair, prompts, speculation_stats=stats, **options), stats
@@ -151,7 +151,7 @@ def test_a_compiled_draft_says_the_same_and_is_compiled_once(name, rows, widths)
             assert (stats.compile_seconds > 0) == (seed == 0)
             assert "compiled in" in stats.summary() or seed > 0
             assert stats.compile_seconds == 0 or stats.prefill_seconds < stats.compile_seconds
-    assert stats.acceptance_rate == 1  # a copy is right each time: what rejected drafts leave behind is not seen
+    assert stats.acceptance_rate == 1  # a copy is always right: entries of rejected drafts stay invisible
     assert set(widths) == {(rows, 1), (rows, 2)}
 
 
@@ -159,7 +159,7 @@ def test_a_compiled_draft_says_the_same_and_is_compiled_once(name, rows, widths)
 @pytest.mark.skipif(not packing._packs(torch.float32), reason="this machine's PyTorch packs no weights")
 @pytest.mark.usefixtures("weights_packed_from_the_first_token_on")
 def test_compiled_steps_multiply_and_attend_as_their_call_wants_it(monkeypatch):
-    """Packed weights and compiled attention are not compiled in: the same code takes them, or does not."""
+    """Packed weights and compiled attention are not part of the compiled code: it works with and without them."""
     target = make_model(LlamaConfig(**{**SIZES, "head_dim": 32}), seed=21)
     draft, prompts = perturbed(target, 0.3, seed=22), make_prompts(1)
     expected = target.generate(**prompts, do_sample=False, max_new_tokens=40)
@@ -214,14 +214,14 @@ def test_a_compiled_target_says_the_same_and_is_compiled_once(name, rows, widths
     assert {(rows, 2), (rows, 5), (rows, 7)} <= set(widths)
     assert not {width for _, width in widths} & {1, 9, 17}  # of blocks of 7, and none is filled up to 9
     expected = target.generate(**prompts, do_sample=False, max_new_tokens=24)
-    eos = int(expected[0, prompts["input_ids"].shape[1] + 5])  # where the first row ends; the others go on uncompiled
+    eos = int(expected[0, prompts["input_ids"].shape[1] + 5])  # the first row ends; others go on uncompiled
     expected = target.generate(**prompts, do_sample=False, max_new_tokens=24, eos_token_id=eos)
     assert compiled(pair, prompts, speculation_compile="target", eos_token_id=eos)[0].equal(expected)
     assert {count for count, _ in widths} == {rows}
 
 
 def test_compiled_blocks_that_are_captured_have_few_widths(monkeypatch):
-    """Graphs are for one width each; no block is narrower than those that were compiled."""
+    """Each graph has one width; no block is narrower than the compiled ones."""
     forwards = graphs.StaticForwards(RaggedCache(2, torch.device("cpu"), 64, 64), BLOCKS)
     assert [forwards._filled_up(2, width) for width in (1, 6)] == [1, 9]
     monkeypatch.setattr(forwards, "_compiled", forwards._run)
@@ -255,7 +255,7 @@ def test_a_target_that_has_changed_is_compiled_again(widths):
         return expected
 
     said = [check()]
-    with torch.no_grad():  # seen without compiling
+    with torch.no_grad():  # known without compiling
         target.model.layers[0].mlp.down_proj.weight *= -2
     said.append(check())
     target.model.layers[1].self_attn.scaling *= 5

@@ -1,4 +1,4 @@
-"""bfloat16 and float16: every family of models runs, and its tokens are vanilla's but for ties."""
+"""bfloat16 and float16: every model family runs, and its tokens are vanilla's except for ties."""
 
 from typing import Any
 
@@ -50,7 +50,7 @@ def test_recurrent_models(name: str, dtype: torch.dtype) -> None:
 @HALF
 @pytest.mark.parametrize("name", test_recurrent.ONE_BY_ONE)
 def test_states_that_do_not_go_on_over_several_tokens_are_still_found(name: str, dtype: torch.dtype) -> None:
-    """Measured noise is far below what such a model gets wrong."""
+    """Measured noise is far smaller than the errors of such a model."""
     target, draft = in_half(test_recurrent.pair(name)[0], dtype)
     with pytest.raises(ValueError, match="does not continue a recurrent state over several tokens"):
         target.generate(**make_prompts(1), strategy="spec", assistant_model=draft, max_new_tokens=8)
@@ -62,14 +62,14 @@ def test_states_that_do_not_go_on_over_several_tokens_are_still_found(name: str,
 @HALF
 @pytest.mark.parametrize("name", sorted(test_window.FAMILIES))
 def test_windowed_models(name: str, dtype: torch.dtype) -> None:
-    """Beyond the window, alone and in a batch."""
+    """Past the window, alone and in a batch."""
     target, draft = in_half(test_window.pair(name)[0], dtype)
     for batch in (1, 4):
         prompts = make_prompts(batch, width=3 * test_window.WINDOW, seed=batch)
         assert_same_but_for_ties(target, prompts, assistant_model=draft, num_assistant_tokens=3)
 
 
-# What is measured, and what it is for
+# Measured noise and its use
 
 
 class InTF32(torch.utils._python_dispatch.TorchDispatchMode):
@@ -98,7 +98,7 @@ def test_recurrent_models_in_tf32(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "mixtral"])
 def test_dense_models_in_tf32(name: str) -> None:
-    """Rounding to ten bits hides most differences, and makes large ones of the others."""
+    """Rounding to ten bits hides most differences, and enlarges the others."""
     target = make_model(ARCHITECTURES[name]())
     with InTF32():
         assert Abilities.of(target).ragged, Abilities.of(target).ragged.reason
@@ -112,7 +112,7 @@ def test_one_by_one_states_are_found_in_tf32() -> None:
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_deep_models_with_large_weights_round_more(batch: int) -> None:
-    """Four layers whose two ways of vanilla differ by up to 4e-4 of a standard deviation, in float32."""
+    """Four layers whose two vanilla ways differ by up to 4e-4 of a standard deviation, in float32."""
     config = NemotronHConfig(
         **{**test_recurrent._COMMON, **test_recurrent._ATTENTION, "num_hidden_layers": 4},
         hybrid_override_pattern="M*M-", mamba_num_heads=4, mamba_head_dim=16, n_groups=1, ssm_state_size=8,

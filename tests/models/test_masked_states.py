@@ -1,7 +1,7 @@
-"""Padding anywhere in the prompt of a recurrent model: its states are told of it in the very forwards of vanilla.
+"""Padding anywhere in the prompt of a recurrent model: its states see padding in exactly vanilla's forwards.
 
-Transformers takes a single token for a real one, whatever the mask says. So what vanilla feeds together must not
-be fed one by one, nor the other way round.
+Transformers treats a single token as real, whatever the mask says. So tokens that vanilla feeds together must not
+be fed one by one, or vice versa.
 """
 
 import copy
@@ -19,7 +19,7 @@ MODELS = ["qwen3_next", "mamba2", "nemotron_h", "lfm2"]
 
 @functools.cache
 def pair(name: str) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """Padding that shows: its embedding is not zero."""
+    """Visible padding: its embedding is not zero."""
     target, draft = copy.deepcopy(recurrent_pair(name))
     generator = torch.Generator().manual_seed(3)
     for model in (target, draft):
@@ -49,7 +49,7 @@ def test_short_prompts_whose_first_column_is_padding(name: str) -> None:
 
 @pytest.mark.parametrize("size", [1, 4, 13])
 def test_chunks_are_those_of_vanilla(size: int) -> None:
-    """Of 14 columns the last chunk has one, two or one: a mask that ends in 0 is told, or is not."""
+    """Of 14 columns, the last chunk has one, two or one: a mask that ends in 0 is passed, or is not."""
     for ends_in_padding in (True, False):
         inputs = make_prompts(3, 14 if size > 1 else 5, seed=3)
         inputs["attention_mask"][0, -1 if ends_in_padding else -3] = 0
@@ -68,7 +68,7 @@ def test_hidden_states_and_scores_are_those_of_vanilla(name: str) -> None:
     assert ours.sequences.tolist() == theirs.sequences.tolist()
     real = inputs["attention_mask"].bool()
     for step, (mine, expected) in enumerate(zip(ours.hidden_states, theirs.hidden_states, strict=True)):
-        which = slice(None) if step else real  # what is said of padding is nobody's business
+        which = slice(None) if step else real  # outputs at padding do not matter
         torch.testing.assert_close(mine[-1][which], expected[-1][which], rtol=1e-3, atol=1e-3)
     for mine, expected in zip(ours.scores, theirs.scores, strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-3, atol=1e-3)

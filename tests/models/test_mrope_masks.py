@@ -1,4 +1,4 @@
-"""Models with positions on several axes, and masked columns anywhere: what follows has the positions of vanilla."""
+"""Models with positions on several axes, and masked columns anywhere: new tokens have vanilla's positions."""
 
 import functools
 from collections.abc import Iterator
@@ -45,7 +45,7 @@ def lossless(name: str, inputs: dict[str, Any]) -> Tensor:
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl", *TINY])
 def test_text_and_embeddings(name: str) -> None:
-    """Embeddings come alone, or beside ids that are not theirs."""
+    """Embeddings come alone, or with ids that are not theirs."""
     for batch in (1, 3):
         inputs = make_prompts(batch, 10)
         ids = inputs.pop("input_ids")
@@ -58,7 +58,7 @@ def test_text_and_embeddings(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_5"])
 def test_a_mask_that_is_read_off_the_ids(name: str) -> None:
-    """Without a mask, padding inside the ids is masked, also where embeddings are fed."""
+    """Without a mask, padding inside the ids is masked, even if embeddings are fed."""
     ids = make_prompts(3, 10)["input_ids"].clamp(min=2)
     ids[0, -1], ids[1, 4], ids[2, :3] = 0, 0, 0
     embeds = pair(name)[0].get_input_embeddings()((ids * 7 + 3) % 80).detach()

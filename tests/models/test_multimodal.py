@@ -1,4 +1,4 @@
-"""Images and audio enter with the prompt; what is generated behind them is vanilla's."""
+"""Images and audio enter with the prompt; the tokens generated after them are vanilla's."""
 
 import functools
 from typing import Any
@@ -49,7 +49,7 @@ def test_every_family_says_what_it_said(name: str, rows: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_image_matters_and_rows_go_at_their_own_pace(name: str) -> None:
-    """Else the tests above would show little: without the image the same prompt goes on differently."""
+    """Otherwise the tests above would show little: without the image, the same prompt must continue differently."""
     inputs = prompts(name, "alone")
     blind = {key: inputs[key] for key in ("input_ids", "attention_mask")}
     target, _ = pair(name)
@@ -80,7 +80,7 @@ def test_a_text_only_draft_and_look_up(name: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_draft_of_the_same_kind_sees_the_image_too(name: str) -> None:
-    """A copy of the target as its draft is always right: not so where it is blind or looks at the wrong place."""
+    """A copy of the target as its draft is always right, unless it is blind or looks at the wrong place."""
     target, _ = pair(name)
     stats = hf_specdec.SpeculationStats()
     copies = {"do_sample": True, "top_k": 1, "num_return_sequences": 2}
@@ -154,7 +154,7 @@ def test_a_prompt_of_embeddings(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "gemma3", "paligemma", "llava_onevision"])
 def test_a_second_turn_goes_on_from_the_cache(name: str) -> None:
-    """The positions behind the image stay those that the first turn ended with."""
+    """The positions after the image are those at which the first turn ended."""
     target, draft = pair(name)
     inputs = prompts(name, "uneven")
     results = []
@@ -171,7 +171,7 @@ def test_a_second_turn_goes_on_from_the_cache(name: str) -> None:
 
 @pytest.mark.parametrize("rows", ["alone", "text"])
 def test_chunks_of_a_prompt_are_those_of_vanilla(rows: str) -> None:
-    """Where tokens of a prompt see those behind them, its chunks count."""
+    """If tokens of a prompt see later ones, its chunks matter."""
     target, draft = pair("paligemma")
     inputs = dict(prompts("paligemma", rows))
     inputs.pop("pixel_values", None)
@@ -180,7 +180,7 @@ def test_chunks_of_a_prompt_are_those_of_vanilla(rows: str) -> None:
 
 
 def test_a_prefix_sees_ahead_without_being_told() -> None:
-    """PaliGemma attends both ways within a prompt that no mask restricts."""
+    """PaliGemma attends in both directions within a prompt without a restricting mask."""
     target, draft = pair("paligemma")
     for batch in (1, 3):
         assert_lossless((target, draft), make_prompts(batch), lambda: {"max_new_tokens": NEW_TOKENS}, gammas=(3,))
@@ -196,7 +196,7 @@ def test_caches_hold_what_they_should(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("batch", [1, 4])
 def test_token_types_go_on_as_in_vanilla(batch: int) -> None:
-    """Some models are told a type with every token: that of the prompt's last one is repeated."""
+    """Some models receive a type with every token: the type of the prompt's last token is repeated."""
     pair = make_pair("gpt2")
     inputs = make_prompts(batch)
     inputs["token_type_ids"] = inputs["input_ids"] % 7
@@ -215,7 +215,7 @@ def git() -> PreTrainedModel:
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_images_that_are_no_part_of_the_text(rows: int) -> None:
-    """They have entries, but no tokens. A draft of the same kind is left with the text."""
+    """They have cache entries but no tokens. A draft of the same kind only gets the text."""
     target = git()
     target.generation_config.pad_token_id = 0
     inputs = {**make_prompts(rows), "pixel_values": torch.randn(rows, 3, 8, 8)}
@@ -227,7 +227,7 @@ def test_images_that_are_no_part_of_the_text(rows: int) -> None:
 
 
 class WithoutPositions(LlamaForCausalLM):
-    """Takes no position ids: to it, a token's position is its column."""
+    """Takes no position ids: it uses a token's column as its position."""
 
     def forward(self, input_ids=None, attention_mask=None, past_key_values=None, use_cache=None, **ignored):
         return super().forward(input_ids, attention_mask, past_key_values=past_key_values, use_cache=use_cache)
@@ -242,7 +242,7 @@ def test_models_that_see_padding_their_own_way_advance_in_lockstep(target: PreTr
 
 
 class Tinted(LlamaForCausalLM):
-    """Hands positions on without naming them, so that vanilla tells none; an image colours the prompt's tokens."""
+    """Passes positions on without naming them, so vanilla gives none; an image changes the prompt's tokens."""
 
     def forward(self, input_ids=None, pixel_values=None, **kwargs):
         embeds = self.get_input_embeddings()(input_ids)
@@ -265,7 +265,7 @@ def test_a_prompt_read_without_positions_goes_on_without_them(batch: int) -> Non
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_hybrid_model_hands_its_cache_back_with_the_image(batch: int) -> None:
-    """States of rows that ended are made once more from the start: from the whole prompt, not from its text."""
+    """States of rows that ended are recomputed from the whole prompt, not from its text."""
     entry = next(entry for entry in entries() if entry.name == "Qwen3_5ForConditionalGeneration")
     target = build(entry)
     inputs = make_prompts(batch)

@@ -1,4 +1,4 @@
-"""What models are asked, and that none passes by accident."""
+"""The probes of models, and that no model passes one by accident."""
 
 import gc
 import weakref
@@ -17,7 +17,7 @@ NEW_TOKENS = 20
 
 
 class Banded(LlamaForCausalLM):
-    """A token sees the last `band` columns: of the longest row, if rows have lengths of their own."""
+    """A token sees the last `band` columns: of the longest row, if rows have their own lengths."""
 
     band = 9
 
@@ -35,7 +35,7 @@ class Banded(LlamaForCausalLM):
 
 
 class Flattened(LlamaForCausalLM):
-    """Makes one row of a mask of four dimensions: what the first query sees."""
+    """Reduces a 4-D mask to one row: what the first query sees."""
 
     def forward(
         self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None, **kwargs
@@ -47,7 +47,7 @@ class Flattened(LlamaForCausalLM):
 
 
 class LastRowLeads(LlamaForCausalLM):
-    """Positions of all rows are those of the first one."""
+    """Positions of all rows are those of the first row."""
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, **kwargs):
         if position_ids is not None and len(position_ids) > 1 and attention_mask is not None:
@@ -56,7 +56,7 @@ class LastRowLeads(LlamaForCausalLM):
 
 
 class CountsColumns(GPT2LMHeadModel):
-    """Told padding as vanilla tells it, positions are columns; told a mask by row, they are what it is told."""
+    """With padding given as in vanilla, positions are columns; with a mask per row, they follow the mask."""
 
     def forward(
         self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None, **kwargs
@@ -104,7 +104,7 @@ def test_models_that_follow_no_mask_by_row_decode_in_lockstep(cls: type[PreTrain
 
 
 class Scaled(LlamaForCausalLM):
-    """Beyond 64 tokens, more than any probe has, logits grow with the length that the cache tells for all rows."""
+    """After 64 tokens, more than any probe has, logits grow with the length that the cache reports for all rows."""
 
     length = "get_seq_length"
 
@@ -122,7 +122,7 @@ def test_lengths_are_found_out_to_matter_before_a_text_is_so_long(monkeypatch: p
 
 
 def test_windows_that_no_cache_knows_of_keep_rows_in_lockstep(caplog: pytest.LogCaptureFixture) -> None:
-    """However long they are: nothing is tried beyond them."""
+    """However long they are: nothing is probed beyond them."""
     config = GPTNeoConfig(
         vocab_size=96, hidden_size=32, num_layers=2, attention_types=[[["global", "local"], 1]], num_heads=4,
         window_size=30, max_position_embeddings=256, initializer_range=0.2, bos_token_id=1, eos_token_id=None,
@@ -141,7 +141,7 @@ def test_windows_that_no_cache_knows_of_keep_rows_in_lockstep(caplog: pytest.Log
         ({"window_size": 12}, [12]),
         ({"window_size": 400}, []),  # longer than the text
         ({"max_window_layers": 12}, []),  # no window
-        ({"sliding_window": 12}, []),  # the cache knows
+        ({"sliding_window": 12}, []),  # known to the cache
     ],
 )
 def test_which_windows_are_unexplained(given: dict[str, Any], found: list[int]) -> None:
@@ -153,7 +153,7 @@ def test_which_windows_are_unexplained(given: dict[str, Any], found: list[int]) 
 
 
 class Fails(LlamaForCausalLM):
-    """Cannot be fed several tokens after others."""
+    """Cannot process several tokens after others."""
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, **kwargs):
         if past_key_values is not None and past_key_values.get_seq_length() and input_ids.shape[1] > 1:
@@ -171,7 +171,7 @@ def test_the_reason_that_is_given_is_the_one_that_was_seen() -> None:
 
 
 def test_answers_keep_no_model_alive() -> None:
-    """Though exceptions hold frames, and these hold models."""
+    """Even though exceptions hold frames, and these hold models."""
     target = build(Fails)
     with pytest.raises(ValueError, match="Fails"):
         target.generate(**make_prompts(1), strategy="spec", prompt_lookup_num_tokens=3, max_new_tokens=8)

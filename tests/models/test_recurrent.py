@@ -1,4 +1,4 @@
-"""Models with recurrent state, alone and beside attention: their states go back to what is committed."""
+"""Models with recurrent state, alone or combined with attention: their states roll back to the committed tokens."""
 
 import functools
 from collections.abc import Callable
@@ -118,9 +118,9 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedConfig]] = {
         num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, linear_num_heads=4, linear_head_dim=8,
     ),
 }  # fmt: skip
-# How far a draft's weights are moved: the acceptance that this gives is asserted below.
+# Noise on a draft's weights: the resulting acceptance is asserted below.
 NOISE = {"mamba2": 0.12, "zamba2": 0.02, "olmo_hybrid": 0.07}
-# Their code starts every segment of several tokens from nothing (transformers 5.23).
+# Their code starts every segment of several tokens from an empty state (transformers 5.23).
 ONE_BY_ONE = ("mamba", "falcon_mamba", "jamba")
 CONTINUING = [name for name in ARCHITECTURES if name not in ONE_BY_ONE]
 
@@ -134,7 +134,7 @@ def pair(name: str) -> tuple[PreTrainedModel, PreTrainedModel]:
 def both(
     target: PreTrainedModel, draft: PreTrainedModel, prompts: dict[str, torch.Tensor], gamma: int = 4, **kwargs: Any
 ) -> tuple[Any, Any, hf_specdec.SpeculationStats]:
-    """What vanilla gives, what speculation gives, and its statistics."""
+    """Vanilla's output, speculation's output, and its statistics."""
     kwargs = {"max_new_tokens": 24, "do_sample": False, **kwargs}
     stats = hf_specdec.SpeculationStats()
     spec: dict[str, Any] = {"assistant_model": draft, "strategy": "spec", "num_assistant_tokens": gamma}
@@ -145,7 +145,7 @@ def both(
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("name", CONTINUING)
 def test_recurrent_models_say_what_they_said(name: str, batch: int) -> None:
-    """200 tokens with drafts that are mostly rejected, then other draft lengths."""
+    """200 tokens with drafts that are mostly rejected, then with other draft lengths."""
     expected, out, stats = both(*pair(name), make_prompts(batch, seed=batch), 3, max_new_tokens=200)
     assert torch.equal(out, expected)
     assert 0.1 < stats.acceptance_rate < 0.7, stats.acceptance_rate
@@ -156,7 +156,7 @@ def test_recurrent_models_say_what_they_said(name: str, batch: int) -> None:
 
 @pytest.mark.parametrize("name", CONTINUING)
 def test_rows_go_each_at_its_own_pace(name: str) -> None:
-    """Else a mistake with single rows would not show: models that fail this probe decode in lockstep."""
+    """Otherwise an error with single rows would be hidden: models that fail this probe decode in lockstep."""
     assert Abilities.of(pair(name)[0]).ragged
 
 
@@ -169,10 +169,10 @@ def test_states_that_do_not_go_on_over_several_tokens_are_refused_by_what_is_mis
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("name", ["falcon_mamba", "jamba", "mamba2", "qwen3_next"])
 def test_any_recurrent_model_can_draft(name: str, batch: int) -> None:
-    """Drafts are made one token at a time, which all of them can; rows go back each to its own."""
+    """Drafts are made one token at a time, which all of them can do; rows roll back independently."""
     for target in (make_pair("llama")[0], pair("bamba")[0]):
         draft = pair(name)[1]
-        with torch.no_grad():  # something to accept: the target's own words, often enough
+        with torch.no_grad():  # something to accept: the target's own tokens, often enough
             draft.get_output_embeddings().weight.copy_(target.get_output_embeddings().weight)
             draft.get_input_embeddings().weight.copy_(target.get_input_embeddings().weight)
         for gamma in (1, 3, 6):
@@ -182,7 +182,7 @@ def test_any_recurrent_model_can_draft(name: str, batch: int) -> None:
 
 
 def test_a_recurrent_draft_is_worth_what_it_would_be_without_a_cache() -> None:
-    """Greedy drafts do not depend on how the draft's state came about: a copy of the target is always right."""
+    """Greedy drafts do not depend on how the draft's state was computed: a copy of the target is always right."""
     for name in ("mamba2", "qwen3_next", "lfm2"):
         target = pair(name)[0]
         for batch in (1, 4):
@@ -203,7 +203,7 @@ def test_rows_that_end_early_leave_the_others_as_they_were(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["mamba2", "falcon_h1", "qwen3_next"])
 def test_schedules_that_change_the_draft_length(name: str) -> None:
-    """γ goes up and down, drafts stop where the draft is unsure, look-up finds nothing: rows stay in step."""
+    """γ goes up and down, drafts stop when the draft is unsure, look-up finds nothing: rows stay in lockstep."""
     target, draft = pair(name)
     for batch in (1, 4):
         prompts = make_prompts(batch, seed=20 + batch)
@@ -222,14 +222,14 @@ def test_schedules_that_change_the_draft_length(name: str) -> None:
 def test_pending_tokens_are_bounded(gamma: int) -> None:
     """Never more than 2γ + 1 tokens per row and forward, and never more forwards than vanilla needs."""
     target = pair("bamba")[0]
-    draft = perturbed(target, 2.0, 3)  # hardly ever right
+    draft = perturbed(target, 2.0, 3)  # almost never right
     options = {"max_new_tokens": 40, "do_sample": False}
     widths: list[int] = []
     for batch in (1, 4):
         prompts = make_prompts(batch, seed=batch)
         spec: dict[str, Any] = {"assistant_model": draft, "strategy": "spec", "num_assistant_tokens": gamma}
         expected = target.generate(**prompts, **options)
-        target.generate(**prompts, **options, **spec)  # asks the model what it can do, once
+        target.generate(**prompts, **options, **spec)  # probes the model, once
         hook = target.register_forward_pre_hook(
             lambda _, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
         )
@@ -254,7 +254,7 @@ def test_what_vanilla_returns_besides_tokens(name: str) -> None:
             torch.testing.assert_close(mine, theirs, atol=1e-3, rtol=1e-3)
         for mine, theirs in zip(out.hidden_states[1:], expected.hidden_states[1:]):
             torch.testing.assert_close(mine[-1], theirs[-1], atol=1e-3, rtol=1e-3)
-        # The cache goes on where vanilla's does.
+        # The cache continues where vanilla's does.
         more = {"max_new_tokens": 6, "do_sample": False}
         mask = torch.cat([make_prompts(batch, seed=7)["attention_mask"], torch.ones(batch, 24, dtype=torch.long)], 1)
         again = target.generate(out.sequences, attention_mask=mask, past_key_values=out.past_key_values, **more)

@@ -45,7 +45,7 @@ def test_texts_that_cross_it_are_refused(name: str, width: int) -> None:
 
 
 def test_a_row_that_has_not_crossed_it_counts() -> None:
-    """It would go on alone, with the short embeddings, where vanilla's are those of the longest row."""
+    """Alone it would continue with the short embeddings, whereas vanilla uses those of the longest row."""
     target, draft = pair("phi3")
     with pytest.raises(ValueError, match=f"change behind {LIMIT} tokens"):
         target.generate(**make_prompts(4, width=40), max_new_tokens=4, assistant_model=draft, strategy="spec")

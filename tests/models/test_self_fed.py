@@ -1,5 +1,5 @@
-"""Models that carry something of their own from forward to forward: a state under a name or in a class of their own,
-nothing at all, or more entries than there are tokens. Their own code feeds them; tokens are vanilla's.
+"""Models that carry their own object from forward to forward: a state under another name or in its own class,
+nothing at all, or more entries than tokens. Their own code feeds them; tokens are vanilla's.
 """
 
 import functools
@@ -57,7 +57,7 @@ ENTRIES = {entry.name: entry for entry in tiny_models.entries()}
 def pair(kind: str) -> tuple[PreTrainedModel, PreTrainedModel]:
     target = make_model(KINDS[kind]())
     with torch.no_grad():
-        for parameter in target.parameters():  # not every class heeds `initializer_range`
+        for parameter in target.parameters():  # some classes ignore `initializer_range`
             if parameter.ndim >= 2 and parameter.std() < 0.1:
                 parameter *= 0.2 / parameter.std().clamp(min=1e-3)
     return target, perturbed(target, NOISE.get(kind, 0.12))
@@ -95,20 +95,20 @@ def test_uneven_rows_say_what_they_said(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_as_a_draft_it_is_as_good_as_alone(kind: str) -> None:
-    """A copy of the target as its draft is always right: not so if rejected drafts stayed in its state."""
+    """A copy of the target as its draft is always right, unless rejected drafts stayed in its state."""
     target, _ = pair(kind)
     rows = 1 if kind in ALONE_ONLY else 3
     stats = hf_specdec.SpeculationStats()
     speculate(target, make_prompts(rows), perturbed(target, 0.0), speculation_stats=stats)
     assert stats.acceptance_rate == 1
-    # Beside a target that rejects most of what it drafts, it goes on from what is committed.
+    # With a target that rejects most of its drafts, it continues from the committed tokens.
     llama, _ = make_pair("llama")
     assert_lossless((llama, target), make_prompts(rows), lambda: {"max_new_tokens": NEW_TOKENS}, gammas=(1, 4))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_prompt_in_chunks_is_for_others(kind: str) -> None:
-    """A draft of this kind reads its prompt at once, as vanilla does; the target's chunks are no affair of its."""
+    """A draft of this kind reads its prompt at once, as vanilla does; the target's chunks do not concern it."""
     llama, _ = make_pair("llama")
     rows = 1 if kind in ALONE_ONLY else 3
     options = {"max_new_tokens": NEW_TOKENS, "prefill_chunk_size": 4}
@@ -134,7 +134,7 @@ def test_forwards_are_bounded(kind: str, monkeypatch: pytest.MonkeyPatch) -> Non
         widths.append(width)
         return step(self, carried, text, width, keep)
 
-    speculate(target, make_prompts(1), draft)  # what the model can do is asked once
+    speculate(target, make_prompts(1), draft)  # the model is probed once
     monkeypatch.setattr(SelfFedModel, "_step", counted)
     stats = hf_specdec.SpeculationStats()
     target.generate(
@@ -148,7 +148,7 @@ def test_forwards_are_bounded(kind: str, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("ends_early", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_scores_and_state_are_handed_back(kind: str, ends_early: bool) -> None:
-    """Also where a row ends on an accepted draft, with more of them behind it."""
+    """Also if a row ends on an accepted draft, with more drafts after it."""
     target, draft = pair(kind)
     more: dict[str, Any] = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
     rows = 1 if kind in ALONE_ONLY else 3
@@ -207,7 +207,7 @@ def test_images_and_audio_apart_from_the_text(name: str, batches: tuple[int, ...
 
 
 def test_a_window_that_misplaces_padding_is_refused() -> None:
-    """What a model cannot do shows behind its window only, so it is asked there."""
+    """The limits of such a model only show past its window, so it is probed there."""
     target = tiny_models.build(ENTRIES["UnlimitedOcrForConditionalGeneration"])
     inputs = inputs_of(target)["text"](target, 4, 0)
     with pytest.raises(ValueError, match="other logits than one after the other beyond a window of 12"):
@@ -246,7 +246,7 @@ def test_what_cannot_is_refused_by_name(kind: str) -> None:
 
 
 def test_rows_alone_do_not_speak_for_rows_together() -> None:
-    """What was found of a model with one row says nothing about several."""
+    """A probe of a model with one row says nothing about several rows."""
     target, draft = pair("a list of states")
     alone = make_prompts(1)
     speculate(target, alone, draft)
@@ -256,7 +256,7 @@ def test_rows_alone_do_not_speak_for_rows_together() -> None:
 
 
 class Remembering(OpenAIGPTLMHeadModel):
-    """What it says depends on what it was asked before."""
+    """Its output depends on its earlier inputs."""
 
     asked = 0
 

@@ -1,6 +1,6 @@
-"""Models that several processes compute together: two ranks (gloo) get the tokens of one process, or one clear error.
+"""Models that several processes compute together: two ranks (gloo) get one process's tokens, or one clear error.
 
-Run as a script, this file is one of the ranks: it makes checks, one after the other, and writes what came of them.
+Run as a script, this file is one of the ranks: it runs the checks in order, and writes their results.
 """
 
 import json
@@ -29,12 +29,12 @@ from hf_specdec.kernels import packing
 from hf_specdec.loop.optimal import Optimal
 from hf_specdec.models import sharding
 
-# A hang ends after so many seconds: of two ranks, and of one collective.
+# A hang ends after this many seconds: for two ranks, and for one collective.
 _SECONDS, _COLLECTIVE_SECONDS = 400, 120
 SPEC = {"strategy": "spec"}
 
 
-# What is checked on both ranks. `models` loads "target" and "draft": as they are, or sharded.
+# The checks on both ranks. `models` loads "target" and "draft": as they are, or sharded.
 
 
 class Models:
@@ -62,7 +62,7 @@ def _generate(model: PreTrainedModel, rows: int, seed: int = 0, **kwargs: Any) -
 
 
 def _same(target: PreTrainedModel, plain: PreTrainedModel, rows: int, seed: int = 0, **kwargs: Any) -> None:
-    """Speculating with sharded models gives the tokens of one process that does not, with drafts kept and rejected."""
+    """Speculation with sharded models gives one process's vanilla tokens, with drafts accepted and rejected."""
     stats = SpeculationStats()
     ours = _generate(target, rows, seed, speculation_stats=stats, **SPEC, **kwargs)
     assert torch.equal(ours, _generate(plain, rows, seed)), "other tokens than one process"
@@ -109,7 +109,7 @@ def tensor_parallel_sampled(models: Models) -> None:
 
 
 def tensor_parallel_by_torch(models: Models) -> None:
-    """transformers knows nothing of it: only the parameters tell."""
+    """transformers does not know about it: only the parameters show it."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -231,7 +231,7 @@ def fsdp_is_refused(models: Models) -> None:
         assert not forwards
         for hook in hooks:
             hook.remove()
-    # The ways out that the message names.
+    # The ways out named in the message.
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     copy = models.new("target")
@@ -242,7 +242,7 @@ def fsdp_is_refused(models: Models) -> None:
 
 
 def whole_models_are_nobodys_business(models: Models) -> None:
-    """Each rank has models and prompts of its own; the clock may decide, which the script forbids."""
+    """Each rank has its own models and prompts; measured times may matter here, though the script forbids it."""
     assert sharding.sharded(models("target"), models("draft")) is None
     rank = distributed.get_rank()
     for seed in range(1 + rank):
@@ -252,7 +252,7 @@ def whole_models_are_nobodys_business(models: Models) -> None:
 
 
 def _error(target: PreTrainedModel, seed: int = 0, **kwargs: Any) -> str:
-    """The message of the ValueError that a call raises; the same on both ranks, and none of them is left waiting."""
+    """The message of the ValueError that a call raises; it is the same on both ranks, and no rank is left waiting."""
     with pytest.raises(ValueError) as raised:
         _generate(target, 1, seed, **kwargs)
     messages: list[Any] = [None, None]
@@ -288,7 +288,7 @@ def _no_clock(*_: object) -> Any:
 
 
 def _be_a_rank(folder: Path, names: list[str]) -> None:
-    """Make these checks. A rank that fails one goes on; the time of the process group ends what waits for it."""
+    """Run these checks. A rank that fails one continues; the process group's time limit ends what waits for it."""
     from datetime import timedelta
 
     Optimal.__init__ = _no_clock
@@ -314,7 +314,7 @@ def _free_port() -> int:
 
 @pytest.fixture(scope="module")
 def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], str]:
-    """By check and rank, the traceback, empty if there is none. What is missing was not reached."""
+    """The traceback by check and rank, empty if there is none. Missing entries were not reached."""
     selected = {item.callspec.params.get("check") for item in request.session.items if hasattr(item, "callspec")}
     folder = tmp_path_factory.mktemp("sharded")
     for name, prefix in (("llama", ""), ("mistral-sliding", "sliding_")):
@@ -364,7 +364,7 @@ def test_two_ranks(check: str, outcome: dict[tuple[str, int], str]) -> None:
         assert not came, f"rank {rank}: {came}"
 
 
-# What is asked of a model, without processes.
+# Probes of a model, without processes.
 
 
 @pytest.fixture

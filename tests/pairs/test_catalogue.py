@@ -1,4 +1,4 @@
-"""suggest_draft: what the catalogue pairs, by which rule, and what it says where it knows nothing."""
+"""suggest_draft: the catalogue's pairs, the rules, and the answer if it knows no draft."""
 
 import datetime
 import json
@@ -20,7 +20,7 @@ def models(family: dict[str, Any]) -> dict[str, float]:
 
 
 def suggestions(family: dict[str, Any]) -> list[Suggestion]:
-    """Those for the family's models that have one."""
+    """Drafts for the family's models that have one."""
     found = []
     for name in models(family):
         try:

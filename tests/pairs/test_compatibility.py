@@ -27,7 +27,7 @@ def llama(**changes: Any) -> PreTrainedModel:
 
 
 def small(**changes: Any) -> PreTrainedModel:
-    """A draft, much smaller than `llama()` in all that is read."""
+    """A draft, much smaller than `llama()` in all weights that are read."""
     return llama(**{"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, **changes})
 
 
@@ -169,7 +169,7 @@ def test_the_report_is_one_table():
 
 
 def test_the_text_of_a_report_does_not_depend_on_where_it_is_made(monkeypatch):
-    """In a notebook rich displays what it is told to write; and a terminal that knows little has 80 columns."""
+    """In a notebook, rich displays its output itself; and a simple terminal has 80 columns."""
     findings = Compatibility((Finding("device", "cpu", "meta", "error", "move it, " * 12),))
     narrow, wide = str(findings), findings.to_text(width=200)
     assert "move it" in narrow and "meta" in wide

@@ -1,4 +1,4 @@
-"""The embedded pair: what ships, what its card claims, and losslessness on real text."""
+"""The embedded pair: its files, its card's claims, and losslessness on real text."""
 
 import json
 from pathlib import Path
@@ -29,12 +29,12 @@ def prompts(pair: Pair) -> torch.Tensor:
 
 @pytest.mark.parametrize("alone", [5, pytest.param(50, marks=pytest.mark.slow)])
 def test_fifty_held_out_prompts_of_a_hundred_tokens(pair: Pair, prompts: torch.Tensor, alone: int) -> None:
-    """In batches of 10, and so many of them one by one; the card's acceptance rate holds."""
+    """In batches of 10, and this many one by one; the card's acceptance rate is reproduced."""
     target, draft, _ = pair
     assert prompts.shape == (50, 100)
     options = {"attention_mask": torch.ones(10, 100, dtype=torch.long), "max_new_tokens": 64, "do_sample": False}
     single, batched = hf_specdec.SpeculationStats(), hf_specdec.SpeculationStats()
-    accepted = 0  # in batches, of the rows that are also decoded one by one
+    accepted = 0  # in batches, for the rows that are also decoded one by one
     for begin, group in zip(range(0, 50, 10), prompts.split(10)):
         before = [row.accepted_tokens for row in batched.per_row] or [0] * 10
         expected = target.generate(group, **options)
@@ -44,7 +44,7 @@ def test_fifty_held_out_prompts_of_a_hundred_tokens(pair: Pair, prompts: torch.T
             accepted += batched.per_row[i].accepted_tokens - before[i]
             one = {**options, "attention_mask": options["attention_mask"][:1]}
             out = target.generate(row[None], **one, **spec, speculation_stats=single)[0]
-            # Alone a row ends where it ends; in the batch padding follows.
+            # A single row stops at its end; in the batch, padding follows.
             assert torch.equal(out, tokens[: len(out)])
     assert accepted == single.accepted_tokens > 0
     # The aim is 0.65, over 100 new tokens: see the card.

@@ -1,6 +1,6 @@
-"""Pairs exported: the options of servers, and custom_generate repositories that work from disk.
+"""Exported pairs: the options of servers, and custom_generate repositories that work from disk.
 
-The servers themselves are not available to tests: their programs are replaced by one that writes its arguments down.
+Tests have no real servers: their programs are replaced by one that writes its arguments to a file.
 """
 
 import copy
@@ -31,7 +31,7 @@ AWKWARD = "it's a $pair"  # as the name of a folder
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch) -> None:
-    """Names that are nowhere are not asked for on the Hub."""
+    """Unknown names are not looked up on the Hub."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
@@ -46,7 +46,7 @@ def saved(llama_pair, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def export(saved, tmp_path) -> Callable[..., Exported]:
-    """Exports the saved pair with a pair file that says what is given, into tmp_path / "out"."""
+    """Exports the saved pair, with the given content of its pair file, to tmp_path / "out"."""
 
     def run(to: str, **config: Any) -> Exported:
         PairConfig(ModelReference("./target"), ModelReference("./draft"), **config).save(saved)
@@ -56,7 +56,7 @@ def export(saved, tmp_path) -> Callable[..., Exported]:
 
 
 def server_arguments(folder: Path, *further: str) -> list[str]:
-    """The command of serve.sh, as the server's program gets it."""
+    """The command of serve.sh, as the server's program receives it."""
     script = folder / "serve.sh"
     subprocess.run(["bash", "-n", script], check=True)
     programs = folder / "bin"
@@ -193,7 +193,7 @@ def test_the_embedded_pair_can_be_exported(tmp_path):
         export_pair(pair, to, tmp_path / to)
 
 
-# What is refused
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_nothing_is_overwritten_but_by_the_same(export, tmp_path):
 
 @pytest.fixture
 def repository(export, tmp_path, monkeypatch) -> str:
-    """An exported repository that recommends γ = 3; the modules made of it go to a folder of the test's own."""
+    """An exported repository that recommends γ = 3; its modules go to a temporary folder."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", [*sys.path])  # transformers adds that folder
     export("custom-generate", recommended={"num_assistant_tokens": 3})
@@ -262,7 +262,7 @@ def repository(export, tmp_path, monkeypatch) -> str:
 
 
 def speculate(repository: str, pair: tuple[Any, Any], **kwargs: Any) -> Any:
-    """By the repository, which must have speculated."""
+    """With the repository, which must have speculated."""
     stats = hf_specdec.SpeculationStats()
     given = {"custom_generate": repository, "trust_remote_code": True, "assistant_model": pair[1], **kwargs}
     out = pair[0].generate(**given, speculation_stats=stats)

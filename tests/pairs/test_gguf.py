@@ -1,4 +1,4 @@
-"""Pairs whose models are in GGUF: loaded as transformers does, saved as plain weights, errors that say what to do."""
+"""Pairs with GGUF models: loaded as in transformers, saved as plain weights, errors that say what to do."""
 
 import importlib.util
 import json
@@ -27,7 +27,7 @@ TOKENS = ["<pad>", "<bos>", *LETTERS, *("".join(pair) for pair in MERGES)]
 
 
 def write_gguf(model: PreTrainedModel, path: Path, quantized: bool = False) -> None:
-    """What llama.cpp's converter makes of a tiny Llama: its names, and its order of the rows of q and k."""
+    """A tiny Llama as llama.cpp's converter writes it: its names, and its order of the rows of q and k."""
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(config.max_position_embeddings)
@@ -71,7 +71,7 @@ def models() -> tuple[PreTrainedModel, PreTrainedModel]:
 
 @pytest.fixture(scope="module")
 def folder(models: tuple[PreTrainedModel, PreTrainedModel], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Target and draft in one folder, as repositories on the Hub have them; and the target in blocks of 8 bits."""
+    """Target and draft in one folder, as in repositories on the Hub; and the target in 8-bit blocks."""
     folder = tmp_path_factory.mktemp("gguf")
     for name, model in zip(("target.gguf", "draft.gguf"), models):
         write_gguf(model, folder / name)
@@ -116,7 +116,7 @@ def test_saved_as_plain_weights_it_is_the_same_pair(folder: Path, tmp_path: Path
     assert again.target.generation_config.to_dict() == pair.target.generation_config.to_dict()
     config = json.loads((tmp_path / "target" / "config.json").read_text())
     assert "quantization_config" not in config
-    assert pair.target.hf_quantizer is not None  # the user's model is as it was
+    assert pair.target.hf_quantizer is not None  # the user's model is unchanged
     assert "gguf_file" not in (tmp_path / FILE_NAME).read_text()
 
 

@@ -1,6 +1,6 @@
-"""Pairs on the Hub: a real client, in processes of its own, against the server of hub_server.py. Nothing is patched.
+"""Pairs on the Hub: a real client, in separate processes, against the server of hub_server.py. Nothing is patched.
 
-All that the clients do happens once, in `online` and `offline`; each test then looks at one property.
+The clients run once, in `online` and `offline`; each test then looks at one property.
 """
 
 import json
@@ -92,7 +92,7 @@ record("draft never seen", speculate, "org/public", "org/unseen")
 
 
 def run(hub: Hub, home: Path, code: str, **environment: str) -> dict[str, Any]:
-    """What `record` has noted while a new process ran `code`, with `hub` as its Hub and its cache in `home`."""
+    """The values that `record` noted while a new process ran `code`, with `hub` as its Hub and its cache in `home`."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     package = str(Path(hf_specdec.__file__).parent.parent)
     hub_settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "PYTHONPATH": package}
@@ -109,7 +109,7 @@ def run(hub: Hub, home: Path, code: str, **environment: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory) -> SpecPair:
-    """The pair that all repositories are made of, saved and loaded once."""
+    """The pair in all repositories, saved and loaded once."""
     folder = tmp_path_factory.mktemp("local")
     target, draft = make_pair("llama", 0.04)
     SpecPair(target, draft, make_tokenizer(96)).save_pretrained(folder)
@@ -170,7 +170,7 @@ def offline(hub: Hub, home: Path, online: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def tokens(local: SpecPair) -> list[list[int]]:
-    """What the target says without speculation and without a Hub."""
+    """The target's output without speculation and without a Hub."""
     return local.target.generate(torch.tensor(PROMPT), do_sample=False, max_new_tokens=12).tolist()
 
 
@@ -192,14 +192,14 @@ def test_only_what_a_pair_needs_is_downloaded(hub, online):
         "specdec_pair.json",
         *(f"target/{name}" for name in ("config.json", "generation_config.json", WEIGHTS)),
         *(f"target/{name}" for name in ("tokenizer.json", "tokenizer_config.json")),
-        f"draft/{WEIGHTS}",  # its other files are the target's, which have the same content
+        f"draft/{WEIGHTS}",  # its other files have the same content as the target's
     }
 
 
 def test_a_pair_file_may_name_other_repositories_at_a_commit(hub, online, tokens):
     assert online["org/ids"]["tokens"] == tokens
     assert online["org/ids"]["sources"][1] == f"org/draft@{hub.old_draft}"
-    assert online["org/ids"]["forwards"] == online["one"]["forwards"]  # the newest commit drafts worse
+    assert online["org/ids"]["forwards"] == online["one"]["forwards"]  # the newest commit's draft is worse
 
 
 def test_the_targets_weights_may_be_beside_the_pair_file(hub, online, tokens):
@@ -223,7 +223,7 @@ def test_the_revision_of_a_pair_is_that_of_the_weights_beside_it(hub, online, to
 def test_the_revision_of_the_draft_is_its_own(hub, online, tokens):
     assert online["old draft"]["tokens"] == tokens
     assert online["old draft"]["sources"][1] == f"org/draft@{hub.old_draft}"
-    assert online["old draft"]["forwards"] < online["cut"]["forwards"]  # that one drafts with the newest commit
+    assert online["old draft"]["forwards"] < online["cut"]["forwards"]  # that one uses the newest commit's draft
 
 
 @pytest.mark.parametrize(

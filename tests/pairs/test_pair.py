@@ -32,7 +32,7 @@ def prompts(batch: int) -> dict[str, torch.Tensor]:
 
 
 def generate(target: Any, draft: Any, **kwargs: Any) -> Any:
-    """By strategy='spec', which must have worked at it."""
+    """With strategy='spec', which must really have run."""
     stats = SpeculationStats()
     out = target.generate(**GREEDY | kwargs, assistant_model=draft, strategy="spec", speculation_stats=stats)
     assert 0 < stats.accepted_tokens < stats.drafted_tokens
@@ -98,7 +98,7 @@ def make_tokenizer(words: int, swapped: bool = False) -> PreTrainedTokenizerFast
 
 
 def padded(target: Any, size: int) -> Any:
-    """A draft with `size` embeddings; it likes to choose those that the target does not have."""
+    """A draft with `size` embeddings; it prefers tokens that the target does not have."""
     draft = perturbed(target, 0.02)
     draft.resize_token_embeddings(size, mean_resizing=False)
     with torch.no_grad():
@@ -115,7 +115,7 @@ def test_one_tokenizer_over_embeddings_of_different_sizes(size, batch):
     inputs = prompts(batch)
     tokenizers = {"tokenizer": make_tokenizer(88), "assistant_tokenizer": make_tokenizer(88)}
     expected = target.generate(**inputs, **GREEDY)
-    assert (expected >= 90).any()  # the target may say what the smaller draft has never heard of
+    assert (expected >= 90).any()  # the target may generate tokens that the smaller draft does not know
     assert generate(target, draft, **inputs, **tokenizers).equal(expected)
     assert generate(target, draft, **inputs, **tokenizers, do_sample=True, top_k=1).equal(expected)
 
@@ -171,7 +171,7 @@ def test_tokenizers_that_are_given_beat_those_that_are_found(folders):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pair from memory, saved."""
+    """A pair built in memory, saved."""
     folder = tmp_path_factory.mktemp("saved")
     SpecPair(*pair(), make_tokenizer(VOCAB), PairConfig(recommended={"num_assistant_tokens": 3})).save_pretrained(
         folder
@@ -263,7 +263,7 @@ def test_arguments_of_from_pretrained_reach_both_models(saved):
         assert model.dtype == torch.bfloat16
         assert model.config._attn_implementation == "eager"
         assert model.device.type == "meta"
-    # A tokenizer would keep what it does not understand, and save it.
+    # A tokenizer would keep, and save, arguments that it does not understand.
     assert not loaded.tokenizer.init_kwargs.keys() & options.keys()
 
 
@@ -293,7 +293,7 @@ def test_only_the_target_needs_a_tokenizer(saved, tmp_path):
         SpecPair.from_pretrained(tmp_path, saved / "draft")
 
 
-# Pairs in words
+# Descriptions of pairs
 
 
 def test_a_pair_is_told_in_a_few_lines(loaded, saved):
@@ -340,7 +340,7 @@ def test_a_notebook_shows_target_and_draft_side_by_side(loaded):
 
 @pytest.fixture
 def notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
-    """Runs cells in a Jupyter kernel, in the root of the checkout, and returns the outputs of each."""
+    """Runs cells in a Jupyter kernel, in the root of the checkout, and returns each cell's outputs."""
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     pytest.importorskip("ipykernel")
     for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR"):
@@ -374,7 +374,7 @@ def test_in_jupyter_a_pair_its_report_and_its_records_show_as_tables(notebook, s
         assert len(outs) == 1 and outs[0].output_type == "execute_result"
         assert "<table" in outs[0].data["text/html"] and title in outs[0].data["text/html"]
     assert "Iteration 1" in coloured[0].data["text/html"]
-    assert re.search(r">w\d+</span>", shown[-1][0].data["text/html"])  # words, by the pair's tokenizer
+    assert re.search(r">w\d+</span>", shown[-1][0].data["text/html"])  # text, decoded by the pair's tokenizer
 
 
 # Pairs generate
@@ -404,7 +404,7 @@ def test_recommendations_give_way_to_the_call(loaded):
 def test_another_draft_may_be_given_to_a_call(loaded):
     trace = Trace()
     loaded.generate(**prompts(1), **GREEDY, assistant_model=pair()[0], speculation_trace=trace)
-    assert drafted(trace) == 5  # the recommendation is about the pair's own
+    assert drafted(trace) == 5  # the recommendation applies to the pair's own draft
 
 
 def test_a_pair_that_does_not_pay_decodes_without_and_says_so_once(loaded, caplog, monkeypatch):
@@ -442,7 +442,7 @@ def test_auto_is_the_draft_of_the_targets_pair_file(saved, tmp_path):
     pair()[0].save_pretrained(tmp_path)
     write_pair_file(tmp_path, ".", str(saved / "draft"))
     expected = pair()[0].generate(**prompts(2), **GREEDY)
-    for folder in (tmp_path, saved / "target"):  # the file beside the weights, and in the folder above
+    for folder in (tmp_path, saved / "target"):  # the file next to the weights, and in the folder above
         target = AutoModelForCausalLM.from_pretrained(folder)
         for _ in range(2):
             assert generate(target, "auto", **prompts(2)).equal(expected)
@@ -468,7 +468,7 @@ def test_a_draft_by_name_may_be_a_pair(saved):
     assert generate(pair()[0], str(saved), **prompts(2)).equal(expected)
 
 
-# What does not fit
+# Errors
 
 
 def test_a_draft_with_another_tokenizer_is_refused_with_the_table(saved, tmp_path):
@@ -506,7 +506,7 @@ def test_weights_that_are_only_here_must_be_saved(loaded, tmp_path):
 
 
 def test_the_example_on_the_card_runs(saved, monkeypatch):
-    """Beside the folder, which it names without the path to it."""
+    """Next to the folder, which it names by a relative path."""
     monkeypatch.chdir(saved.parent)
     card = (saved / "README.md").read_text(encoding="utf-8")
     assert f'SpecPair.from_pretrained("{saved.name}")' in card

@@ -1,4 +1,4 @@
-"""specdec_pair.json: what is written is read again, and what cannot be understood is refused by name."""
+"""specdec_pair.json: files can be written and read back, and an unknown entry raises an error that names it."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""Counters add up, and every rate is what its definition says."""
+"""Counters add up, and every rate matches its definition."""
 
 import json
 import random

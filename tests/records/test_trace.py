@@ -1,4 +1,4 @@
-"""The trace tells each iteration as it was: as text, in colour and as a page."""
+"""The trace reports each iteration correctly: as text, in colour and as a page."""
 
 import io
 import json
@@ -214,7 +214,7 @@ def test_print_can_stop_after_the_first_iterations(words):
 
 
 class Page(HTMLParser):
-    """Reads a page: its tags balanced or not, its chips and its coloured texts as lists of (text, role)."""
+    """Parses a page: whether its tags are balanced, and its chips and coloured texts as lists of (text, role)."""
 
     VOID = ("meta", "br")
 
@@ -327,7 +327,7 @@ def test_an_empty_trace_can_be_shown(tmp_path):
 
 
 def told_in_a_notebook(trace: Trace) -> tuple[Fragment, list[tuple[str, str]]]:
-    """The fragment, and its tokens, each with its role, which the legend's chips tell by their style."""
+    """The fragment, and its tokens with their roles, recognised by the style of the legend's chips."""
     shown = Fragment(trace)
     legend, tokens = shown.chips[: len(ROLES)], shown.chips[len(ROLES) :]
     assert [text for text, _ in legend] == ROLES

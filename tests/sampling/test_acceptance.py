@@ -1,8 +1,8 @@
-"""The acceptance rules: equal to the reference in plain loops, and what they commit has exactly the target's law.
+"""The acceptance rules: equal to the loop reference, and committed tokens follow exactly the target's distribution.
 
 Where randomness is fixed, distributions are multiples of 1/6 or 1/4 and u is a midpoint of 60 or 12 equal cells of
-[0, 1): then u q = p never happens, both versions decide alike in spite of rounding, and the share of the cells in which
-a draft is kept is exactly min(1, p / q). So enumerating the cells enumerates the randomness.
+[0, 1). Then u q = p never happens, both versions decide alike despite rounding, and the share of cells in which a
+draft is accepted is exactly min(1, p / q). So enumerating the cells enumerates the randomness.
 """
 
 import itertools
@@ -40,7 +40,7 @@ def random_distribution(rng: random.Random, vocab: int, parts: int) -> list[Frac
 
 
 def pair_of_distributions(rng: random.Random, vocab: int, kind: str) -> tuple[list[Fraction], list[Fraction]]:
-    """p and q: unrelated, equal, or without a token in common."""
+    """p and q: unrelated, equal, or without a common token."""
     p = random_distribution(rng, vocab, 6)
     if kind == "equal":
         return p, p
@@ -55,7 +55,7 @@ def pair_of_distributions(rng: random.Random, vocab: int, kind: str) -> tuple[li
 
 
 def random_table(rng: random.Random, vocab: int, depth: int) -> Table:
-    """A language of its own: a next-token distribution, in quarters, for each prefix of fewer than `depth` tokens."""
+    """A small language: a next-token distribution, in quarters, for each prefix of fewer than `depth` tokens."""
     prefixes = (prefix for n in range(depth) for prefix in itertools.product(range(vocab), repeat=n))
     return {prefix: random_distribution(rng, vocab, 4) for prefix in prefixes}
 
@@ -84,7 +84,7 @@ def scores_of(p: object) -> Tensor:
 
 
 class FixedRandomness:
-    """Stands in for `torch.rand_like` and `draw`; keeps what the latter was asked to draw from."""
+    """Replaces `torch.rand_like` and `draw`; records what `draw` had to draw from."""
 
     def __init__(self, u: Tensor, v: Tensor):
         self.u, self.v = u, v
@@ -199,12 +199,12 @@ def everything(drafts: Tokens, q: Table) -> int:
 
 
 def up_to_the_first_unsure_one(drafts: Tokens, q: Table) -> int:
-    """As with `assistant_confidence_threshold=0.4`: an unsure draft is still proposed, what follows it is not."""
+    """As with `assistant_confidence_threshold=0.4`: an unsure draft is still proposed, but nothing after it."""
     return next((i + 1 for i, x in enumerate(drafts) if q[drafts[:i]][x] < Fraction(2, 5)), len(drafts))
 
 
 def only_the_sure_ones(drafts: Tokens, q: Table) -> int:
-    """The tempting mistake: a draft is taken back after it was looked at."""
+    """A tempting mistake: a draft is withdrawn after its token was seen."""
     return next((i for i, x in enumerate(drafts) if q[drafts[:i]][x] < Fraction(2, 5)), len(drafts))
 
 
@@ -212,7 +212,7 @@ HowMany = Callable[[Tokens, Table], int]
 
 
 def law_by_reference(p: Table, q: Table, gamma: int, one_hot: bool, how_many: HowMany) -> Law:
-    """The law of the next γ + 1 tokens, over all drafts, all u and all own tokens of the target, in exact fractions."""
+    """The distribution of the next γ + 1 tokens, over all drafts, all u and all tokens of the target, as fractions."""
     law: Law = defaultdict(Fraction)
     asked: list[Any] = []
 
@@ -221,7 +221,7 @@ def law_by_reference(p: Table, q: Table, gamma: int, one_hot: bool, how_many: Ho
         return -1
 
     def add(tokens: Tokens, weight: Fraction) -> None:
-        """Count a committed set, and let the target go on behind it."""
+        """Count a committed prefix, and let the target continue it."""
         if len(tokens) == gamma + 1:
             law[tokens] += weight
             return
@@ -243,13 +243,13 @@ def law_by_reference(p: Table, q: Table, gamma: int, one_hot: bool, how_many: Ho
 
 
 def dense(table: Table, depth: int) -> list[Tensor]:
-    """`[VOCAB^i, VOCAB]` for each i < depth: the distributions behind each prefix of i tokens."""
+    """`[VOCAB^i, VOCAB]` for each i < depth: the distributions after each prefix of i tokens."""
     rows = [[[float(x) for x in table[t]] for t in itertools.product(range(VOCAB), repeat=i)] for i in range(depth)]
     return [torch.tensor(row) for row in rows]
 
 
 def behind(table: list[Tensor], tokens: Tensor) -> Tensor:
-    """`[rows, depth, VOCAB]`: the distributions behind each prefix of `tokens` `[rows, depth - 1 or more]`."""
+    """`[rows, depth, VOCAB]`: the distributions after each prefix of `tokens` `[rows, depth - 1 or more]`."""
     index = torch.zeros(len(tokens), dtype=torch.int64)
     found = []
     for i, distributions in enumerate(table):
@@ -326,7 +326,7 @@ def test_taking_back_an_unsure_draft_would_change_the_law():
 def test_half_a_million_samples_follow_the_target(draft, proposals):
     """Chi-squared on the next four tokens at once, γ = 3. False alarm: 1e-4 for a new seed, none for a fixed one.
 
-    The close draft's p / q is 0.9 to 1.2 everywhere: to accept it always is a bias of 2% per token.
+    The close draft's p / q is 0.9 to 1.2 everywhere: always accepting it is a bias of 2% per token.
     """
     torch.manual_seed(0)
     rows, gamma = 500_000, 3
@@ -435,7 +435,7 @@ def test_scores_that_are_no_distribution_are_reported_where_the_outcome_depends_
             [broken, likes_1, likes_1],  # at the first draft
             [likes_1, likes_1, broken],  # at the bonus token
             [likes_1, broken, likes_1],  # at the correction
-            [likes_1, likes_1, broken],  # behind a rejected draft: nobody looks there
+            [likes_1, likes_1, broken],  # after a rejected draft: ignored
             [likes_1, broken, broken],  # the same
             [likes_1, likes_1, likes_1],
         ]

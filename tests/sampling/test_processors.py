@@ -1,4 +1,4 @@
-"""Logits processors do to every position what they do in vanilla `generate()`, and the scores that come back say so."""
+"""Logits processors treat every position as in vanilla `generate()`, and the returned scores show it."""
 
 import copy
 from collections.abc import Callable
@@ -45,7 +45,7 @@ STEP_BY_STEP = {
     "SynthIDTextWatermarkLogitsProcessor",
 }
 
-# By the processor that generate() builds: its arguments. `new` are the rows of new tokens without it.
+# By the processor that generate() builds: its arguments. `new` are the new tokens of the rows without it.
 Rows = list[list[int]]
 ARGUMENTS: dict[str, Callable[[Rows], dict[str, Any]]] = {
     "RepetitionPenaltyLogitsProcessor": lambda new: {"repetition_penalty": 1.8},
@@ -77,7 +77,7 @@ NEED_EOS: dict[str, Callable[[Rows], int]] = {
     "ExponentialDecayLengthPenalty": lambda new: min(set(range(2, VOCAB)) - {token for row in new for token in row}),
 }
 
-# By class name: a processor that a user passes, with parameters that matter at most positions.
+# By class name: a user's processor, with parameters that matter at most positions.
 OBJECTS: dict[str, Callable[[], LogitsProcessor]] = {
     "TemperatureLogitsWarper": lambda: TemperatureLogitsWarper(0.5),
     "TopKLogitsWarper": lambda: TopKLogitsWarper(3),
@@ -109,12 +109,12 @@ def new_tokens(target: Any, inputs: dict[str, Any], **kwargs: Any) -> Rows:
 
 
 def an_end(new: Rows) -> int:
-    """A token that ends the first row early, and the other rows elsewhere or not at all."""
+    """A token that ends the first row early, and the others elsewhere or never."""
     return next(token for i, token in enumerate(new[0]) if i == new[0].index(token) >= 3)
 
 
 def built_processors(target: Any, inputs: dict[str, Any], **kwargs: Any) -> LogitsProcessorList:
-    """The processors that `generate()` hands to a decoding method."""
+    """The processors that `generate()` passes to a decoding method."""
 
     def hand_over(model: Any, input_ids: torch.Tensor, **prepared: Any) -> LogitsProcessorList:
         return prepared["logits_processor"]
@@ -123,13 +123,13 @@ def built_processors(target: Any, inputs: dict[str, Any], **kwargs: Any) -> Logi
 
 
 def live_rows(sequences: torch.Tensor, eos: int | None) -> torch.Tensor:
-    """`[batch, steps]`: whether the row had not ended before its token of that step."""
+    """`[batch, steps]`: whether the row was still running before its token of that step."""
     ended = (sequences[:, WIDTH:] == (-1 if eos is None else eos)).cumsum(dim=1)
     return torch.nn.functional.pad(ended, (1, -1)) == 0
 
 
 def assert_same_scores(given: Any, expected: Any, eos: int | None = None) -> None:
-    """Sequences are equal; scores and logits too, for each row up to its end."""
+    """Sequences are equal; so are scores and logits, for each row up to its end."""
     assert given.sequences.tolist() == expected.sequences.tolist()
     live = live_rows(expected.sequences, eos)
     for name in ("scores", "logits"):
@@ -143,7 +143,7 @@ def assert_same_scores(given: Any, expected: Any, eos: int | None = None) -> Non
 
 
 def assert_lossless_scores(pair: Any, inputs: dict[str, Any], fresh: Callable[[], dict[str, Any]]) -> Any:
-    """Every way to draft gives vanilla's tokens, scores and logits. Returns vanilla's output."""
+    """Every drafting method gives vanilla's tokens, scores and logits. Returns vanilla's output."""
     target, draft = pair
     outputs = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
     expected = target.generate(**inputs, **outputs, **fresh())
@@ -164,7 +164,7 @@ def test_processors_that_generate_builds_do_what_they_do_in_vanilla(small_pair, 
     assert name.split(",")[0] in {type(processor).__name__ for processor in built}
     gammas = (4,) if "selfhash" in name else (1, 5)  # that one is slow
     expected = assert_lossless(small_pair, inputs, lambda: {"max_new_tokens": NEW, **arguments}, gammas)
-    assert expected[:, WIDTH:].tolist() != new_tokens(target, inputs, **others)  # else the case shows nothing
+    assert expected[:, WIDTH:].tolist() != new_tokens(target, inputs, **others)  # otherwise the case shows nothing
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -232,7 +232,7 @@ def test_processors_with_state_go_on_when_some_rows_have_ended(small_pair, argum
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("ends", [False, True])
 def test_a_constraint_is_asked_about_vanillas_prefixes_only_and_in_its_order(small_pair, batch, ends):
-    """The function knows these prefixes alone, like a trie or a parser that fails on any other."""
+    """The function knows only these prefixes, like a trie or a parser that fails on any other."""
     (target, draft), inputs = small_pair, make_prompts(batch)
     eos = an_end(new_tokens(target, inputs, prefix_allowed_tokens_fn=other_third)) if ends else None
     known: dict[tuple[int, ...], list[int]] = {}
@@ -265,7 +265,7 @@ def test_a_constraint_is_asked_about_vanillas_prefixes_only_and_in_its_order(sma
     ],
 )
 def test_sampling_from_the_one_best_token_is_greedy_decoding(small_pair, batch, warpers):
-    """False alarms cannot be: whatever is drawn, only one token has a probability."""
+    """No false alarms: whatever is drawn, only one token has a probability."""
     (target, draft), inputs = small_pair, make_prompts(batch)
     greedy = {name: value for name, value in warpers.items() if name == "repetition_penalty"}
     expected = target.generate(**inputs, max_new_tokens=12, **greedy)
@@ -300,14 +300,14 @@ def test_processors_are_applied_in_their_order(small_pair, order, batch):
     inputs = make_prompts(batch)
     expected = assert_lossless_scores(small_pair, inputs, fresh)
     other = small_pair[0].generate(**inputs, **fresh(reverse=True), return_dict_in_generate=True, output_scores=True)
-    assert not all(map(torch.equal, expected.scores, other.scores))  # else the case shows nothing
+    assert not all(map(torch.equal, expected.scores, other.scores))  # otherwise the case shows nothing
 
 
 class Stateless(LogitsProcessor):
-    """A function of the prefix, though nobody can know."""
+    """A function of the prefix, though that cannot be known."""
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        scores[:, input_ids.shape[1] % 3 :: 3] -= 6.0  # in place, as many are written
+        scores[:, input_ids.shape[1] % 3 :: 3] -= 6.0  # in place, as is common
         return scores
 
 
@@ -323,7 +323,7 @@ class Counting(LogitsProcessor):
 
 
 class Remembering(LogitsProcessor):
-    """Has state of its own for each row: how many even tokens it has seen."""
+    """Has its own state for each row: the number of even tokens seen."""
 
     def __init__(self) -> None:
         self.even: Any = 0
@@ -334,7 +334,7 @@ class Remembering(LogitsProcessor):
 
 
 class Neighbours(LogitsProcessor):
-    """Looks at the other rows: all rows avoid what any of them said last."""
+    """Reads the other rows: all rows avoid the last token of every row."""
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         scores = scores.clone()
@@ -343,14 +343,14 @@ class Neighbours(LogitsProcessor):
 
 
 class OwnTemperature(TemperatureLogitsWarper):
-    """A subclass of one that needs no prefix, which does."""
+    """A subclass of a processor that needs no prefix; this one does."""
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         return super().__call__(input_ids, scores) + 4.0 * (torch.arange(VOCAB) % 3 == input_ids[:, -1:] % 3)
 
 
 class OwnPenalty(RepetitionPenaltyLogitsProcessor):
-    """A subclass of one without state, which has some."""
+    """A subclass of a stateless processor; this one has state."""
 
     calls = 0
 
@@ -378,7 +378,7 @@ def test_user_written_processors_do_what_they_do_in_vanilla(small_pair, name, en
 
 
 class Recording(LogitsProcessor):
-    """Keeps what it is shown."""
+    """Records its inputs."""
 
     def __init__(self) -> None:
         self.shown: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -407,7 +407,7 @@ def test_a_processor_is_shown_vanillas_prefixes_and_scores_once_per_step(small_p
 
 
 class OnlyLiveRows(LogitsProcessor):
-    """A constraint with nothing to say about rows that have ended: it bans every token there."""
+    """A constraint without rules for rows that have ended: it bans every token there."""
 
     def __init__(self, eos: int) -> None:
         self.eos = eos
@@ -417,7 +417,7 @@ class OnlyLiveRows(LogitsProcessor):
 
 
 def test_what_processors_leave_of_ended_rows_does_not_matter(small_pair):
-    """The target drafts for itself, so that blocks go on behind the end of a row."""
+    """The target drafts for itself, so that blocks continue after the end of a row."""
     target, inputs = small_pair[0], make_prompts(3)
     eos = an_end(new_tokens(target, inputs))
     arguments = {"max_new_tokens": NEW, "eos_token_id": eos, "logits_processor": [OnlyLiveRows(eos)]}
@@ -427,7 +427,7 @@ def test_what_processors_leave_of_ended_rows_does_not_matter(small_pair):
 
 @pytest.mark.parametrize("pad", [-1, VOCAB + 7])
 def test_processors_never_meet_padding_that_vanilla_would_not_show_them(small_pair, pad):
-    """Some configs give a padding id that no token has; it must not be looked up for rows that are merely behind."""
+    """Some configs have a padding id that no token has; it must not be looked up for rows that merely lag."""
     inputs = {"input_ids": make_prompts(3)["input_ids"].clamp(min=2)}
     arguments = {"max_new_tokens": NEW, "pad_token_id": pad, "repetition_penalty": 1.8, "sequence_bias": {(4,): 1.0}}
     assert_lossless(small_pair, inputs, lambda: dict(arguments))
@@ -478,7 +478,7 @@ def test_transition_scores_can_be_computed_from_the_result(small_pair, batch):
 
 
 def test_these_drafts_are_accepted_in_part(small_pair):
-    """What all of the above rests on: blocks end early, late and in between."""
+    """The basis of the tests above: blocks end early, late and in between."""
     target, draft = small_pair
     for batch in (1, 3):
         for name, way in ways_to_draft(draft).items():

@@ -57,14 +57,14 @@ CONFIG: dict[str, Any] = SIZES | {
 
 
 class Rotate(LogitsProcessor):
-    """A processor that nobody knows, so it is called step by step; what it does depends on the length."""
+    """An unknown processor, so it is called step by step; its effect depends on the length."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         return scores + torch.linspace(0, 1.5, scores.shape[1]).roll(input_ids.shape[1] % 3)
 
 
 def processors(**options: Any) -> LogitsProcessorList:
-    """What transformers makes of these arguments of `generate()`, in its order."""
+    """The processors that transformers builds from these arguments of `generate()`, in its order."""
     known: list[tuple[str, Callable[[Any], LogitsProcessor]]] = [
         ("repetition_penalty", RepetitionPenaltyLogitsProcessor),
         ("logits_processor", lambda processors: processors[0]),
@@ -80,7 +80,7 @@ def processors(**options: Any) -> LogitsProcessorList:
 
 @torch.no_grad()
 def exact_law(model: PreTrainedModel, prompt: list[int], new_tokens: int, process: LogitsProcessorList) -> Law:
-    """The law of the next tokens behind one prompt."""
+    """The distribution of the next tokens after one prompt."""
     law = torch.ones(1, dtype=torch.float64)
     ids = torch.tensor([prompt])
     for _ in range(new_tokens):
@@ -92,7 +92,7 @@ def exact_law(model: PreTrainedModel, prompt: list[int], new_tokens: int, proces
 
 
 def marginals(joint: np.ndarray) -> list[np.ndarray]:
-    """Of each token, and of each two in succession."""
+    """Of each token, and of each two adjacent ones."""
     axes = range(joint.ndim)
     kept = [(i,) for i in axes] + [(i, i + 1) for i in axes[:-1]]
     return [joint.sum(axis=tuple(i for i in axes if i not in keep)) for keep in kept]
@@ -127,7 +127,7 @@ def likelihood_ratio(counts: np.ndarray, law: np.ndarray, suspect: np.ndarray) -
 
 
 def p_value(counts: np.ndarray, law: Law, suspect: Law) -> float:
-    """How likely such samples are, at most, if they come from `law`."""
+    """The p-value of these samples under `law`, as an upper bound."""
     views = [*zip(marginals(counts), marginals(law), strict=True), (counts, law)]
     tests = [chi_squared(n.reshape(1, -1), p.reshape(1, -1)) for n, p in views]
     tests.append(likelihood_ratio(*(x.reshape(1, -1) for x in (counts, law, suspect))))
@@ -138,7 +138,7 @@ def p_value(counts: np.ndarray, law: Law, suspect: Law) -> float:
 
 
 class Random(Drafter):
-    """Random drafts, of random lengths by row, that it owns up to (`probs` uniform) or passes off as deterministic."""
+    """Random drafts of random lengths by row, with their true (uniform) `probs` or passed off as deterministic."""
 
     def __init__(self, honest: bool):
         self.honest = honest
@@ -207,7 +207,7 @@ def models() -> dict[str, PreTrainedModel]:
 
 
 def law_and_suspect(case: Case, prompt: list[int], models: dict[str, PreTrainedModel]) -> tuple[Law, Law]:
-    """The target's law behind a prompt, and the draft's, to which a wrong rule would be biased (else a uniform one)."""
+    """The target's law after a prompt, and the draft's, to which a wrong rule would be biased (else a uniform one)."""
     process = processors(**case.options)
     law = exact_law(models["target"], prompt, case.new_tokens, process)
     if isinstance(case.drafts, str) and case.drafts in models:
@@ -216,7 +216,7 @@ def law_and_suspect(case: Case, prompt: list[int], models: dict[str, PreTrainedM
 
 
 def samples(case: Case, models: dict[str, PreTrainedModel]) -> tuple[np.ndarray, SpeculationStats]:
-    """By prompt, how often each continuation came."""
+    """For each prompt, how often each continuation came."""
     draft = models.get(case.drafts) if isinstance(case.drafts, str) else case.drafts
     width = max(map(len, case.prompts))
     ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in case.prompts])
@@ -245,7 +245,7 @@ def samples(case: Case, models: dict[str, PreTrainedModel]) -> tuple[np.ndarray,
     return counts, stats
 
 
-# Long: what these would show, others show together.
+# Slow: other cases together cover these.
 LONG = ("cold, top-k", "top-p", "repetition penalty", "confidence threshold", "random drafts, q one-hot")
 
 
@@ -255,7 +255,7 @@ def test_continuations_follow_the_targets_law(name, models):
     case = CASES[name]
     counts, stats = samples(case, models)
     assert counts.sum() == SAMPLES
-    assert 0.05 < stats.acceptance_rate < 0.99  # both outcomes of the acceptance test were common
+    assert 0.05 < stats.acceptance_rate < 0.99  # both outcomes of the acceptance test were frequent
     rows = zip(counts, case.prompts, strict=True)
     p_values = [p_value(seen, *law_and_suspect(case, prompt, models)) for seen, prompt in rows]
     assert min(p_values) > ALARM / len(p_values)
@@ -263,7 +263,7 @@ def test_continuations_follow_the_targets_law(name, models):
 
 @pytest.mark.parametrize("name", ["γ=3", "a close draft", "cold, top-k", "random drafts, q uniform"])
 def test_a_bias_of_two_percent_would_be_seen(name, models):
-    """2% in total variation towards the draft is seen in each of 20 sets of so many samples; no bias, in none."""
+    """2% in total variation towards the draft is found in each of 20 such sets of samples; no bias, in none."""
     law, suspect = law_and_suspect(CASES[name], CASES[name].prompts[0], models)
     distance = np.abs(suspect - law).sum() / 2
     biased = law + 0.02 / distance * (suspect - law)
@@ -277,7 +277,7 @@ def test_a_bias_of_two_percent_would_be_seen(name, models):
 
 
 class MarkovModel(PreTrainedModel, GenerationMixin):
-    """Its next token depends on the last one alone. As cheap as a model can be, so that single rows can go far."""
+    """Its next token depends only on the last one. The cheapest possible model, so that single rows can be long."""
 
     config_class = LlamaConfig
     _supports_sdpa = True
@@ -320,7 +320,7 @@ CHAINS: dict[str, Case] = {
     "step by step": Case(options={"num_assistant_tokens": 3, "logits_processor": [Rotate()]}),
 }
 ALONE_OR_TOGETHER = [("γ=3", 1), ("look-up, top-p", 1), ("heuristic, threshold", 1), ("step by step", 4)]
-# Long, as above: with one row or four the same goes on in them.
+# Slow, as above: with one row or four, the same happens in them.
 ALONE_OR_TOGETHER += [
     pytest.param(name, rows, marks=pytest.mark.slow)
     for name, rows in (("γ=1, cold", 1), ("step by step", 1), ("heuristic, threshold", 4))
@@ -335,7 +335,7 @@ def chains() -> dict[str, PreTrainedModel]:
 
 
 def transition_law(model: PreTrainedModel, process: LogitsProcessorList) -> np.ndarray:
-    """`[PHASES, STATES, STATES]`: the law of the next token by columns so far (modulo PHASES) and by last token."""
+    """`[PHASES, STATES, STATES]`: the law of the next token by number of columns (modulo PHASES) and by last token."""
     states = torch.arange(STATES)[:, None]
     logits = model(states).logits[:, -1]
     laws = [process(states.expand(-1, PHASES + phase), logits.clone()).softmax(-1) for phase in range(PHASES)]
@@ -343,7 +343,7 @@ def transition_law(model: PreTrainedModel, process: LogitsProcessorList) -> np.n
 
 
 def p_value_of_transitions(tokens: np.ndarray, width: int, law: np.ndarray, suspect: np.ndarray) -> float:
-    """How likely the transitions in `tokens` `[rows, columns]` behind a prompt of `width` columns are, at most."""
+    """The p-value, as an upper bound, of the transitions in `tokens` `[rows, columns]` after `width` prompt columns."""
     rows, columns = tokens.shape
     counts = np.zeros([rows, PHASES, STATES, STATES, STATES])  # row, phase, last but one, last, next
     for column in range(width, columns):
@@ -360,7 +360,7 @@ def p_value_of_transitions(tokens: np.ndarray, width: int, law: np.ndarray, susp
 
 
 class CarryingModel(MarkovModel):
-    """The same with a state of its own, the sum of all tokens, so that its own code feeds it."""
+    """The same with its own state, the sum of all tokens, so that its own code feeds it."""
 
     def forward(  # type: ignore[override]
         self, input_ids: Tensor, attention_mask: Tensor | None = None, state: Any = None, **kwargs: Any
@@ -409,7 +409,7 @@ def check_long_call(case: Case, rows: int, chains: dict[str, PreTrainedModel]) -
 
 
 def test_a_bias_of_five_percent_would_be_seen_in_one_row(chains):
-    """5% in total variation towards the draft, at each of 4000 tokens, a fifth of what the test above draws."""
+    """5% in total variation towards the draft, at each of 4000 tokens, a fifth of the draws in the test above."""
     law, draft = (transition_law(chains[name], processors()) for name in ("target", "model"))
     distance = np.abs(draft - law).sum(-1, keepdims=True) / 2
     biased = law + 0.05 / distance * (draft - law)

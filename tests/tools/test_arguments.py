@@ -1,4 +1,4 @@
-"""The arguments that scripts share: which pair, which prompts, and how prompts become a batch."""
+"""The arguments that scripts share: the pair, the prompts, and how prompts become a batch."""
 
 import argparse
 import copy

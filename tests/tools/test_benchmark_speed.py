@@ -28,7 +28,7 @@ def run(
 
 @pytest.fixture
 def questions(tmp_path: Path) -> Path:
-    """A file as Spec-Bench's: question_id, category, turns."""
+    """A file like Spec-Bench's: question_id, category, turns."""
     rows = [
         {"question_id": number, "category": category, "turns": [f"def {category}_{number}(self, name):\n", "And then?"]}
         for number, category in enumerate(["writing", "writing", "math", "math", "rag", "rag"])

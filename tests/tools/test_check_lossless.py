@@ -1,7 +1,7 @@
 """scripts/check_lossless: sound code passes, near-ties are called ties, and code broken on purpose is called a BUG.
 
-The script runs in this process, on the embedded pair and on a tiny random one, and what it calls is broken by
-monkeypatching. False alarms of the sampled check: once in 1000 seeds, and the seeds here are fixed.
+The script runs in this process, on the embedded pair and on a tiny random one; monkeypatching breaks what it calls.
+False alarms of the sampled check: once in 1000 seeds, and the seeds here are fixed.
 """
 
 import importlib.util
@@ -52,7 +52,7 @@ def check(capsys: pytest.CaptureFixture[str]) -> Iterator[Check]:
 
 
 def save_pair(folder: Path, tokenizer: PreTrainedTokenizerFast, initializer_range: float) -> list[str]:
-    """The arguments for a random pair on disk. The smaller the range, the closer the logits are together."""
+    """The arguments for a random pair on disk. The smaller the range, the closer the logits."""
     target = make_model(LlamaConfig(**{**SIZES, "initializer_range": initializer_range}))
     for name, model in {"target": target, "draft": perturbed(target, 0.12)}.items():
         model.save_pretrained(folder / name)
@@ -80,7 +80,7 @@ def test_the_embedded_pair_in_float32_is_identical(check):
 
 
 def test_near_ties_are_ties(check, tmp_path, tokenizer):
-    """The logits of this pair are so close that paths part in bfloat16; rounding explains every one of them."""
+    """This pair's logits are so close that paths diverge in bfloat16; rounding explains every case."""
     arguments = ["--dtype", "bfloat16", "--prompts", "8", "--new-tokens", "40", "--batch-size", "4"]
     code, result = check(*save_pair(tmp_path, tokenizer, 0.05), *SMALL, *arguments)
     assert code == 0 and total(result, "bugs") == 0
@@ -103,7 +103,7 @@ def test_samples_of_sound_code_follow_one_law(check, tmp_path, tokenizer, monkey
 
 
 def test_samples_are_granted_what_rounding_explains():
-    """Next to nothing in float32; more in bfloat16, but little beside the few hundredths that the test can see."""
+    """Almost nothing in float32; more in bfloat16, but little next to the few hundredths that the test can detect."""
     target, _, tokenizer = demo_pair()
     inputs = dict(tokenizer("def fibonacci(n):\n    ", return_tensors="pt", return_token_type_ids=False))
     torch.manual_seed(0)
@@ -115,7 +115,7 @@ def test_samples_are_granted_what_rounding_explains():
 
 
 def keep_a_rejected_token(monkeypatch):
-    """The target's cache has the entry of the first rejected token where that of the last committed one should be."""
+    """The target's cache has the first rejected token's entry in place of the last committed one's."""
     roll_back = decoding.SpeculativeDecoding.roll_back
 
     def one_off(self: decoding.SpeculativeDecoding) -> None:
@@ -142,7 +142,7 @@ def accept_everything(monkeypatch):
 
 
 def shift_positions(monkeypatch):
-    """Positions are off by one while verifying, not over the prompt (rotary positions are relative)."""
+    """Positions are off by one during verification, but not over the prompt (rotary positions are relative)."""
     positions = Layout.positions
 
     def shifted(self: Layout, rows: list[int], starts: list[int], slots: Tensor) -> Tensor:
@@ -166,13 +166,13 @@ def spoil_logits(monkeypatch):
     monkeypatch.setattr(abilities, "rehearse", lambda *_, **__: None)  # which would find it first
 
 
-SOUND: dict[str, dict[str, Any]] = {}  # by dtype, what the script says of sound code
+SOUND: dict[str, dict[str, Any]] = {}  # by dtype, the script's result for sound code
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mutant", [keep_a_rejected_token, accept_everything, shift_positions])
 def test_wrong_tokens_are_a_bug(check, monkeypatch, mutant, dtype):
-    """In bfloat16 too: what the bug does to our logits cannot excuse it, since the noise is measured without us."""
+    """In bfloat16 too: the bug's effect on our logits cannot hide in the noise, which is measured without us."""
     if dtype not in SOUND:
         SOUND[dtype] = check(*SMALL, "--dtype", dtype, "--batch-size", "2")[1]
     sound = SOUND[dtype]
@@ -192,7 +192,7 @@ def test_wrong_logits_behind_the_right_tokens_are_a_bug(check, monkeypatch):
 
 
 def keep_what_the_draft_says(monkeypatch):
-    """Rejected with the right probability, but then the target's own law instead of the residual."""
+    """Rejected with the right probability, but then drawn from the target's law instead of the residual."""
     monkeypatch.setattr(acceptance, "residual", lambda p, q: p)
 
 
@@ -243,7 +243,7 @@ VANILLA = row([0, 1], [4.0, 0.0, 0.0], [0.0, 4.0, 3.96])
     ],
 )
 def test_verdict(ours, verdict, why):
-    """With noise of 0.05, gaps of 0.1 in all are explained; float32 itself resolves far more."""
+    """With noise of 0.05, rounding explains gaps of 0.1 in total; float32 itself resolves far more."""
     found = compare(1, VANILLA, ours, torch.float32).judge(noise=0.05)
     assert found[0] == verdict and found[1].startswith(why)
 
@@ -257,7 +257,7 @@ def test_what_follows_a_divergence_does_not_count():
 
 
 def test_two_units_in_the_last_place_are_explained_without_any_noise():
-    """bfloat16 has 8 significant bits: neighbours are 1/32 apart between 4 and 8."""
+    """bfloat16 has 8 significant bits: neighbours between 4 and 8 are 1/32 apart."""
     assert spacing(5.0, torch.bfloat16) == 1 / 32 and spacing(4.0, torch.bfloat16) == 1 / 32
     assert spacing(3.99, torch.bfloat16) == 1 / 64 and spacing(5.0, torch.float32) == 2.0**-21
     for gap, verdict in ((1 / 32, TIE), (3 / 64, BUG)):  # on each path; two units are 1/16 in all
@@ -279,7 +279,7 @@ def test_tail_is_that_of_scipy(freedom, noncentrality):
 
 
 def test_statistic_is_that_of_a_contingency_table():
-    """Outcomes 2 and 3 are rare; together they are still too few for a cell, so the smallest one takes them in."""
+    """Outcomes 2 and 3 are rare; even together they are too few for a cell, so they join the smallest one."""
     first, second = Counter({(0,): 60, (1,): 30, (2,): 4, (4,): 6}), Counter({(0,): 70, (1,): 20, (3,): 3, (4,): 7})
     table = np.array([[60, 30, 10], [70, 20, 10]])
     expected = scipy.stats.chi2_contingency(table, correction=False)
@@ -288,7 +288,7 @@ def test_statistic_is_that_of_a_contingency_table():
 
 
 def test_the_stated_bias_is_found_with_the_stated_power():
-    """A bias spread as evenly as may be, so that the promise is nearly tight; and no bias gives few alarms.
+    """A bias spread as evenly as possible, so that the bound is nearly tight; and without bias, few alarms.
 
     400 pairs of samples: the shares may be off by 0.045 (three standard deviations) and 0.0175.
     """

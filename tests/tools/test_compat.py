@@ -1,8 +1,8 @@
-"""Architectures of every family, each with its own kinds of layers and inputs, say what they say without us.
+"""Architectures of every family, each with its own kinds of layers and inputs, generate the same as without us.
 
-`scripts/compat_matrix` goes over all classes; these are a sample, built and compared as there: tiny, rows of uneven
-lengths, prompts beyond the sliding windows, drafts that agree in part. What stands for its family runs always, in
-float32 and in bfloat16; the others are marked slow.
+`scripts/compat_matrix` covers all classes; these are a sample, built and compared in the same way: tiny, rows of
+uneven lengths, prompts beyond the sliding windows, drafts that agree in part. The representative of each family
+always runs, in float32 and in bfloat16; the others are marked slow.
 """
 
 import functools
@@ -54,7 +54,7 @@ FAMILIES: dict[str, list[str]] = {
         "IdeficsForVisionText2Text", "Mistral3ForConditionalGeneration", "VoxtralForConditionalGeneration",
     ],
 }  # fmt: skip
-# Whose own code gives several tokens other logits than one after the other: refused, and why.
+# Their own code gives other logits for several tokens than one by one: an error with the reason.
 REFUSED_CLASSES = {
     "CpmAntForCausalLM": "fails when it is tried",
     "DogeForCausalLM": "cannot be used beyond 12 tokens",
@@ -65,13 +65,13 @@ REFUSED_CLASSES = {
     "RecurrentGemmaForCausalLM": "keeps state where no cache of transformers holds it",
     "ReformerModelWithLMHead": "returns the logits of 1 of 3 tokens",
 }
-# The same by accident where rows are as long or texts as short as in a simple probe.
+# The same by accident if rows are as long, or texts as short, as in a simple probe.
 DECEIVERS = {
     "GPTNeoForCausalLM": "its local layers mask by a band that is aligned with the longest row",
     "ImageGPTForCausalImageModeling": "it flattens a mask of four dimensions",
     "DeepseekV4ForCausalLM": "blocks that begin in padding are compressed otherwise",
 }
-# Their `generate()` makes more than one token per step, or none one by one.
+# Their `generate()` makes more than one token per step, or does not go token by token.
 OWN_DECODING = {
     "HiggsAudioV2ForConditionalGeneration": "higgs_audio_v2",
     "LasrForCTC": "lasr_ctc",
@@ -141,7 +141,7 @@ def test_a_class_that_cannot_is_refused_by_name(name: str) -> None:
 
 
 def test_other_tokens_are_called_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One position too far where drafts are verified, and the table says so."""
+    """Verification is one position too far, and the table shows it."""
     original = layout.Layout.positions
 
     def broken(self: Any, *args: Any) -> torch.Tensor:
@@ -155,7 +155,7 @@ def test_other_tokens_are_called_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _beside_vanilla(dtype: torch.dtype, closeness: float) -> dict[str, Any]:
-    """What is said of a token that vanilla prefers by `closeness` less than its own."""
+    """The verdict on a token whose score in vanilla is `closeness` below the best."""
     step = torch.tensor([[1.0, 1.0 - closeness, 0.0]]), torch.tensor([[1.0 - closeness, 1.0, 0.0]])
     expected, given = (
         compat.Answer(torch.tensor([[token]]), 1, [Row([token], logits, logits)]) for token, logits in enumerate(step)
@@ -196,7 +196,7 @@ def test_exceptions_raised_on_purpose_are_refusals_and_others_are_errors() -> No
 
 
 def test_a_model_that_reads_the_length_of_the_longest_row_keeps_rows_in_step() -> None:
-    """Llama 4 scales its queries by it; only beyond 8192 tokens, so no short text would show it."""
+    """Llama 4 scales its queries by it; only beyond 8192 tokens, so a short text would not show it."""
     for honours in (False, True):
         config = tiny_models.tiny_config(ENTRIES["Llama4ForCausalLM"])
         config.attn_temperature_tuning = not honours
@@ -226,7 +226,7 @@ def test_a_run_goes_beyond_every_window_that_a_config_names() -> None:
     for entry in ENTRIES.values():
         try:
             config = tiny_models.tiny_config(entry).get_text_config(decoder=True)
-        except ValueError:  # of those that are listed as not built
+        except ValueError:  # of those listed as not built
             continue
         for name in (
             "sliding_window",

@@ -1,4 +1,4 @@
-"""scripts/distill_draft: from a target and a text file to a pair, interrupted and resumed, and what it refuses."""
+"""scripts/distill_draft: from a target and a text file to a pair, interrupted and resumed, and its errors."""
 
 import importlib.util
 import json
@@ -31,7 +31,7 @@ Script = Callable[..., int]
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
-    """A target whose next token follows mostly from the last one, which a single layer can learn."""
+    """A target whose next token depends mostly on the last one, which a single layer can learn."""
     folder = tmp_path_factory.mktemp("models") / "target"
     model = make_model(ARCHITECTURES["llama"](), seed=3)
     with torch.no_grad():
@@ -75,7 +75,7 @@ def script(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scri
 
 
 def refusal(script: Script, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """What the script says when it refuses."""
+    """The script's error message."""
     with pytest.raises(SystemExit) as stopped:
         script(*arguments)
     return str(stopped.value.code) + capsys.readouterr().err
@@ -137,7 +137,7 @@ def test_ctrl_c_and_resume_end_with_the_weights_of_an_uninterrupted_run(
     assert [each.name for each in (tmp_path / "parts" / "training").glob("checkpoint-*")] == ["checkpoint-000005"]
     assert not (tmp_path / "parts" / "draft").exists()
     with monkeypatch.context() as patch:
-        patch.setattr("hf_specdec.tools.distillation.examples", pytest.fail)  # the target has written already
+        patch.setattr("hf_specdec.tools.distillation.examples", pytest.fail)  # the target has already written
         assert script("--resume", "--output", tmp_path / "parts", "--device", "cpu") in (0, 1)
     whole, parts = (load_file(tmp_path / name / "draft" / "model.safetensors") for name in ("whole", "parts"))
     assert whole.keys() == parts.keys()
@@ -149,7 +149,7 @@ def test_ctrl_c_and_resume_end_with_the_weights_of_an_uninterrupted_run(
 def test_the_exit_code_is_1_when_acceptance_does_not_rise(
     tmp_path: Path, target: Path, text: Path, script: Script
 ) -> None:
-    """A learning rate of nothing teaches nothing."""
+    """A learning rate of zero teaches nothing."""
     options = [*SMALL.split(), "--lr", "0", "--target", target, "--from-layers", "1", "--dataset", text]
     assert script(*options, "--output", tmp_path / "pair") == 1
 
@@ -159,7 +159,7 @@ def test_a_resumed_run_keeps_its_settings(
 ) -> None:
     said = refusal(script, capsys, "--resume", "--output", tmp_path)
     assert "expected an unfinished run in" in said
-    assert "beside --resume, got none" in refusal(script, capsys, "--resume")
+    assert "with --resume, got none" in refusal(script, capsys, "--resume")
     module.write_run(tmp_path, {"settings": module.settings(module.parser().parse_args(["--lr", "0.5"]))})
     said = refusal(script, capsys, "--resume", "--output", tmp_path, "--lr", "0.1")
     assert "a resumed run keeps its settings, but lr was 0.5, now 0.1" in said
@@ -176,7 +176,7 @@ def test_an_existing_output_is_not_touched(tmp_path: Path, script: Script, capsy
 def test_a_draft_with_another_tokenizer_is_refused(
     tmp_path: Path, target: Path, text: Path, script: Script, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of the same size, but its tokens are in another order."""
+    """Of the same size, but with its tokens in another order."""
     draft = tmp_path / "draft"
     make_model(ARCHITECTURES["llama"]()).save_pretrained(draft)
     transformers.AutoTokenizer.from_pretrained(target).save_pretrained(draft)
@@ -216,4 +216,4 @@ def test_the_default_text_takes_no_chat_template(
     tmp_path: Path, target: Path, script: Script, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--target", target, "--from-layers", "1", "--chat-template", "--output", tmp_path / "pair"]
-    assert "expected --dataset beside --chat-template" in refusal(script, capsys, *arguments, "--device", "cpu")
+    assert "expected --dataset with --chat-template" in refusal(script, capsys, *arguments, "--device", "cpu")

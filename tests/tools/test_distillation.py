@@ -1,4 +1,4 @@
-"""Distillation: what the draft starts from, what it reads, the loss, resuming, and acceptance that rises."""
+"""Distillation: initial weights, training data, the loss, resuming, and rising acceptance."""
 
 import functools
 import math
@@ -19,7 +19,7 @@ from hf_specdec.tools.distillation import Distillation, Recipe
 
 @pytest.fixture(scope="module")
 def target() -> PreTrainedModel:
-    """A target whose next token follows mostly from the last one, which a single layer can learn."""
+    """A target whose next token depends mostly on the last one, which a single layer can learn."""
     model = make_model(ARCHITECTURES["llama"](), seed=3)
     with torch.no_grad():
         for name, weights in model.named_parameters():
@@ -56,7 +56,7 @@ def plain_loss(draft_logits: Tensor, target_logits: Tensor, argmax_weight: float
 def test_the_loss_and_its_gradient_equal_plain_loops(
     chunk: int, widths: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever is computed at a time, with padding left out, and with embeddings padded on either side."""
+    """For any chunk size, with padding left out, and with embeddings padded on either side."""
     monkeypatch.setattr(distillation, "CHUNK", chunk)
     torch.manual_seed(0)
     draft_logits = torch.randn(3, 5, widths[0], dtype=torch.float32, requires_grad=True)
@@ -87,7 +87,7 @@ def test_sampled_acceptance_is_at_least_what_the_loss_promises() -> None:
         assert rejected <= math.sqrt(distillation.distillation_loss(q[None], p[None]).item() / 2)
 
 
-# ------------------------------------------------------------------------------------------------- where a draft starts
+# ------------------------------------------------------------------------------------------------------ initial weights
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma2", "mixtral", "gpt2", "gpt_neox", "opt", "falcon"])
@@ -123,7 +123,7 @@ def test_a_draft_needs_fewer_layers_than_the_target(target: PreTrainedModel, lay
         distillation.first_layers(target, layers)
 
 
-# ---------------------------------------------------------------------------------------------------- what it reads
+# ---------------------------------------------------------------------------------------------------- training data
 
 
 def test_pieces_give_the_text_back(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -172,7 +172,7 @@ def test_the_target_writes_what_it_would_write_alone(target: PreTrainedModel, dr
         assert written == alone
         assert (stats.drafted_tokens > 0) == drafted
         target.generation_config.eos_token_id = None
-    assert any(len(row) < len(prompt) + 6 for row, prompt in zip(alone, prompts))  # the end token did come
+    assert any(len(row) < len(prompt) + 6 for row, prompt in zip(alone, prompts))  # the end token occurred
 
 
 def test_examples_are_text_and_continuations_of_other_pieces(target: PreTrainedModel, pieces: list[list[int]]) -> None:
@@ -187,7 +187,7 @@ def test_examples_are_text_and_continuations_of_other_pieces(target: PreTrainedM
         expected = target.generate(torch.tensor([row[:4]]), attention_mask=torch.ones(1, 4), max_new_tokens=5)
         assert row == expected[0].tolist()
     drafted = distillation.examples(target, perturbed(target, 0.1), pieces, 6, 4, 5, 1.0, seed=0)
-    assert drafted["input_ids"][:12] == rows[:12]  # a draft changes the speed alone
+    assert drafted["input_ids"][:12] == rows[:12]  # a draft only changes the speed
 
 
 def test_speculation_pays_where_a_block_is_worth_more_than_its_drafts(target: PreTrainedModel) -> None:
@@ -227,10 +227,10 @@ def noisy_pair() -> tuple[PreTrainedModel, PreTrainedModel]:
 def weights_after(
     steps: int, folder: Path, pieces: list[list[int]], resume: bool = False, cut: int = 0
 ) -> Distillation:
-    """A run of 7 steps that is resumed from `folder`, or saved there after `cut` steps, and left after `steps`."""
+    """A run of 7 steps that is resumed from `folder`, or saved there after `cut` steps, and stopped after `steps`."""
     target, draft = noisy_pair()
     torch.manual_seed(5)
-    data = Dataset.from_dict({"input_ids": pieces[:10]})  # which the order goes through more than once
+    data = Dataset.from_dict({"input_ids": pieces[:10]})  # which the order uses more than once
     run = Distillation(draft, target, data, Recipe(steps=7, rows=2, accumulate=2, lr=1e-2))
     if resume:
         torch.manual_seed(99)
@@ -257,7 +257,7 @@ def test_an_interrupted_and_resumed_run_ends_with_the_same_weights(tmp_path: Pat
 def test_only_the_newest_whole_checkpoint_is_kept_and_used(tmp_path: Path, pieces: list[list[int]]) -> None:
     weights_after(2, tmp_path, pieces, cut=2)
     weights_after(4, tmp_path, pieces, resume=True, cut=4)
-    (tmp_path / "unfinished").mkdir()  # as if the machine had gone down while saving
+    (tmp_path / "unfinished").mkdir()  # as if the machine had crashed while saving
     (tmp_path / "unfinished" / "half").touch()
     assert [each.name for each in tmp_path.glob("checkpoint-*")] == ["checkpoint-000004"]
     assert weights_after(5, tmp_path, pieces, resume=True, cut=5).step == 5
@@ -300,7 +300,7 @@ def test_measuring_leaves_the_random_state_alone(target: PreTrainedModel, pieces
 
 
 def test_the_first_ctrl_c_is_collected_and_the_second_raises(request: pytest.FixtureRequest) -> None:
-    # Where the tests run in the background, the shell has them ignore it.
+    # If the tests run in the background, the shell makes them ignore it.
     request.addfinalizer(functools.partial(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT)))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt), distillation.interruptible() as received:

@@ -1,4 +1,4 @@
-"""scripts/evaluate_quality and what it stands on: runs, metrics by prompt, and intervals of differences."""
+"""scripts/evaluate_quality and its parts: runs, metrics by prompt, and intervals of differences."""
 
 import importlib.util
 import json
@@ -51,7 +51,7 @@ Script = Callable[..., tuple[int, str, dict[str, Any]]]
 
 @pytest.fixture
 def script(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Script]:
-    """Run the script: its exit code, what it prints, and the JSON in the last line of that."""
+    """Run the script: its exit code, its output, and the JSON in the last line of that."""
     monkeypatch.setenv("COLUMNS", "160")
     spec = importlib.util.spec_from_file_location("evaluate_quality", SCRIPT)
     assert spec is not None and spec.loader is not None
@@ -75,7 +75,7 @@ def text_metric(folder: Path, name: str, result: str) -> str:
 
 
 def accept_the_first_draft_unseen(draft_tokens: Tensor, draft_lengths: Tensor, scores: Tensor) -> Verdict:
-    """Broken: the first draft stays whatever the target says."""
+    """Broken: the first draft is accepted whatever the target's choice."""
     verdict = accept_greedy(draft_tokens, draft_lengths, scores)
     tokens = verdict.tokens.clone()
     tokens[:, 0] = torch.where(draft_lengths > 0, draft_tokens[:, 0], tokens[:, 0])
@@ -86,7 +86,7 @@ def accept_the_first_draft_unseen(draft_tokens: Tensor, draft_lengths: Tensor, s
 
 
 def test_a_run_ends_with_its_first_end_token() -> None:
-    """In batches as alone: what stands behind it there is padding."""
+    """In batches as alone: everything after it is padding."""
     model = make_model(LlamaConfig(**SIZES), seed=3)
     inputs = make_prompts(4)
     free = quality.generate(model, [inputs], 0, max_new_tokens=20, do_sample=False)
@@ -101,7 +101,7 @@ def test_a_run_ends_with_its_first_end_token() -> None:
 
 
 def test_a_seed_decides_all_batches_together() -> None:
-    """The same seed gives the same run, and two batches of it do not repeat their random numbers."""
+    """The same seed gives the same run, and two of its batches do not repeat their random numbers."""
     model = make_model(LlamaConfig(**SIZES), seed=3)
     batch = make_prompts(1)
     options = {"max_new_tokens": 20, "do_sample": True}
@@ -132,7 +132,7 @@ def test_nats_per_token_are_those_of_single_unpadded_rows(name: str) -> None:
 
 
 def test_sampled_runs_are_compared_with_vanillas_of_other_seeds() -> None:
-    """So vanilla does not agree with itself by being itself."""
+    """So vanilla is not compared with itself."""
     agreement = quality.load_metric("token_agreement")
     vanilla, speculative = [[[1, 2, 3, 4]], [[1, 2, 5, 6]]], [[[1, 2, 3, 4]], [[9, 9, 9, 9]]]
     rows = {row.name: row for row in quality.compare_runs(vanilla, speculative, agreement)}
@@ -155,7 +155,7 @@ def test_the_interval_contains_0_for_noise_and_excludes_it_for_a_difference() ->
     draw = np.random.default_rng(0)
     inside = 0
     for _ in range(200):
-        prompts = draw.normal(size=40)  # what both methods share of a prompt
+        prompts = draw.normal(size=40)  # the part of a prompt's value that both methods share
         low, high = Comparison("", *(prompts + 0.5 * draw.normal(size=(2, 40)))).interval()
         inside += low <= 0 <= high
     assert 0.90 <= inside / 200 <= 0.985
@@ -164,7 +164,7 @@ def test_the_interval_contains_0_for_noise_and_excludes_it_for_a_difference() ->
 
 
 def test_prompts_that_differ_much_do_not_widen_the_interval() -> None:
-    """Both methods' values of a prompt are drawn together."""
+    """Both methods' values of a prompt are resampled together."""
     prompts = 100.0 * np.arange(30)
     low, high = Comparison("", prompts, prompts + np.tile([0.9, 1.1], 15)).interval()
     assert 0.95 < low < high < 1.05
@@ -202,7 +202,7 @@ def test_references_are_compared_as_text_and_by_token(tmp_path: Path) -> None:
 
 
 def test_metrics_that_do_not_load_are_named_and_the_others_work(tmp_path: Path) -> None:
-    """A score is found under the module's name, as "score", or as every float there is."""
+    """A score is found under the module's name, as "score", or else all floats count."""
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "broken.py").write_text("import no_such_library\n", encoding="utf-8")
@@ -220,11 +220,11 @@ def test_metrics_that_do_not_load_are_named_and_the_others_work(tmp_path: Path) 
 
 @pytest.mark.parametrize("offline", ["1", ""])
 def test_a_hub_out_of_reach_is_asked_once_at_most(offline: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`evaluate` by itself would wait for it file by file, HF_HUB_OFFLINE or not."""
+    """`evaluate` itself would wait for it file by file, with or without HF_HUB_OFFLINE."""
     asked = []
     monkeypatch.setenv("HF_HUB_OFFLINE", offline)
     monkeypatch.setattr(evaluate.config, "HF_EVALUATE_OFFLINE", False)
-    monkeypatch.setattr(evaluate.config, "HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr(evaluate.config, "HF_ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
     real = evaluate.utils.file_utils.requests.Session.request
     monkeypatch.setattr(
         evaluate.utils.file_utils.requests.Session, "request", lambda *a, **k: asked.append(k["url"]) or real(*a, **k)
@@ -237,7 +237,7 @@ def test_a_hub_out_of_reach_is_asked_once_at_most(offline: str, monkeypatch: pyt
 def test_references_of_embedded_prompts_follow_them_in_the_standard_library(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Shortened prompts as well; where this Python has other sources there is no reference."""
+    """Shortened prompts as well; if this Python's sources differ, there is no reference."""
     tokenizer = hf_specdec.demo_pair()[2]
     row = json.loads((DEMO_PAIR / "heldout_prompts.jsonl").read_text(encoding="utf-8").splitlines()[0])
     (tmp_path / row["module"]).write_text(
@@ -249,7 +249,7 @@ def test_references_of_embedded_prompts_follow_them_in_the_standard_library(
     assert short.reference is not None and row["text"][20:].startswith(short.reference)
     for prompt, n in (whole, 6), (short, 6):
         assert len(tokenizer(prompt.reference)["input_ids"]) <= n
-    chat = Prompt(f"<user>{row['text']}<assistant>")  # as behind a chat template
+    chat = Prompt(f"<user>{row['text']}<assistant>")  # as after a chat template
     assert quality.with_true_continuations([chat], tokenizer, 6) == [chat]
     (tmp_path / row["module"]).write_text("# rewritten", encoding="utf-8")
     assert quality.with_true_continuations([Prompt(row["text"])], tokenizer, 6)[0].reference is None
@@ -277,7 +277,7 @@ def test_the_embedded_pair_passes(script: Script, tmp_path: Path) -> None:
 
 
 def test_no_two_sampled_runs_share_a_seed(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of either method: runs with a seed in common would not be independent."""
+    """Of both methods: runs with a common seed would not be independent."""
     seeds = []
     real = quality.generate
 

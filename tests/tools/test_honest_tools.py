@@ -1,4 +1,4 @@
-"""What the tools say is what they measured: they fail, or decline to conclude, where nothing was shown."""
+"""The tools report only what they measured: they fail, or draw no conclusion, if nothing was shown."""
 
 import argparse
 import importlib.util
@@ -49,7 +49,7 @@ def drafting(*given: str, recommended: dict[str, Any] | None = None) -> dict[str
 
 
 def test_quality_is_compared_with_a_constant_draft_length_unless_told_otherwise() -> None:
-    """Also where the library's own schedule goes by the clock."""
+    """Also though the library's own schedule depends on measured times."""
     schedule, gamma = "num_assistant_tokens_schedule", "num_assistant_tokens"
     assert drafting() == {schedule: "constant"}
     assert drafting(recommended={schedule: "optimal", gamma: 3}) == {schedule: "optimal", gamma: 3}
@@ -103,7 +103,7 @@ def test_fewer_than_8_prompts_give_no_interval(prompts: int, shown: bool) -> Non
 
 
 def contender(costs: list[float], options: dict[str, Any] | None = None, rounds: int = 3) -> tuning.Contender:
-    """One whose time per token, batch by batch, is `costs` times vanilla's; each batch has 10 tokens."""
+    """A contender whose time per token, batch by batch, is `costs` times vanilla's; each batch has 10 tokens."""
 
     def record(each: list[float]) -> Record:
         runs = [Run(10 * cost, 0.0, 10, 1, 10 * cost, 10) for cost in each]
@@ -122,11 +122,11 @@ def setting(batches: int, rows: int = 1) -> Setting:
     ("costs", "reason"),
     [
         ([0.5, 0.52] * 4, ""),  # pays
-        ([1.5, 1.52] * 4, ""),  # does not, as surely
-        ([0.5, 0.52, 0.5], "3 prompts do not tell how much speed-ups vary, 8 prompts do"),
-        ([0.5] * 7, "7 prompts do not tell"),
-        ([0.5, 1.8] * 4, "it is open whether speculation pays"),
-        ([0.3, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3, 1.5], "too wide to choose by"),
+        ([1.5, 1.52] * 4, ""),  # does not, just as clearly
+        ([0.5, 0.52, 0.5], "3 prompts cannot show how much speed-ups vary; 8 can"),
+        ([0.5] * 7, "7 prompts cannot show"),
+        ([0.5, 1.8] * 4, "it is unclear whether speculation pays"),
+        ([0.3, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3, 1.5], "too wide for a choice"),
     ],
 )
 def test_tune_concludes_from_enough_prompts_alone(costs: list[float], reason: str) -> None:
@@ -135,15 +135,15 @@ def test_tune_concludes_from_enough_prompts_alone(costs: list[float], reason: st
 
 
 def test_rounds_are_no_prompts() -> None:
-    """Repeating the same text tells nothing about other text."""
+    """Repeating the same text says nothing about other text."""
     few, many = (contender([0.5, 0.9] * 5, rounds=rounds) for rounds in (3, 20))
     assert few.interval == many.interval
     doubt = tuning.doubt(contender([0.5] * 3, rounds=20), setting(3, rows=8))
-    assert doubt.startswith("3 batches of 8 prompts do not tell")
+    assert doubt.startswith("3 batches of 8 prompts cannot show")
 
 
 def test_the_interval_of_a_mean_holds_about_as_often_as_is_said() -> None:
-    """600 samples of 8: 89 % ± 4 % (three standard deviations); 4 would hold in 79 %."""
+    """600 samples of 8: 89 % ± 4 % (three standard deviations); intervals from 4 would cover 79 %."""
     draw = np.random.default_rng(5)
     samples = draw.normal(size=(600, bootstrap.LEAST))
     inside = [low <= 0 <= high for low, high in (bootstrap.interval(8, lambda i, x=x: x[i].mean(1)) for x in samples)]
@@ -160,7 +160,7 @@ def test_without_a_conclusion_nothing_is_written(
     printed = capsys.readouterr().out
     result = json.loads(printed.splitlines()[-1])
     assert code == 1 and not (tmp_path / "pair").exists()
-    assert result["speculate"] is None and not result["recommended"] and "2 prompts do not tell" in result["doubt"]
+    assert result["speculate"] is None and not result["recommended"] and "2 prompts cannot show" in result["doubt"]
     assert "No conclusion, and nothing is written" in printed
 
 
@@ -210,12 +210,12 @@ def test_examples_say_which_tokens_are_a_prompts(target: PreTrainedModel) -> Non
         data = distillation.examples(target, None, PIECES, 4, prompt_tokens, 5, 1.0, seed=0)
         for kind, row, mask in zip(data["kind"], data["input_ids"], data["completion_mask"]):
             written = len(row) if kind == "text" else 5
-            written = 0 if kind == "text" and prompt_tokens is None else written  # then texts are prompts, too
+            written = 0 if kind == "text" and prompt_tokens is None else written  # texts are then prompts, too
             assert mask == [0] * (len(row) - written) + [1] * written
 
 
 def test_prompt_tokens_can_be_left_out_of_the_loss(target: PreTrainedModel) -> None:
-    """The loss is that of the positions that predict what the target wrote, computed by hand."""
+    """The loss covers the positions that predict the target's tokens, computed by hand."""
     data = distillation.examples(target, None, PIECES, 3, None, 5, 1.0, seed=0)
     draft = perturbed(target, 0.5)
     losses = {}
@@ -261,7 +261,7 @@ def test_a_log_file_gets_a_line_now_and_then_and_a_terminal_a_bar(monkeypatch: p
 def test_the_noise_leaves_room_for_what_other_positions_show() -> None:
     """Measured at 48 positions or at 768, twice the noise is far above all differences at ten times as many.
 
-    Each difference is the largest of 20 normal ones. Over 50 draws these reach at most 0.57 of twice the noise, and
+    Each difference is the largest of 20 normal ones. Over 50 draws they reach at most 0.57 of twice the noise, and
     would reach 0.74 of twice the largest difference measured.
     """
     draw = np.random.default_rng(0)

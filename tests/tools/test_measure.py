@@ -1,4 +1,4 @@
-"""What the measuring tools count, compare and divide; no test here looks at how long anything takes."""
+"""What the measuring tools count, compare and divide; no test here depends on how long anything takes."""
 
 import copy
 import math
@@ -49,13 +49,13 @@ def test_a_run_counts_tokens_and_forwards(llama_pair: Pair, rows: int) -> None:
     assert 0 < run.first_seconds < run.seconds
     assert sequences.shape == (rows, 14 + 9)
 
-    target.generate(**batch, **spec(draft).options(), max_new_tokens=2)  # the first batch tries out what the models can
+    target.generate(**batch, **spec(draft).options(), max_new_tokens=2)  # the first batch probes the models
     stats = hf_specdec.SpeculationStats()
     run, sequences = timed(target, batch, 9, spec(draft).options() | {"speculation_stats": stats})
     assert run.tokens == stats.committed_tokens == 9 * rows
     assert run.forwards == stats.target_forwards + stats.target_prefill_forwards
     first = [min(n + 1, 9) for n in stats.iterations[0]["accepted"]]
-    assert run.first_tokens == rows * min(first)  # a step is there when every row has it
+    assert run.first_tokens == rows * min(first)  # a step arrives when every row has it
 
 
 def test_the_first_block_of_assisted_generation_is_told_from_the_rest(llama_pair: Pair) -> None:
@@ -84,7 +84,7 @@ def test_all_methods_run_in_every_round_and_agree(comparison: Comparison) -> Non
         assert not record.refusal and not record.differing
         assert [len(row) for row in record.rows] == [12, 12]
     stats = comparison.records["hf_specdec γ=3"].stats
-    assert stats.committed_tokens == 2 * 24  # of the timed rounds alone
+    assert stats.committed_tokens == 2 * 24  # only of the timed rounds
     assert comparison.records["vanilla"].stats.committed_tokens == 0
 
 
@@ -323,7 +323,7 @@ def test_prompts_beyond_the_models_positions_are_refused(tokenizer: PreTrainedTo
     model = make_model(LlamaConfig(**{**SIZES, "max_position_embeddings": 48}))
     setting = setting_of(tokenizer, context=40)
     check_positions(model, setting, 8)
-    with pytest.raises(SystemExit, match="has 48 positions, prompts of 40 and 9 new tokens take 49"):
+    with pytest.raises(SystemExit, match="has 48 positions, but prompts of 40 tokens and 9 new tokens take 49"):
         check_positions(model, setting, 9)
 
 

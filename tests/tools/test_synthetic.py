@@ -1,4 +1,4 @@
-"""The synthetic pairs agree with what they are made from exactly as much as they say."""
+"""The synthetic pairs agree with their originals exactly as often as documented."""
 
 import argparse
 
@@ -64,7 +64,7 @@ def test_first_layers_share_the_weights_of_the_target() -> None:
 
 
 def test_epsilon_sets_how_often_the_big_pair_agrees(ids: torch.Tensor) -> None:
-    """On 80 tokens the shares lie far apart; at 0 draft and target are the same function."""
+    """On 80 tokens the shares are far apart; at 0, draft and target are the same function."""
     shares = []
     for epsilon in (0.0, 0.1, 1.0):
         pair = big_pair(torch.float32, **SMALL, epsilon=epsilon)
@@ -82,7 +82,7 @@ def test_the_big_pair_has_300_million_parameters() -> None:
 
 
 def test_a_random_draft_never_agrees(embedded: PreTrainedModel, ids: torch.Tensor) -> None:
-    """By chance one token in 4096 would; that two of these 240 do has odds of 1 : 600."""
+    """By chance one token in 4096 would agree; two of these 240 do with odds of 1 : 600."""
     stats = hf_specdec.SpeculationStats()
     draft = random_like(hf_specdec.demo_pair()[1])
     options = {"max_new_tokens": 24, "do_sample": False, "strategy": "spec", "num_assistant_tokens": 5}

@@ -1,4 +1,4 @@
-"""tune.py: the race, what it concludes, and the pair file that generate() then goes by."""
+"""tune.py: the race, its conclusion, and the pair file that generate() then uses."""
 
 import json
 import sys
@@ -50,7 +50,7 @@ def test_candidates_are_options_of_generate() -> None:
 
 
 def test_the_slower_half_drops_out(small_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Speed is made up here: γ = 3 is best, and the further from it the slower."""
+    """Made-up speeds: γ = 3 is best, and others are slower the further they are from it."""
     speeds = {"1": 1.1, "2": 1.4, "3": 1.5, "4": 1.3, "5": 1.2, "6": 0.9, "7": 0.8, "8": 0.7}
 
     def made_up(slow: Record, fast: Record) -> Spread:

@@ -1,18 +1,18 @@
-"""Acceptance rate of speculative decoding, as an `evaluate` module; it needs nothing but `evaluate`."""
+"""Acceptance rate of speculative decoding, as an `evaluate` module; it only needs `evaluate`."""
 
 import math
 from typing import Any
 
-# `from evaluate import Metric` would make evaluate.load() take the base class for the module's own.
+# With `from evaluate import Metric`, evaluate.load() would mistake the base class for the module's own class.
 import datasets
 import evaluate
 
 _DESCRIPTION = """
-How many of a draft model's tokens the target model kept in speculative decoding.
+How many of a draft model's tokens the target model accepted in speculative decoding.
 
-A block is one iteration for one row: the draft proposes some tokens, the target keeps the first few of them and adds
-one token of its own. The acceptance rate α is the share of proposed tokens that were kept; the block efficiency τ is
-the number of tokens that one forward of the target yields for a row (1 without speculation).
+A block is one iteration for one row: the draft proposes some tokens, the target accepts the first few of them and adds
+one token of its own. The acceptance rate α is the share of proposed tokens that were accepted; the block efficiency τ
+is the number of tokens that one forward of the target yields for a row (1 without speculation).
 """
 
 _KWARGS_DESCRIPTION = """
@@ -20,7 +20,7 @@ Args:
     predictions (list of int): for each block, how many drafted tokens were accepted.
     references (list of int): for each block, how many tokens were drafted; 0 is allowed.
     committed_tokens (int, optional): how many tokens all blocks together added to their rows. By default every block
-        adds its accepted tokens and one more; fewer were added where a row ended at an accepted token (EOS).
+        adds its accepted tokens and one more; a row that ended at an accepted token (EOS) added fewer.
 Returns:
     acceptance_rate (float): α, accepted / drafted tokens; 0.0 if nothing was drafted.
     acceptance_rate_interval (list of two floats): its 95 % confidence interval over blocks.
@@ -28,8 +28,8 @@ Returns:
     mean_accepted_length (float): accepted tokens / blocks.
     acceptance_by_position (list of float): entry i is the share of (i + 1)-th drafts that were accepted, which needs
         all drafts before them accepted too.
-    accepted_length_histogram (list of int): entry k counts the blocks of which k drafts were accepted.
-    blocks, drafted_tokens, accepted_tokens (int): what the rates are made of.
+    accepted_length_histogram (list of int): entry k counts the blocks in which k drafts were accepted.
+    blocks, drafted_tokens, accepted_tokens (int): the counts behind the rates.
 Examples:
     >>> import evaluate
     >>> metric = evaluate.load("hf_specdec/metrics/acceptance_rate")
@@ -66,7 +66,7 @@ Z = 1.959964  # the normal distribution's 97.5 % point
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
 class AcceptanceRate(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
-        # float64, because `datasets` would cut 2.7 down to an int64 without a word; `_check` refuses it.
+        # float64, because `datasets` would silently truncate 2.7 to an int64; `_check` rejects it.
         count = datasets.Value("float64")
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
@@ -104,14 +104,14 @@ class AcceptanceRate(evaluate.Metric):
 
 
 def interval(accepted: list[int], drafted: list[int]) -> list[float]:
-    """Wilson's 95 % interval of α, `[low, high]`, with as many trials as there are *effectively* drafts.
+    """Wilson's 95 % interval of α, `[low, high]`, with the *effective* number of independent drafts as trials.
 
-    The drafts of a block are kept up to the first rejected one, so they are no independent trials; blocks are the unit
-    that is taken as independent. The variance of α over blocks (as of any ratio of sums, by linearisation) says how
-    many independent drafts would be as informative: α(1 − α) / variance, and never more than there were drafts. Where
-    blocks show no variance (all or none accepted, a single block), each block counts as one trial.
+    The drafts of a block are accepted up to the first rejected one, so they are not independent trials; blocks are
+    assumed to be independent. The variance of α over blocks (linearised, as for any ratio of sums) tells how many
+    independent drafts would be as informative: α(1 − α) / variance, and at most the number of drafts. If blocks show
+    no variance (all or none accepted, a single block), each block counts as one trial.
 
-    Nothing drafted: `[0.0, 1.0]`.
+    If nothing was drafted: `[0.0, 1.0]`.
     """
     pairs = [(a, d) for a, d in zip(accepted, drafted) if d]
     blocks, total = len(pairs), sum(drafted)

@@ -1,4 +1,4 @@
-"""The module's page as a Space: a form that computes it."""
+"""The module's page as a Space: a form that computes the metric."""
 
 from pathlib import Path
 

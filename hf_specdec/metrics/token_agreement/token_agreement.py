@@ -1,16 +1,16 @@
-"""Token agreement of two generated sequences, as an `evaluate` module; it needs nothing but `evaluate`."""
+"""Token agreement of two generated sequences, as an `evaluate` module; it only needs `evaluate`."""
 
 from typing import Any
 
-# `from evaluate import Metric` would make evaluate.load() take the base class for the module's own.
+# With `from evaluate import Metric`, evaluate.load() would mistake the base class for the module's own class.
 import datasets
 import evaluate
 
 _DESCRIPTION = """
 How far two ways to generate agree, token by token, such as decoding with and without speculation.
 
-Sequences are compared by position, without any alignment: after an insertion nothing but chance agrees. Two sequences
-agree up to their first divergence; where one ends and the other goes on, they diverge.
+Sequences are compared by position, without any alignment: after an insertion they agree only by chance. Two sequences
+agree up to their first divergence; if one ends and the other continues, they diverge there.
 """
 
 _KWARGS_DESCRIPTION = """
@@ -22,7 +22,7 @@ Args:
 Returns:
     exact_match (float): share of pairs that are identical, lengths included.
     token_agreement (float): share of positions that hold the same token, out of the longer sequence's length; mean
-        over pairs. Two empty sequences agree entirely (1.0), an empty and another one not at all (0.0).
+        over pairs. Two empty sequences agree fully (1.0), an empty and a non-empty one not at all (0.0).
     prefix_agreement (float): the same, counting only positions before the first divergence.
     first_divergence (float or None): position, from 0, of the first divergence; mean over the pairs that diverge, None
         if none does.
@@ -54,7 +54,7 @@ class TokenAgreement(evaluate.Metric):
             description=_DESCRIPTION,
             citation=_CITATION,
             inputs_description=_KWARGS_DESCRIPTION,
-            # The first that fits is taken, and a string would pass for a sequence.
+            # The first that fits is used, and a string would pass for a sequence.
             features=[
                 datasets.Features({"predictions": text, "references": text}),
                 datasets.Features({"predictions": ids, "references": ids}),
