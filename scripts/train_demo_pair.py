@@ -303,8 +303,8 @@ Such a small target repeats itself in greedy text ({repeated_4_grams:.0%} of its
 at 1, bfloat16 autocast. Target: {rows} x {block} tokens per step, next-token loss. Draft: starts as the target's
 embeddings, first {draft[layers]} layers and final norm, then learns KL(target || draft) plus {draft[argmax_weight]} x
 cross-entropy on the target's choice, against the target as shipped (rounded to bfloat16), twice the tokens per
-step, from one kind of text: corpus, greedy or sampled continuations ({draft[continuations]} greedy ones), drawn with weights
-{draft[lesson_weights]}.
+step, from one kind of text: corpus, greedy or sampled continuations ({draft[continuations]} greedy ones), drawn with
+weights {draft[lesson_weights]}.
 
 **Machine**: {cpu}, torch {torch}, {date}. Times are wall clock; other work may have run on the machine.
 """
