@@ -1,4 +1,4 @@
-"""hf_specdec: Hugging Face models generate faster, and say exactly what they said before.
+"""hf_specdec: Hugging Face models generate faster, with unchanged output.
 
 Importing registers `strategy="spec"` on `generate()`:
 

@@ -3,10 +3,10 @@
     hf-specdec suggest Qwen/Qwen3-8B          # which draft suits this target?
     hf-specdec check PAIR                     # do target and draft fit? one table
     hf-specdec check --target T --draft D     # the same for two models
-    hf-specdec export PAIR --to vllm DIR      # or sglang, custom-generate: take a pair elsewhere
+    hf-specdec export PAIR --to vllm DIR      # or sglang, custom-generate: use a pair elsewhere
 
-PAIR is a folder or Hub repository with specdec_pair.json; --target T --draft D instead names two models. The last line
-of the output is JSON.
+PAIR is a folder or Hub repository with specdec_pair.json; use --target T --draft D to name two models instead. The last
+line of the output is JSON.
 """
 
 import argparse
@@ -35,9 +35,9 @@ def suggest(arguments: Sequence[str]) -> int:
 
 
 def check(arguments: Sequence[str]) -> int:
-    """Load a pair and show in one table whether its models fit; the exit code is 1 if they do not."""
+    """Load a pair and show in one table whether its models fit; exit code 1 if they do not."""
     parser = _parser(check)
-    parser.add_argument("name", metavar="PAIR", nargs="?", help="the same as --pair")
+    parser.add_argument("name", metavar="PAIR", nargs="?", help="same as --pair")
     add_pair_arguments(parser)
     parser.set_defaults(dtype="auto")
     args = parser.parse_args(arguments)
@@ -54,11 +54,11 @@ def export(arguments: Sequence[str]) -> int:
     parser = _parser(export)
     add = parser.add_argument
     add("pair", metavar="PAIR", nargs="?", help="Hub id or local folder of a pair")
-    add("folder", metavar="DIR", help="where the files go")
-    add("--to", required=True, choices=EXPORTERS, help="for whom")
+    add("folder", metavar="DIR", help="output folder")
+    add("--to", required=True, choices=EXPORTERS, help="what to export for")
     add("--target", help="Hub id or local folder of a target, instead of PAIR")
     add("--draft", help="Hub id or local folder of its draft (default: the catalogue's)")
-    add("--revision", help="of PAIR, or of the target, on the Hub")
+    add("--revision", help="revision of PAIR, or of the target, on the Hub")
     args = parser.parse_intermixed_args(arguments)  # DIR may follow --to
     pair = pair_to_export(args.pair, args.target, args.draft, args.revision)
     exported = export_pair(pair, args.to, args.folder)
@@ -74,7 +74,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"suggest": suggest, "chec
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; errors that a user can mend are printed, with exit code 1."""
+    """Run a command; errors that the user can fix are printed, with exit code 1."""
     parser = argparse.ArgumentParser(
         prog="hf-specdec", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

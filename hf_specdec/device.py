@@ -1,6 +1,6 @@
-"""What PyTorch costs around a model: crossing to the device without waiting for it, and bookkeeping for gradients.
+"""Avoids PyTorch's overheads around a model: waiting for the device, and bookkeeping for gradients.
 
-And what must be known of a model before: on which device it takes its inputs, and which.
+Also answers which inputs a model takes, and on which device.
 """
 
 import inspect
@@ -14,23 +14,23 @@ from transformers import PreTrainedModel
 
 
 def to_device(values: Sequence[int] | Sequence[bool], device: torch.device) -> Tensor:
-    """A 1-D tensor of `values`; `torch.tensor(values, device=device)` would wait for what is queued on the device."""
+    """A 1-D tensor of `values`; `torch.tensor(values, device=device)` would wait for work queued on the device."""
     return torch.tensor(values).to(device, non_blocking=True)
 
 
 def no_bookkeeping(model: torch.nn.Module, device: torch.device) -> Callable[[], AbstractContextManager[object]]:
-    """What to enter for a forward: inference mode on CPUs, where it takes a tenth to a quarter off a small model's.
+    """The context for a forward: inference mode on CPUs, where it saves a tenth to a quarter of a small model's time.
 
-    Not for models with forward hooks, which may keep tensors for a backward pass of their own.
+    Not for models with forward hooks, which may keep tensors for their own backward pass.
     """
     return nullcontext if is_hooked(model, inside=True) or device.type != "cpu" else torch.inference_mode
 
 
 def is_hooked(model: torch.nn.Module, inside: bool = False) -> bool:
-    """Whether somebody else's code runs in a forward, accelerate's among it, and must run in every one.
+    """Whether foreign code (accelerate's, for example) runs in a forward, and must run in every forward.
 
     Args:
-        inside: leave out what only sees the inputs of the whole model.
+        inside: ignore hooks that only see the inputs of the whole model.
     """
     everywhere = torch.nn.modules.module
     if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
@@ -44,7 +44,7 @@ def is_hooked(model: torch.nn.Module, inside: bool = False) -> bool:
 
 
 def model_device(model: PreTrainedModel) -> torch.device:
-    """Where a model takes its inputs; of one whose weights accelerate has put away, where it computes."""
+    """The device of a model's inputs; if accelerate has offloaded its weights, the device that it computes on."""
     if model.device.type == "meta":
         for module in model.modules():
             hook: Any = getattr(module, "_hf_hook", None)
@@ -56,22 +56,22 @@ def model_device(model: PreTrainedModel) -> torch.device:
 
 
 def forward_parameters(model: PreTrainedModel) -> Mapping[str, inspect.Parameter]:
-    """The inputs that a model's `forward` names; of one compiled by `torch.compile`, those of the model inside."""
+    """The inputs that a model's `forward` names; for `torch.compile` wrappers, those of the model inside."""
     return inspect.signature(getattr(model, "_orig_mod", model).forward).parameters
 
 
 def first_line(error: BaseException) -> str:
-    """What went wrong, in one line: the kind of error and the first line of its message."""
+    """The error in one line: its type and the first line of its message."""
     lines = str(error).splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-# Inputs without which a model is fed more slowly.
+# Inputs without which feeding a model is slower.
 _TELLING = ("past_key_values", "cache_params", "position_ids", "logits_to_keep")
 
 
 def hidden_parameters(model: PreTrainedModel) -> list[str]:
-    """Inputs that a wrapper around `forward` takes as `*args` or `**kwargs`, though what it wraps may name them."""
+    """Inputs that a wrapper around `forward` takes as `*args` or `**kwargs`, though the wrapped one may name them."""
     visible = forward_parameters(model)
     if not any(p.kind is p.VAR_KEYWORD for p in visible.values()):
         return []

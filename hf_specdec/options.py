@@ -1,4 +1,4 @@
-"""The options of speculative decoding: where each value comes from, and what is refused.
+"""The options of speculative decoding: where each value comes from, and which values raise an error.
 
 The names are those of transformers' generation config. A value given to `generate()` beats the target's generation
 config, which beats the draft model's.
@@ -13,26 +13,26 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# What holds when nobody says anything.
+# Values of options that are set nowhere.
 DEFAULTS: dict[str, Any] = {
     "num_assistant_tokens": None,  # the schedule's own choice
-    "num_assistant_tokens_schedule": None,  # "constant" where γ is given, else "optimal"
+    "num_assistant_tokens_schedule": None,  # "constant" if γ is given, else "optimal"
     "assistant_confidence_threshold": 0.0,
     "prompt_lookup_num_tokens": None,
     "max_matching_ngram_size": 2,
     "assistant_early_exit": None,
     "speculation_compile": False,
-    "speculation_pack_weights": None,  # where it pays
+    "speculation_pack_weights": None,  # if it pays
 }
 OPTION_NAMES = tuple(DEFAULTS)
-COMPILABLE = ("draft", "target", "attention")  # what `speculation_compile` can name
-# `cache_implementation` for a cache of fixed size; all but the first are transformers' deprecated names for it.
+COMPILABLE = ("draft", "target", "attention")  # names that `speculation_compile` accepts
+# `cache_implementation` for a cache of fixed size; all but the first are deprecated names in transformers.
 STATIC_KINDS = ("static", "sliding_window", "hybrid", "hybrid_chunked")
 
 
 @dataclass(frozen=True)
 class Options:
-    """The resolved options; attributes are named as in the generation config."""
+    """The resolved options; attributes have the names of the generation config."""
 
     num_assistant_tokens: int | None
     num_assistant_tokens_schedule: str
@@ -75,7 +75,7 @@ class Options:
             )
 
     def compiles(self, part: str) -> bool:
-        """Whether `part`, one of COMPILABLE, is to be compiled."""
+        """Whether to compile `part`, one of COMPILABLE."""
         return self.speculation_compile is True or self.speculation_compile == part
 
 
@@ -89,15 +89,15 @@ def resolve_options(
     """Decide every option.
 
     Args:
-        explicit: what the user gave to this call.
+        explicit: the options that the user gave to this call.
         prepared: the call's generation config, in which transformers has already filled in its own defaults.
         target: its generation config comes second.
-        draft: its generation config, if it has one, comes third.
-        together: which model several processes compute together, and how (`sharding.sharded`). Nothing is then decided
-            by the clock of one of them.
+        draft: its generation config, if any, comes third.
+        together: which model several processes compute together, and how (`sharding.sharded`). If given, no decision
+            depends on the clock of one process.
 
     Raises:
-        TypeError, ValueError: for a value that an option cannot have, or cannot have there.
+        TypeError, ValueError: if the value of an option is invalid, or invalid in this context.
     """
     host_defaults = GenerationConfig._get_default_generation_params()
     draft_config = getattr(draft, "generation_config", None)
@@ -113,32 +113,32 @@ def resolve_options(
         return next((value for value in candidates if value is not None), DEFAULTS[name])
 
     options = {name: resolve(name) for name in OPTION_NAMES}
-    # Who sets γ and no schedule means that γ.
+    # If γ is set without a schedule, use that γ throughout.
     if options["num_assistant_tokens_schedule"] is None:
         gamma = options["num_assistant_tokens"] or options["prompt_lookup_num_tokens"]
         options["num_assistant_tokens_schedule"] = "optimal" if gamma is None and together is None else "constant"
         if gamma is None and together is not None:
             logger.warning_once(
-                f"As {together}, all processes must draft equally many tokens: `num_assistant_tokens_schedule` is "
-                "'constant', and not 'optimal', which goes by the clock of each. Set `num_assistant_tokens` to choose "
-                "how many."
+                f"As {together}, all processes must draft the same number of tokens: `num_assistant_tokens_schedule` "
+                "is 'constant' instead of 'optimal', which relies on the clock of each process. Set "
+                "`num_assistant_tokens` to choose the number."
             )
     if together is not None:
         if options["num_assistant_tokens_schedule"] == "optimal":
             raise ValueError(
-                "`num_assistant_tokens_schedule='optimal'` goes by the clock of each process, but as "
-                f"{together}, all processes must draft equally many tokens: set it to 'constant' or 'heuristic', or "
-                "leave it out"
+                "`num_assistant_tokens_schedule='optimal'` relies on the clock of each process, but as "
+                f"{together}, all processes must draft the same number of tokens: set it to 'constant' or "
+                "'heuristic', or leave it out"
             )
         options["speculation_pack_weights"] = bool(options["speculation_pack_weights"])
     return Options(**options)
 
 
 def check_generation_config(config: GenerationConfig, given: dict[str, Any]) -> None:
-    """Raise an error that names the option for what speculative decoding cannot honour.
+    """Raise an error that names the option if speculative decoding does not support a setting.
 
     Args:
-        config: the call's, prepared.
+        config: the call's prepared generation config.
         given: the keyword arguments of the call.
     """
     if config.num_beams is not None and config.num_beams > 1:
@@ -160,19 +160,19 @@ def check_generation_config(config: GenerationConfig, given: dict[str, Any]) -> 
 
 
 def check_cache_implementation(name: str | None) -> None:
-    """Refuse kinds of cache that cannot be exchanged with ours, or that would be no use with it."""
+    """Raise a ValueError for kinds of cache that cannot be exchanged with ours, or would be pointless with it."""
     if name in (None, "dynamic", *STATIC_KINDS):
         return
     if name == "quantized":
         reason = (
-            "such a cache cannot roll back exactly, since how it rounds an entry depends on what is written with it, "
-            "rejected drafts too"
+            "such a cache cannot roll back exactly, because how it rounds an entry depends on all entries written with "
+            "it, including rejected drafts"
         )
     elif name.startswith("offloaded"):
-        # Who offloads has no room on the device: a cache kept there all the same would fail late, as lack of memory.
-        reason = "it keeps keys and values on the model's device"
+        # Users who offload lack device memory: a cache kept there anyway would fail late, out of memory.
+        reason = "strategy='spec' keeps keys and values on the model's device"
     elif name == "paged":
-        reason = "it means continuous batching, which has a loop of its own"
+        reason = "it means continuous batching, which has its own decoding loop"
     else:
         reason = "it is not known here"
     raise ValueError(

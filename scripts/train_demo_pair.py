@@ -275,8 +275,8 @@ tags: [speculative-decoding, python, draft-model, llama]
 # The embedded demo pair of hf_specdec
 
 `target/` and `draft/` are two small Llama models with one tokenizer, trained together by `scripts/train_demo_pair.py`,
-which also wrote this card. They write text that looks like Python, not programs that work: they are for trying
-speculative decoding without a network. Contexts of up to {block} tokens were trained.
+which also wrote this card. They write text that looks like Python but is not working code: use them to try
+speculative decoding without a network. They were trained on contexts of up to {block} tokens.
 
 | | target | draft |
 |---|---|---|
@@ -291,22 +291,22 @@ Forward time ratio: **{cost_ratio:.3f}**.
 
 **Acceptance**, γ = {gamma}, {prompts} held-out prompts of {prompt_tokens} tokens, {new_tokens} new tokens, greedy:
 α = **{acceptance_rate:.3f}**, τ = {block_efficiency:.2f} tokens per target forward; drafts 1 to {gamma} are accepted in
-{positions} of the blocks; the draft's choice is the target's at {greedy_token_agreement:.3f} of the tokens.
-Under sampling at temperature 1 a draft token would be accepted with probability {sampling_overlap:.3f}.
-So small a target repeats itself in greedy text ({repeated_4_grams:.0%} of its 4-grams), which is easy to draft.
+{positions} of the blocks; the draft's choice equals the target's at {greedy_token_agreement:.3f} of the tokens.
+When sampling at temperature 1, a draft token would be accepted with probability {sampling_overlap:.3f}.
+Such a small target repeats itself in greedy text ({repeated_4_grams:.0%} of its 4-grams), which is easy to draft.
 
 **Data**: the sources of Python {python}'s standard library (PSF license), {modules} modules, {train_bytes:,} bytes,
 {train_tokens:,} tokens. Held out from tokenizer and models ({heldout_tokens:,} tokens): {held_out_names}.
 `heldout_prompts.jsonl` has prompts cut from these.
 
 **Recipe**: seed {seed}; Muon for matrices, AdamW for embeddings and norms, warm-up then linear decay to zero, clipping
-at 1, bfloat16 autocast. Target: {rows} x {block} tokens a step, next-token loss. Draft: starts as the target's
+at 1, bfloat16 autocast. Target: {rows} x {block} tokens per step, next-token loss. Draft: starts as the target's
 embeddings, first {draft[layers]} layers and final norm, then learns KL(target || draft) plus {draft[argmax_weight]} x
-cross-entropy on the target's choice, against the target as shipped (rounded to bfloat16), twice the tokens a step of
-one kind of text: corpus, greedy or sampled continuations ({draft[continuations]} greedy ones), drawn with weights
-{draft[lesson_weights]}.
+cross-entropy on the target's choice, against the target as shipped (rounded to bfloat16), twice the tokens per
+step, from one kind of text: corpus, greedy or sampled continuations ({draft[continuations]} greedy ones), drawn with
+weights {draft[lesson_weights]}.
 
-**Machine**: {cpu}, torch {torch}, {date}. Times are wall clock, whatever else ran on the machine.
+**Machine**: {cpu}, torch {torch}, {date}. Times are wall clock; other work may have run on the machine.
 """
 
 

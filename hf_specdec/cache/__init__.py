@@ -1,1 +1,1 @@
-"""Caches whose rows have lengths of their own, and how they go back to committed tokens."""
+"""Caches whose rows have individual lengths, and their rollback to committed tokens."""

@@ -1,4 +1,4 @@
-"""Which layer of ours stands for which layer of transformers' caches."""
+"""Chooses our cache layer for each layer of a transformers cache."""
 
 import copy
 from typing import Any
@@ -13,7 +13,7 @@ from .window import window_layers
 
 
 class HybridLayer(RaggedLayer, LinearAttentionAndFullAttentionLayer):
-    """A layer that keeps a recurrent state besides its keys and values."""
+    """A layer with a recurrent state in addition to keys and values."""
 
     is_croppable = False
 
@@ -21,21 +21,21 @@ class HybridLayer(RaggedLayer, LinearAttentionAndFullAttentionLayer):
         LinearAttentionLayer.lazy_initialization(self, *args, **kwargs)
 
     def select_rows(self, index: Tensor) -> None:
-        """Keep the states of these rows; keys and values are moved by `RaggedCache.activate`."""
+        """Keep only the states of these rows; `RaggedCache.activate` moves keys and values."""
         LinearAttentionLayer.reorder_cache(self, index)
 
 
 def cache_layers(source: Cache, config: Any, rows: int, max_capacity: int, windowed: bool = True) -> list[Any]:
-    """A layer for each of those that transformers makes for the model, empty.
+    """Create an empty layer for each layer of the model's transformers cache.
 
     Args:
-        source: what transformers makes of the model's config, or the user has given.
-        config: the model's.
-        rows: of the batch.
-        max_capacity: slots that will ever be needed.
-        windowed: bound layers with a window to it.
+        source: the cache that transformers makes from the model's config, or the user's.
+        config: the model's config.
+        rows: batch size.
+        max_capacity: the most slots that the call can need.
+        windowed: bound layers that have a window by that window.
 
-    Returns: nothing where every layer holds all keys and values and nothing else.
+    Returns: an empty list if every layer holds all keys and values and nothing else.
     """
     if has_states(source):
         return [_with_states(layer) for layer in source.layers]
@@ -49,27 +49,27 @@ def _with_states(layer: Any) -> Any:
 
 
 def cached_length(cache: Cache) -> int:
-    """How many tokens a cache of transformers stands for."""
+    """How many tokens a transformers cache covers."""
     if all(is_recurrent(layer) and not hasattr(layer, "keys") for layer in cache.layers) and cache.layers:
         if any(cache.has_previous_state(index) for index in range(len(cache.layers))):
             raise ValueError(
-                "The cache passed to generate() has recurrent layers only, which do not tell how many tokens they "
-                "stand for: strategy='spec' cannot continue it. Pass the whole text without a cache"
+                "The cache passed to generate() has only recurrent layers, which do not record how many tokens they "
+                "cover, so strategy='spec' cannot continue it. Pass the whole text without a cache"
             )
         return 0
     return entries(cache)
 
 
 def check_layers(cache: Cache, owner: str) -> None:
-    """Raise a ValueError if rejected drafts cannot be taken out of a cache like this.
+    """Raise a ValueError if this kind of cache cannot roll back rejected drafts.
 
     Args:
-        cache: what transformers makes of the model's config; need not have been used.
-        owner: whose cache it is, for the message.
+        cache: the cache that transformers makes from the model's config; it may be unused.
+        owner: the model that the cache belongs to, for the message.
     """
     quantized = {type(layer).__name__ for layer in cache.layers if hasattr(layer, "_quantize")}
     if quantized:
         raise ValueError(
             f"The cache of {owner} has layers of type {', '.join(sorted(quantized))}, which strategy='spec' cannot "
-            "roll back: what was quantized together with rejected drafts differs from what generate() alone would have"
+            "roll back: entries quantized together with rejected drafts differ from those of generate() alone"
         )

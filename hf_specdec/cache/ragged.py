@@ -1,8 +1,8 @@
-"""RaggedCache: what a model keeps of rows that have different lengths.
+"""RaggedCache: a model's cache for rows of different lengths.
 
-Owns the storage of one model's keys and values and the length of each row. It never decides what is committed; it is
-told. Rolling back is setting a smaller length: nothing is copied and nothing is cleared. What layers keep besides keys
-and values is in `states.py`.
+Owns the storage of one model's keys and values and the length of each row. Its caller decides what is committed. A
+rollback only sets a smaller length: nothing is copied or cleared. Layer states other than keys and values are in
+`states.py`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,17 +21,17 @@ from .window import WindowLayer
 
 @dataclass(frozen=True)
 class _Write:
-    """Where the next forward's entries go. `start` when all rows write at the same slot, else `slots` `[rows, q]`."""
+    """Where the next forward writes: at `start` if all rows write at the same slot, else at `slots` `[rows, q]`."""
 
-    used: int  # slots in use after the write, over the rows
+    used: int  # slots in use after the write, maximum over rows
     start: int
     slots: Tensor | None
 
 
 class RaggedCache(Cache):
-    """A cache whose rows have lengths of their own, and no padding.
+    """A cache whose rows have individual lengths and no padding.
 
-    Three rows after a prefill and one iteration (`.` is free or rolled back, and never seen by the masks):
+    Three rows after a prefill and one iteration (`.` is free or rolled back, and always masked):
 
         row 0   the cat sat on  a   .   .   .        lengths[0] = 5
         row 1   a   dog .   .   .   .   .   .        lengths[1] = 2
@@ -39,16 +39,16 @@ class RaggedCache(Cache):
 
     Only the rows in `rows` take part in a forward; `activate` moves them to the front of the storage.
 
-    Memory: each row takes 2 · layers · kv_heads · head_dim · capacity numbers, as much for short rows as for long ones.
-    Capacity begins a little above the longest prompt and at most doubles, up to what the call can need. Layers grow one
-    after the other, keys before values: the peak is the grown cache and the old keys or values of one layer.
+    Memory: each row takes 2 · layers · kv_heads · head_dim · capacity numbers, whatever its length. Capacity
+    starts slightly above the longest prompt and at most doubles, up to the most that the call can need. Layers grow one
+    at a time, keys before values: the peak is the grown cache plus one layer's old keys or values.
 
     Args:
-        batch_size: rows in all.
-        device: where index tensors are made.
-        capacity: slots to allocate at first.
-        max_capacity: slots that will ever be needed; growth is geometric up to it.
-        layers: made for the model (see `layers.py`); by default all hold every slot, and are made as they come.
+        batch_size: number of rows.
+        device: device of index tensors.
+        capacity: slots to allocate initially.
+        max_capacity: the most slots that the call can need; growth is geometric up to it.
+        layers: the model's layers (see `layers.py`); by default they are created on first use and hold every slot.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class RaggedCache(Cache):
         return self._storage[: self._active]
 
     def activate(self, rows: list[int]) -> None:
-        """From now on forwards are over these rows, in this order. The others keep their entries, not their states."""
+        """Run forwards over these rows from now on, in this order. Other rows keep their entries, not their states."""
         if rows == self.rows:
             return
         if self.states:
@@ -101,7 +101,7 @@ class RaggedCache(Cache):
 
     @property
     def has_entries(self) -> bool:
-        """Whether there are layers with an entry per token."""
+        """Whether any layer has an entry per token."""
         return not self.layers or any(not is_recurrent(layer) or hasattr(layer, "keys") for layer in self.layers)
 
     @property
@@ -111,19 +111,19 @@ class RaggedCache(Cache):
 
     @property
     def sees_one_span(self) -> bool:
-        """Whether the next forward sees the same slots of all active rows, which transformers can make masks for."""
+        """Whether the next forward sees the same slots of all active rows, so transformers can make its masks."""
         return self.is_uniform and all(window.view.is_uniform for window in self.windows)
 
     def prepare(self, query_length: int, ends: Sequence[int] | None = None, prefill: bool = False) -> None:
-        """Announce a forward of `query_length` tokens per row. Each row writes behind its own length.
+        """Announce a forward of `query_length` tokens per row. Each row writes after its own length.
 
         Args:
-            ends: by active row, the slots that rolling back will leave it, once it has them; its length by default.
-            prefill: whether rows are sure to be rolled back to these, their own tokens being followed by fill.
+            ends: by active row, the length that a rollback will leave, once it is reached; its length by default.
+            prefill: whether rows are certain to be rolled back to `ends`, because fill follows their own tokens.
         """
         lengths = self.active_lengths
         if self.states:
-            self.states.mark(lengths)
+            self.states.take_snapshot(lengths)
         used = max(lengths) + query_length
         if used > self.capacity:
             self._grow(used)
@@ -136,7 +136,7 @@ class RaggedCache(Cache):
             self._write = _Write(used, 0, starts[:, None] + torch.arange(query_length, device=self.device))
 
     def roll_back(self, rows: list[int], most: list[int]) -> None:
-        """Keep at most so many tokens of each of these rows; if there are states, as many as a mark was made at."""
+        """Keep at most `most` tokens of each of these rows; with states, as many as a snapshot covers."""
         limits = dict(zip(rows, most))
         kept = [min(self.lengths[row], limits.get(row, self.lengths[row])) for row in self.rows]
         if self.states:
@@ -145,15 +145,15 @@ class RaggedCache(Cache):
             self.lengths[row] = length
 
     def prepare_slots(self, slots: Tensor) -> None:
-        """Announce a forward whose tokens go to `slots` `[active rows, q]`, and see the whole capacity."""
+        """Announce a forward that writes to `slots` `[active rows, q]` and sees the whole capacity."""
         self._write = _Write(self.capacity, 0, slots)
 
     def is_reusable(self, rows: int, device: torch.device, capacity: int) -> bool:
-        """Whether a call over so many rows, with so many slots, could have been given this storage."""
+        """Whether this storage suits a call with so many rows and slots on `device`."""
         return len(self.lengths) == rows and self.device == device and self.capacity >= capacity
 
     def clear(self) -> None:
-        """Forget all entries, keeping the storage."""
+        """Discard all entries but keep the storage."""
         self.lengths = [0] * len(self.lengths)
         self._storage = list(range(len(self.lengths)))
         self._active = len(self.lengths)
@@ -175,7 +175,7 @@ class RaggedCache(Cache):
         return self._put(layer.keys, key_states, write), self._put(layer.values, value_states, write)
 
     def _put(self, storage: Tensor, states: Tensor, write: _Write) -> Tensor:
-        """Write into the active rows; return what of them is in use, without a copy."""
+        """Write into the active rows; return a view of their slots in use."""
         if self._active < len(storage):
             storage = storage.narrow(0, 0, self._active)
         if write.slots is None:
@@ -204,7 +204,7 @@ class RaggedCache(Cache):
         return self.get_seq_length() + query_length, 0
 
     def _with_entries(self) -> Iterator[RaggedLayer]:
-        """The layers that hold keys and values here."""
+        """The layers that hold keys and values in our storage."""
         return (layer for layer in self.layers if isinstance(layer, RaggedLayer) and layer.is_initialized)
 
     def _layer(self, layer_idx: int, key_states: Tensor, value_states: Tensor) -> Any:
@@ -221,13 +221,13 @@ class RaggedCache(Cache):
         for layer in self._with_entries():
             layer.grow(self.capacity, used)
 
-    # Exchange with the caches of transformers, which hold all rows in equal columns.
+    # Exchange with transformers caches, which hold all rows in equal columns.
 
     def load(self, source: Cache, first: list[int]) -> None:
-        """Take over another cache's entries, dropping each row's left padding.
+        """Copy another cache's entries, dropping each row's left padding.
 
         Args:
-            source: a cache of transformers whose layers hold `[rows, kv_heads, columns, head_dim]`.
+            source: a transformers cache whose layers hold `[rows, kv_heads, columns, head_dim]`.
             first: each row's first column that is not padding; it becomes slot 0.
         """
         past = entries(source)
@@ -245,12 +245,12 @@ class RaggedCache(Cache):
                 continue
             keys, values = layer.keys, layer.values
             mine = self._layer(index, keys, values)
-            held = min(keys.shape[-2], past)  # a sliding layer has let go of the oldest columns
+            held = min(keys.shape[-2], past)  # a sliding layer has dropped the oldest columns
             for row, f in enumerate(first):
                 if f >= past:
                     continue
                 base = mine.base(row)
-                begin = max(past - held, f + base)  # columns [begin, past) are still there, real and wanted
+                begin = max(past - held, f + base)  # columns [begin, past) are held, no padding, and needed
                 columns, slots = slice(begin - (past - held), held), slice(begin - f - base, past - f - base)
                 mine.keys[row, :, slots] = keys[row, :, columns]
                 mine.values[row, :, slots] = values[row, :, columns]
@@ -260,7 +260,7 @@ class RaggedCache(Cache):
 
         Args:
             first: the column of each row's slot 0.
-            width: columns in all; those that hold nothing are zero.
+            width: number of columns; those without entries are zero.
         """
         for index, layer in enumerate(self.layers):
             if not isinstance(layer, RaggedLayer) or not layer.is_initialized:
@@ -275,16 +275,16 @@ class RaggedCache(Cache):
             yield index, out[0], out[1]
 
     def copy_states_to(self, other: Cache) -> None:
-        """Give a cache of transformers, which has the same kinds of layers, what these keep besides keys and values."""
+        """Copy everything except keys and values to a transformers cache with the same kinds of layers."""
         for mine, theirs in zip(self.layers, other.layers):
             if is_recurrent(mine) or mine in self.states.whole:
                 copy_states(mine, theirs)
 
 
 def entries(cache: Cache) -> int:
-    """How many tokens a cache of transformers has keys and values for; 0 if none of its layers holds any.
+    """How many tokens a transformers cache has keys and values for; 0 if no layer holds any.
 
-    Its own `get_seq_length` asks one layer, which a pipeline stage may not own, and which is then empty.
+    The cache's own `get_seq_length` asks one layer, which is empty if another pipeline stage owns it.
     """
     counts = (int(layer.get_seq_length()) for layer in cache.layers if hasattr(layer, "get_seq_length"))
     return next(filter(None, counts), 0)

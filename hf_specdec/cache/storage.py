@@ -1,4 +1,4 @@
-"""RaggedLayer: where one layer's keys and values are kept, by row and slot."""
+"""RaggedLayer: the storage of one layer's keys and values, by row and slot."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ class RaggedLayer(CacheLayerMixin):
     supports_early_init = False
 
     def base(self, row: int) -> int:
-        """The first slot that is held of a row of the batch; it is at index 0 of the storage."""
+        """The first slot held for a row of the batch; it is at index 0 of the storage."""
         return 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -55,7 +55,7 @@ class RaggedLayer(CacheLayerMixin):
 
 
 def _storage(like: Tensor, *shape: int) -> Tensor:
-    """Zeros that may be written in and outside of inference mode."""
+    """Zeros that can be written both in and outside inference mode."""
     with torch.inference_mode(False):
         return like.new_zeros(shape)
 

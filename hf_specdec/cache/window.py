@@ -1,7 +1,7 @@
-"""Layers that attend to a window: what they hold is bounded by the window, not by the context.
+"""Layers that attend to a window: their storage is bounded by the window, not by the context.
 
-Owns which slots of a sliding or chunked layer are still held, and where. `RaggedCache` asks before each forward;
-rolling back stays a change of its `lengths`, because nothing is dropped that a rollback may still need.
+Owns which slots of a sliding or chunked layer are still held, and where. `RaggedCache` calls it before each forward. A
+rollback still only changes the cache's `lengths`, because slots that it may need are not dropped.
 """
 
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ from torch import Tensor
 from ..device import to_device
 from .storage import RaggedLayer, round_up
 
-_SLACK = 64  # at least so many slots behind a window take new entries before the oldest are let go
+_SLACK = 64  # at least so many slots after a window take new entries before the oldest are dropped
 _LAYER_TYPES = ("sliding_attention", "chunked_attention")
 
 
 class _Cache(Protocol):
-    """What a window asks a `RaggedCache`."""
+    """The parts of `RaggedCache` that a window uses."""
 
     layers: list[Any]
     lengths: list[int]
@@ -34,21 +34,21 @@ class _Cache(Protocol):
 
 
 class Window:
-    """Which slots the layers of one window size hold; one object for all of them.
+    """The slots that layers of one window size hold; one object serves all of them.
 
-    Two rows, size 4, behind a long and a short prompt (`.` is free or rolled back). Storage index i of row r is slot
+    Two rows, size 4, after a long and a short prompt (`.` is free or rolled back). Storage index i of row r is slot
     `base[r] + i`:
 
         row 0   s17 s18 s19 s20 s21  .   .   .        base[0] = 17, length 22
         row 1   s0  s1  s2   .   .   .   .   .        base[1] = 0,  length 3
 
-    When a row has no room left, each row's last `size` settled entries move to the front: one copy in many tokens.
+    When a row runs out of room, each row's last `size` settled entries move to the front: one copy per many tokens.
 
     Args:
-        size: keys that a query may see, its own included; for chunks their size, which is never less.
-        layer_type: of the layers, as the masks of transformers name it.
-        rows: of the batch.
-        max_capacity: slots that will ever be needed.
+        size: keys that a query can see, including its own; for chunks, the chunk size, which is never less.
+        layer_type: type of the layers, as in transformers' masks.
+        rows: batch size.
+        max_capacity: the most slots that the call can need.
     """
 
     def __init__(self, size: int, layer_type: str, rows: int, max_capacity: int):
@@ -61,7 +61,7 @@ class Window:
         self.view = _View([0] * rows, 0)
 
     def prepare(self, cache: _Cache, ends: Sequence[int], query_length: int, prefill: bool) -> None:
-        """Make room for `query_length` entries per active row, and say what the forward will see; see the cache's."""
+        """Make room for `query_length` entries per active row and set the view; see `RaggedCache.prepare`."""
         self._allow(cache)
         if prefill or query_length > self.slack:
             self.view = self._join(cache, ends, query_length, prefill)
@@ -73,12 +73,12 @@ class Window:
         return to_device(self.view.origins, device)[:, None] + torch.arange(self.view.used, device=device)
 
     def load(self, cache: _Cache) -> None:
-        """Be ready for the entries of another cache, which the lengths tell of already."""
+        """Prepare for the entries of another cache; `cache.lengths` already counts them."""
         self._allow(cache)
         self.base = [max(length - self.size + 1, 0) for length in cache.lengths]
 
     def _in_place(self, cache: _Cache, ends: Sequence[int], query_length: int) -> "_InPlace":
-        """A few entries, behind those in storage."""
+        """Append a few entries to those in storage."""
         rows, lengths = cache.rows, cache.active_lengths
         starts = [length - self.base[row] for row, length in zip(rows, lengths)]
         if max(starts) + query_length > self.capacity:
@@ -88,7 +88,7 @@ class Window:
         if stop > self.capacity:  # drafts longer than the slack
             self._grow(cache, stop + self.slack)
         first = min(max(start - self.size + 1, -self.base[row]) for row, start in zip(rows, starts))
-        assert first >= 0, "a row was rolled back behind what it was said to keep"
+        assert first >= 0, "a row was rolled back further than announced"
         origins = [self.base[row] + first for row in rows]
         if min(starts) == max(starts):
             return _InPlace(origins, stop - first, first, starts[0], None)
@@ -96,7 +96,7 @@ class Window:
         return _InPlace(origins, stop - first, first, 0, slots)
 
     def _join(self, cache: _Cache, ends: Sequence[int], query_length: int, prefill: bool) -> "_Joined":
-        """Many entries: shown joined to those held, and only what is needed later is put into storage."""
+        """Show many new entries joined to those held; store only the entries needed later."""
         rows, lengths = cache.rows, cache.active_lengths
         settled = lengths if prefill else [min(length, end) for length, end in zip(lengths, ends)]
         origins = [max(length - self.size + 1, 0) for length in settled]
@@ -117,7 +117,7 @@ class Window:
         return _Joined(origins, used, held, kept)
 
     def _compact(self, cache: _Cache, oldest: list[int]) -> None:
-        """Let go of the slots before `oldest` in each active row."""
+        """Drop the slots before `oldest` in each active row."""
         moves = []
         for row, length, slot in zip(cache.rows, cache.active_lengths, oldest):
             shift = max(slot - self.base[row], 0)
@@ -127,7 +127,7 @@ class Window:
             layer.move_to_front(moves)
 
     def _allow(self, cache: _Cache) -> None:
-        """Short contexts do not fill the window: no more slots than other layers have."""
+        """Allow no more slots than other layers have: short contexts do not fill the window."""
         if self.capacity < min(cache.capacity, self.limit):
             self._grow(cache, min(cache.capacity, self.limit))
 
@@ -146,7 +146,7 @@ class Window:
 
 @dataclass
 class _View:
-    """What a forward sees of each active row: `used` entries, of the slots from `origins[i]` on."""
+    """What a forward sees of each active row: `used` entries, starting at slot `origins[i]`."""
 
     origins: list[int]
     used: int
@@ -161,9 +161,9 @@ class _View:
 
 @dataclass
 class _InPlace(_View):
-    """New entries go into storage, at `start` or at `slots` `[rows, q]`; what there is from `first` on is shown.
+    """New entries go into storage, at `start` or at `slots` `[rows, q]`; entries from `first` on are shown.
 
-    All these are indices of the storage.
+    All of these are storage indices.
     """
 
     first: int
@@ -181,7 +181,7 @@ class _InPlace(_View):
 
 @dataclass
 class _Joined(_View):
-    """Storage indices `held[i]` of each row, then its new entries; of these, indices `kept[i]` are put into storage."""
+    """Shows each row's storage indices `held[i]`, then its new entries; stores indices `kept[i]` of the two joined."""
 
     held: list[tuple[int, int]]
     kept: list[tuple[int, int] | None]
@@ -203,7 +203,7 @@ class _Joined(_View):
             return states if start == stop else torch.cat([storage[:, :, start:stop], states], dim=2)
         joined = states.new_zeros(states.shape[0], states.shape[1], self.used, states.shape[3])
         for row, (start, stop) in enumerate(self.held):
-            there = storage[row, :, start:stop]  # of a row that is past its end, not all
+            there = storage[row, :, start:stop]  # fewer if the row is past its end
             joined[row, :, : there.shape[1]] = there
             joined[row, :, stop - start : stop - start + states.shape[2]] = states[row]
         return joined
@@ -226,13 +226,13 @@ class WindowLayer(RaggedLayer):
         super().allocate(rows, self.window.capacity, key_states, value_states)
 
     def grow(self, capacity: int, used: int) -> None:
-        """The window grows by itself, and not for long."""
+        """Does nothing: the window itself grows, up to its limit."""
 
     def grow_to(self, capacity: int) -> None:
         super().grow(capacity, self.keys.shape[2])
 
     def move_to_front(self, moves: Sequence[tuple[int, int]]) -> None:
-        """Of each active row, storage indices `[start, stop)` become `[0, stop - start)`."""
+        """Move storage indices `[start, stop)` of each active row to `[0, stop - start)`."""
         for states in (self.keys, self.values):
             if len(set(moves)) == 1:
                 start, stop = moves[0]
@@ -242,21 +242,21 @@ class WindowLayer(RaggedLayer):
                 states[row, :, : stop - start] = states[row, :, start:stop].clone()
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write into the first rows of the storage, as the window's view says."""
+        """Write into the first rows of the storage, as the window's view defines."""
         rows, view = len(key_states), self.window.view
         return view.put(self.keys[:rows], key_states), view.put(self.values[:rows], value_states)
 
 
 def window_layers(layers: Sequence[Any], config: Any, rows: int, max_capacity: int) -> list[RaggedLayer]:
-    """A layer for each of transformers' cache layers, bounded where that one is.
+    """Create a layer for each layer of a transformers cache, windowed where that one is.
 
     Args:
-        layers: of a `transformers.Cache` made for the model.
-        config: the model's.
-        rows: of the batch.
-        max_capacity: slots that will ever be needed.
+        layers: layers of a `transformers.Cache` made for the model.
+        config: the model's config.
+        rows: batch size.
+        max_capacity: the most slots that the call can need.
 
-    Returns: nothing where no layer slides, or where a mask by layer type could not serve all layers of that type.
+    Returns: an empty list if no layer slides, or if one mask per layer type cannot serve all layers of a type.
     """
     config = config.get_text_config(decoder=True)
     names: list[str] = getattr(config, "layer_types", None) or [_only_type(config)] * len(layers)
@@ -276,14 +276,14 @@ def window_layers(layers: Sequence[Any], config: Any, rows: int, max_capacity: i
 
 
 def _only_type(config: Any) -> str:
-    """The type of all layers where the config does not name them, as `create_masks_for_generate` tells it."""
+    """The type of all layers if the config does not name their types, as in `create_masks_for_generate`."""
     if getattr(config, "sliding_window", None) is not None:
         return "sliding_attention"
     return "full_attention" if getattr(config, "attention_chunk_size", None) is None else "chunked_attention"
 
 
 def _shares_entries(layer: Any) -> bool:
-    """Whether it has no entries of its own."""
+    """Whether the layer has no entries of its own."""
     return layer.is_initialized is True and layer.keys is None
 
 

@@ -1,1 +1,1 @@
-"""The same arithmetic, faster: attention of few queries, and packed weights. No model is changed."""
+"""The same arithmetic, faster: attention for few queries, and packed weights. Models are not changed."""

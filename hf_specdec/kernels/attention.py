@@ -1,14 +1,14 @@
 """Decode attention that never copies K and V: the queries that share a K/V head become queries of one head.
 
 With grouped queries and a mask, transformers repeats every K and V head for each of its query heads, at every layer of
-every step; with a long context that costs more than the rest of the model. Here `[rows, heads, q, d]` queries are seen
-as `[rows, kv_heads, groups·q, d]`, which needs no copy. Prefill, and whatever else this cannot express, is left to the
-function that was registered before.
+every step. With a long context that costs more than the rest of the model. Here `[rows, heads, q, d]` queries are
+viewed as `[rows, kv_heads, groups·q, d]`, which needs no copy. Prefill, and anything else that this cannot express, is
+left to the function that was registered before.
 
-On CPUs, calls that ask for it have this done by a library that is built here (compiled_attention.py).
+On CPUs, calls can request a compiled library instead, which is built on this machine (compiled_attention.py).
 
-While calls of `generate(strategy="spec")` run, `sdpa` of transformers' `AttentionInterface` is the function here, which
-folds only in threads that are inside such a call. No model and no config is touched.
+While calls of `generate(strategy="spec")` run, `sdpa` of transformers' `AttentionInterface` is this module's function,
+which folds only in threads that are inside such a call. Models and configs are not touched.
 """
 
 import functools
@@ -31,18 +31,18 @@ logger = logging.get_logger(__name__)
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
 _NAME = "sdpa"
-# Above this many folded queries the copies are small beside the products.
+# Above this many folded queries, the copies cost little compared with the products.
 _MAX_QUERIES = 256
-# Arguments that a folded call could not honour, unless they are None.
+# Arguments that a folded call does not support, unless they are None.
 _UNFOLDABLE = frozenset({"position_bias", "softcap", "cache", "s_aux", "sinks"})
 
 
 class _Thread(threading.local):
-    calls = 0  # nested calls of ours in this thread
-    compiled = False  # the innermost of them wants compiled attention
+    calls = 0  # our nested calls in this thread
+    compiled = False  # whether the innermost one uses compiled attention
 
     def __init__(self) -> None:
-        self.masks: dict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor]] = {}  # mask, as it was folded, folded
+        self.masks: dict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor]] = {}  # mask, value when folded, folded
 
 
 _thread = _Thread()
@@ -50,7 +50,7 @@ _thread = _Thread()
 
 @contextmanager
 def folded_attention(compiled: bool = False) -> Iterator[None]:
-    """Inside, attention of this thread's models on "sdpa" is `compiled`, or else folded, where it can be."""
+    """Inside, "sdpa" attention of this thread is compiled if `compiled`, else folded, where possible."""
     outer, _thread.compiled = _thread.compiled, compiled
     _thread.calls += 1
     try:
@@ -64,13 +64,13 @@ def folded_attention(compiled: bool = False) -> Iterator[None]:
 
 
 def compile_attention(models: Iterable[PreTrainedModel]) -> float:
-    """Build what `folded_attention(compiled=True)` takes, and say once which models do without. Returns: seconds."""
+    """Build the library for `folded_attention(compiled=True)`; warn once about models without it. Returns: seconds."""
     for model in models:
         kind = model.config._attn_implementation
         if kind != _NAME:
             logger.warning_once(
                 f"Attention of {type(model).__name__} is {kind!r}, and only {_NAME!r} is compiled: "
-                f"load the model with `attn_implementation={_NAME!r}`, if it can do that."
+                f"load the model with `attn_implementation={_NAME!r}`, if it supports that."
             )
     return compiled_attention.build()
 
@@ -124,7 +124,7 @@ _exchanged = Swap(
 
 
 def _is_decoding(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
-    """Whether queries are few, with a mask unless it is one; several without a mask are a causal prefill."""
+    """Whether there are few queries, with a mask or just one; several without a mask are a causal prefill."""
     heads, queries = query.shape[1:3]
     if heads // key.shape[1] * queries > _MAX_QUERIES:
         return False
@@ -137,7 +137,7 @@ def _compiles(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) ->
 
 
 def _folds(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
-    # A single query without a mask is what SDPA is good at, unless on CPUs in half precision.
+    # SDPA is fast for a single query without a mask, except on CPUs in half precision.
     if mask is None and (query.dtype == torch.float32 or query.device.type != "cpu"):
         return False
     groups, rest = divmod(query.shape[1], key.shape[1])
@@ -145,13 +145,13 @@ def _folds(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
 
 
 def folded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None = None) -> Tensor:
-    """Attention of grouped queries, without a copy of `key` or `value`.
+    """Attention with grouped queries, without copying `key` or `value`.
 
     Args:
         query: `[rows, heads, q, d]`.
         key, value: `[rows, kv_heads, k, d]`; heads is a multiple of kv_heads.
         mask: `[rows or 1, 1, q, k]`, bool (True = attend) or additive; `None` attends to everything.
-        scaling: of the scores; by default `1 / sqrt(d)`.
+        scaling: factor of the scores; by default `1 / sqrt(d)`.
 
     Returns: `[rows, q, heads, d]`, as transformers' attention functions do.
     """
@@ -167,15 +167,15 @@ def folded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scali
 
 def _folded_mask(mask: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
     """`[rows, 1, groups·q, k]`, additive; made once per forward, not once per layer."""
-    counts = not mask.is_inference()  # inference mode keeps no count of changes: compare, which on CUDA would wait
+    counts = not mask.is_inference()  # inference mode counts no changes: compare values, which on CUDA would wait
     if not counts and mask.device.type != "cpu":
         return _fold_mask(mask, groups, dtype)
     name = (id(mask), mask._version if counts else -1, groups, dtype)
     known = _thread.masks.get(name)
     if known is None or not (counts or torch.equal(known[1], mask)):
-        if len(_thread.masks) >= 4:  # layer types of one forward, or target and draft; older ones are done with
+        if len(_thread.masks) >= 4:  # layer types of one forward, or target and draft; older ones are no longer needed
             _thread.masks.clear()
-        # Holding `mask` keeps its id from being used again.
+        # Keeping `mask` alive prevents reuse of its id.
         known = _thread.masks[name] = mask, mask if counts else mask.clone(), _fold_mask(mask, groups, dtype)
     return known[2]
 

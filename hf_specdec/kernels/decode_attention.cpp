@@ -1,10 +1,10 @@
-// Attention of a few queries over many keys, at the speed at which memory gives keys and values: each is read once,
-// where it is. Flash-decoding (https://pytorch.org/blog/flash-decoding/) on a CPU: chunks of keys with a running
-// softmax (Milakov and Gimelshein, 2018, arXiv 1805.02867), divided among threads by row, K/V head and, where these
-// are few, range of keys.
+// Attention of a few queries over many keys, as fast as memory delivers keys and values: each is read once, in place.
+// Flash-decoding (https://pytorch.org/blog/flash-decoding/) on a CPU: chunks of keys with a running
+// softmax (Milakov and Gimelshein, 2018, arXiv 1805.02867), divided among threads by row, K/V head and, if these are
+// few, range of keys.
 //
-// All queries that share a K/V head are "lanes" of one vector: scores are [key][lane]. Where there is AVX-512 BF16, both
-// products are its dot products of pairs; elsewhere bfloat16 is widened to float. Built and called by compiled_attention.py.
+// All queries that share a K/V head are "lanes" of one vector: scores are [key][lane]. With AVX-512 BF16, both products
+// use its dot products of pairs; otherwise bfloat16 is widened to float. Built and called by compiled_attention.py.
 
 #include <algorithm>
 #include <cmath>
@@ -18,12 +18,12 @@
 
 namespace {
 
-constexpr int LANES = 16;   // of one vector
+constexpr int LANES = 16;   // lanes of one vector
 constexpr int CHUNK = 256;  // keys whose scores are held at a time; their keys and values stay in the L2 cache
 constexpr int BLOCK = 8;    // keys whose scores are summed side by side
 constexpr int SLICE = 32;   // columns of values summed side by side,
-constexpr int MOST = 12;    // for at most so many lanes: 24 sums, of 32 registers
-constexpr int AHEAD = 32;   // keys to fetch before they are needed: the processor itself looks less far ahead
+constexpr int MOST = 12;    // for at most this many lanes: 24 sums, in 32 registers
+constexpr int AHEAD = 32;   // keys to fetch before they are needed: the processor's own prefetch looks less far ahead
 constexpr float NONE = -std::numeric_limits<float>::infinity();
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
@@ -53,7 +53,7 @@ inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
 // 2^x for x <= 0 (the polynomial of Cephes' exp2f, relative error below 2e-7); 0 below normal numbers and for -inf.
 inline Floats exp2_of(Floats x) {
-    const float ROUNDS = 12582912.0f;  // 1.5 * 2^23: added to it, a float is rounded to an integer, in its low bits
+    const float ROUNDS = 12582912.0f;  // 1.5 * 2^23: adding it rounds a float to an integer, in the low bits
     const Floats clamped = larger(x, all(-126.0f)), shifted = clamped + ROUNDS, f = clamped - (shifted - ROUNDS);
     Floats p = all(1.535336188319500e-4f);
     p = p * f + 1.339887440266574e-3f;
@@ -66,7 +66,7 @@ inline Floats exp2_of(Floats x) {
     return x < -126.0f ? Floats{} : (Floats)((Ints)p + exponent);
 }
 
-// What Python hands over. Strides are in elements; columns, and keys of the mask, are contiguous.
+// Sizes passed from Python. Strides are in elements; columns, and keys of the mask, are contiguous.
 struct Sizes {
     int64_t rows, kv_heads, groups, queries, keys, width, value_width;
     int64_t q_row, q_head, q_position, k_row, k_head, k_position, v_row, v_head, v_position, m_row, m_query;
@@ -84,7 +84,7 @@ struct Block {
 };
 
 struct State {
-    Floats maximum = all(NONE), sum = {};  // of the exponentials less the maximum
+    Floats maximum = all(NONE), sum = {};  // sum of exp2(score - maximum)
 };
 
 // [width][LANES], or as pairs of bfloat16: [width / 2][LANES][2].
@@ -131,7 +131,7 @@ inline void score(const T* key, int64_t stride, int64_t width, const float* pack
     std::copy_n(sums, N, scores);
 }
 
-// Where the product with values takes pairs, makes them of the weights of two keys each: [keys / 2][LANES][2].
+// If the product with values takes pairs, packs the weights of two keys into pairs: [keys / 2][LANES][2].
 template <typename T>
 void pack_weights(Floats* weights, int keys) {
 #if defined(__AVX512BF16__)
@@ -204,7 +204,7 @@ inline void fetch(const T* rows, int64_t stride, int64_t width) {
         for (int64_t d = 0; d < width; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(rows + i * stride + d, 0, 2);
 }
 
-// Bit `lane` of [key]: whether it attends. Returns whether any does.
+// Sets bit `lane` of bits[key] if the lane attends to the key. Returns whether any does.
 template <typename T>
 bool attending(const Block<T>& block, const Sizes& s, int64_t begin, int keys, uint16_t* bits) {
     std::fill_n(bits, keys, uint16_t(0));
@@ -241,7 +241,7 @@ void see(const Block<T>& block, const Sizes& s, int64_t begin, int keys, float s
         if (block.mask) scores[i] = (BITS & int32_t(bits[i])) != 0 ? scores[i] : all(NONE);
         maximum = larger(maximum, scores[i]);
     }
-    const Floats base = maximum == NONE ? Floats{} : maximum;  // of who has seen nothing yet: any number will do
+    const Floats base = maximum == NONE ? Floats{} : maximum;  // lanes that have seen nothing yet: any number will do
     const Floats kept = exp2_of(state.maximum - base);
     Floats sum = state.sum * kept;
     for (int i = 0; i < keys; i++) {
@@ -266,7 +266,7 @@ template <typename T>
 void attend(const T* query, const T* key, const T* value, const uint8_t* mask, T* out, const Sizes& s, float scale,
             int threads) {
     const int64_t blocks = s.blocks(), heads = s.rows * s.kv_heads, chunks = (s.keys + CHUNK - 1) / CHUNK;
-    // Parts of the keys, of two chunks or more, until there is something for each thread.
+    // Split the keys into parts of two or more chunks, until every thread has work.
     const int64_t parts = std::max<int64_t>(1, std::min<int64_t>((threads + heads - 1) / heads, chunks / 2));
     std::vector<float> sums(heads * parts * blocks * LANES * s.value_width);
     std::vector<State> states(heads * parts * blocks);
@@ -308,7 +308,7 @@ void attend(const T* query, const T* key, const T* value, const uint8_t* mask, T
                 total += weight * state.sum[at];
                 for (int64_t d = 0; d < s.value_width; d++) merged[d] += weight * sum[d];
             }
-            // [row][query][head][column]; who attends to nothing gets zeros, as of PyTorch.
+            // [row][query][head][column]; queries that attend to nothing get zeros, as in PyTorch.
             const int64_t row = head / s.kv_heads, of_row = head % s.kv_heads * s.groups + lane / s.queries;
             T* to = out + ((row * s.queries + lane % s.queries) * s.kv_heads * s.groups + of_row) * s.value_width;
             for (int64_t d = 0; d < s.value_width; d++) narrow(total == 0.0f ? 0.0f : merged[d] / total, to[d]);
@@ -318,7 +318,7 @@ void attend(const T* query, const T* key, const T* value, const uint8_t* mask, T
 
 }  // namespace
 
-// scale: of scores, times log2(e).
+// scale: factor of the scores, times log2(e).
 extern "C" void decode_attention(const void* query, const void* key, const void* value, const uint8_t* mask, void* out,
                                  const Sizes* sizes, int is_half, float scale, int threads) {
     if (is_half)

@@ -1,4 +1,4 @@
-"""What is found out once per machine and kept in the user's cache folder, `~/.cache/hf_specdec` (`$XDG_CACHE_HOME`)."""
+"""Measured once per machine, kept in the user's cache folder: `~/.cache/hf_specdec` (`$XDG_CACHE_HOME`)."""
 
 import functools
 import hashlib
@@ -14,7 +14,7 @@ import torch
 
 
 def cache_folder() -> Path:
-    """Where we keep files; it need not exist. Raises: FileNotFoundError where the user has no home."""
+    """The folder for our files; it may not exist. Raises: FileNotFoundError if the user has no home folder."""
     given = os.environ.get("XDG_CACHE_HOME")
     try:
         return (Path(given) if given else Path.home() / ".cache") / "hf_specdec"
@@ -23,14 +23,14 @@ def cache_folder() -> Path:
 
 
 def decision(name: str, decide: Callable[[], tuple[bool, dict[str, Any]]]) -> bool:
-    """What `decide()` once said on this machine: the same for every process, though each might measure another value.
+    """The first answer of `decide()` on this machine: the same for every process, though measurements may differ.
 
-    It is kept as JSON; the file of the process that is first to write it holds for all. Remove it to decide anew. Where
-    it cannot be kept, or read, each process decides for itself.
+    It is kept as JSON; the file of the first process to write it holds for all. Delete it to decide again. If it cannot
+    be written or read, each process decides for itself.
 
     Args:
-        name: of the file, one for each question.
-        decide: answers it; returns the answer, and what led to it, for people who read the file.
+        name: name of the file, one per question.
+        decide: returns the answer, and the reasons for it, for people who read the file.
     """
     try:
         path = cache_folder() / f"decisions-{_kind(torch.get_num_threads())}" / f"{name}.json"
@@ -45,12 +45,12 @@ def decision(name: str, decide: Callable[[], tuple[bool, dict[str, Any]]]) -> bo
         _write(path, json.dumps({"answer": answer, **reason, **about}, indent=1) + "\n")
     except OSError:
         return answer
-    known = _read(path)  # it may be another process's
+    known = _read(path)  # another process may have written it
     return answer if known is None else known
 
 
 def _read(path: Path) -> bool | None:
-    """The answer in a file; `None` if there is none that can be read."""
+    """The answer in a file; `None` if it cannot be read."""
     try:
         answer = json.loads(path.read_text(encoding="utf-8"))["answer"]
     except (OSError, ValueError, LookupError, TypeError):
@@ -59,20 +59,20 @@ def _read(path: Path) -> bool | None:
 
 
 def _write(path: Path, text: str) -> None:
-    """Make the file at once, unless another process has made one meanwhile."""
+    """Create the file atomically, unless another process has created it meanwhile."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         made = Path(scratch) / path.name
         made.write_text(text, encoding="utf-8")
         try:
             os.link(made, path)
-        except OSError:  # there is one already, or the file system has no links
+        except OSError:  # it exists already, or the file system has no links
             if _read(path) is None:
                 made.replace(path)
 
 
 def _kind(threads: int) -> str:
-    """Names all that speed depends on: processor, PyTorch's build, threads. Homes may be shared by machines."""
+    """A hash of everything that affects speed (processor, PyTorch build, threads): machines may share a home folder."""
     settings = {name: value for name, value in os.environ.items() if name.endswith("_MAX_CPU_ISA")}  # oneDNN's
     kind = (*_cpu(), torch.__version__, torch.__config__.show(), threads, sorted(settings.items()))
     return hashlib.sha256(repr(kind).encode()).hexdigest()[:16]
@@ -80,7 +80,7 @@ def _kind(threads: int) -> str:
 
 @functools.cache
 def _cpu() -> tuple[str, str]:
-    """The processor's name, and what it can do."""
+    """The processor's name and features."""
     name, features = platform.processor() or platform.machine(), ""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0].splitlines()

@@ -1,12 +1,12 @@
-"""Weights of linear layers as oneDNN's matrix products want them, kept beside the model's own.
+"""A second copy of linear weights, in the layout that oneDNN's matrix products prefer.
 
-On CPUs PyTorch brings bfloat16 weights into that layout again in each product, which for the few tokens of a
-verification takes as long as the product itself; for float32 it takes a library that may be slow at a few rows. With
-weights that are packed once, products are a good deal faster and the same: in bfloat16 bit for bit, in float32 but for
-rounding, so that logits may move by as much when packing begins. Which shapes gain by it is measured once per machine.
+On CPUs PyTorch converts bfloat16 weights to that layout in each product, which for the few tokens of a verification
+takes as long as the product itself; for float32 it uses a library that may be slow with few rows. With weights packed
+once, products are much faster and the same: bit for bit in bfloat16, up to rounding in float32, so float32 logits may
+shift by that much when packing begins. Which shapes become faster is measured once per machine.
 
-While calls of `generate(strategy="spec")` run, `nn.Linear.forward` is the function here, which takes packed weights
-only in threads that are inside such a call, for the layers of its models. No model is touched.
+While calls of `generate(strategy="spec")` run, `nn.Linear.forward` is this module's function, which uses packed weights
+only in threads that are inside such a call, for the layers of its models. Models are not touched.
 """
 
 import functools
@@ -27,24 +27,24 @@ from .swap import Function, Swap, compiles_ours, operators
 
 logger = logging.get_logger(__name__)
 
-# Unless it is told, a call packs a model of up to so many bytes of weights, once calls may have taken so many tokens.
+# By default, models of up to so many bytes are packed, once their calls may have generated so many tokens in all.
 MAX_BYTES = 1 << 30
 MIN_NEW_TOKENS = 64
-# How much faster products must be for a weight to be packed. Small ones cost no memory to speak of, and of their few
-# microseconds too little can be measured to tell more than that they are not slower.
+# How much faster products must be for a weight to be packed. Small weights cost hardly any memory, and their products
+# take too few microseconds to measure more than that they are not slower.
 _MIN_GAIN, _MIN_GAIN_OF_SMALL = 1.1, 0.9
 _SMALL_BYTES = 1 << 20
-# It is measured so many times, or more where some of these are within a margin (a factor) of what would be enough.
+# Number of measurements: more than the least if any is within a margin (a factor) of the gain that is enough.
 _LEAST_ROUNDS, _MOST_ROUNDS, _MARGIN = 3, 9, 1.05
-# How much of a weight is enough to try it.
+# How much of a weight to measure with.
 _TRIED_BYTES = 1 << 24
-# Tokens that products are packed for.
+# Number of tokens per product to pack for.
 _TOKENS = 16
 
 
 class _Packed(NamedTuple):
     weight: Tensor  # oneDNN's
-    sums: Tensor  # of the model's own weight, by row: they tell it from a changed one
+    sums: Tensor  # by row, of the model's own weight: they reveal changes
 
 
 class _Pair(NamedTuple):
@@ -55,14 +55,14 @@ class _Pair(NamedTuple):
 class _Thread(threading.local):
     def __init__(self) -> None:
         self.layers: dict[nn.Module, _Pair] = {}
-        self.weights: dict[int, _Pair] = {}  # the same by address
+        self.weights: dict[int, _Pair] = {}  # the same, by address of the weight
 
 
 _thread = _Thread()
 _lock = threading.Lock()
 _kept: "WeakKeyDictionary[nn.Module, _Packed]" = WeakKeyDictionary()
-_changing: "WeakSet[nn.Module]" = WeakSet()  # models whose weights have changed after they were packed
-_new_tokens: "WeakKeyDictionary[nn.Module, int]" = WeakKeyDictionary()  # by model, of all calls
+_changing: "WeakSet[nn.Module]" = WeakSet()  # models whose weights changed after packing
+_new_tokens: "WeakKeyDictionary[nn.Module, int]" = WeakKeyDictionary()  # by model, over all calls
 _gains: dict[tuple[torch.Size, torch.dtype, int], bool] = {}  # by shape, dtype and threads, whether packing pays
 
 
@@ -70,17 +70,17 @@ _gains: dict[tuple[torch.Size, torch.dtype, int], bool] = {}  # by shape, dtype 
 def packed_linears(
     models: Iterable[nn.Module], wanted: bool | None, new_tokens: int, by_clock: bool = True
 ) -> Iterator[float]:
-    """Inside, linear layers of `models` compute with packed weights in this thread.
+    """Inside, linear layers of `models` use packed weights in this thread.
 
     Args:
-        wanted: pack those of any model (True), of none (False), or where it pays (None): of models with up to 1 GiB of
-            such weights, which do not change, once calls are long or many enough. Only shapes whose products are faster
-            for it, which is measured once per machine and kept (`machine.decision`).
-        new_tokens: the most tokens that this call may take.
-        by_clock: leave out layers whose products, as measured here, would not be faster. Processes that compute a
-            model together must not measure: each would leave out others.
+        wanted: pack every model (True), none (False), or where it pays (None): models with up to 1 GiB of such weights,
+            which do not change, once calls are long or many enough. Only shapes that become faster are packed, which is
+            measured once per machine and kept (`machine.decision`).
+        new_tokens: the most tokens that this call can generate.
+        by_clock: leave out layers whose products would not become faster, as measured here. Processes that compute a
+            model together must not measure: each would leave out different layers.
 
-    Yields: seconds that packing took; nearly 0 where an earlier call has done it.
+    Yields: seconds that packing took; nearly 0 if an earlier call has done it.
     """
     began = perf_counter()
     layers: dict[nn.Module, _Pair] = {}
@@ -99,22 +99,22 @@ def packed_linears(
 
 
 def _packed_layers(model: nn.Module, wanted: bool, new_tokens: int, by_clock: bool) -> dict[nn.Module, _Pair]:
-    """By linear layer of the model, its weight, and it packed; packs what is to be packed."""
+    """The original and packed weight of each packed linear layer; packs layers first where needed."""
     _new_tokens[model] = _new_tokens.get(model, 0) + new_tokens
     modules: Iterable[Any] = model.modules()
     layers = [module for module in modules if _can_be_packed(module)]
     often = _new_tokens[model] >= MIN_NEW_TOKENS
     if not (wanted or often or any(layer in _kept for layer in layers)):
-        return {}  # before anything is measured
+        return {}  # before measuring anything
     layers = [layer for layer in layers if not by_clock or _gains_by_it(layer.weight)]
     if any(layer in _kept and not _is_still(layer.weight, _kept[layer]) for layer in layers):
-        for layer in layers:  # all of them: what was permuted may have the same sums
+        for layer in layers:  # all of them: permuted weights may have the same sums
             _kept.pop(layer, None)
         if not wanted:
             _changing.add(model)
             logger.warning_once(
-                f"Weights of {type(model).__name__} have changed since they were packed for the CPU, so they are not "
-                "packed any more; with `speculation_pack_weights=True` they are, after each change."
+                f"Weights of {type(model).__name__} have changed since they were packed for the CPU, so they are no "
+                "longer packed. `speculation_pack_weights=True` packs them again after each change."
             )
     size = sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
     pays = often and size <= MAX_BYTES and model not in _changing
@@ -124,8 +124,8 @@ def _packed_layers(model: nn.Module, wanted: bool, new_tokens: int, by_clock: bo
                 _kept[layer] = _Packed(_pack(layer.weight), _sums(layer.weight))
     if wanted and not layers:
         logger.warning_once(
-            f"`speculation_pack_weights` finds nothing to pack in {type(model).__name__}: no linear layers on the CPU, "
-            "in float32 or bfloat16, whose products would be faster."
+            f"`speculation_pack_weights` finds nothing to pack in {type(model).__name__}: it has no linear layers "
+            "on the CPU, in float32 or bfloat16, that packing would make faster."
         )
     return {layer: _Pair(layer.weight, _kept[layer].weight) for layer in layers if layer in _kept}
 
@@ -148,7 +148,7 @@ def _packs(dtype: torch.dtype) -> bool:
 
 
 def _gains_by_it(weight: Tensor) -> bool:
-    """Whether products with weights like this one are faster when they are packed: decided once per machine."""
+    """Whether packing makes products with weights like this one faster: decided once per machine."""
     kind = (weight.shape, weight.dtype, torch.get_num_threads())
     if kind not in _gains:
         rows, columns = weight.shape
@@ -158,7 +158,7 @@ def _gains_by_it(weight: Tensor) -> bool:
 
 
 def _decide(weight: Tensor) -> tuple[bool, dict[str, Any]]:
-    """Whether packing pays, and what was measured: rounds go on until all of them agree, or the median decides."""
+    """Whether packing pays, and the measurements: rounds continue until all agree, or the median decides."""
     is_small = weight.numel() * weight.element_size() <= _SMALL_BYTES
     enough = _MIN_GAIN_OF_SMALL if is_small else _MIN_GAIN
     weight = weight.detach()[: max(_TRIED_BYTES // (weight.shape[1] * weight.element_size()), 1)]
@@ -173,12 +173,12 @@ def _decide(weight: Tensor) -> tuple[bool, dict[str, Any]]:
 
 
 def _measure_gain(weight: Tensor, packed: Tensor) -> float:
-    """How many times faster a product with one token and one with five are, with the packed weight."""
+    """How many times faster products with one and with five tokens are with the packed weight."""
     plain_seconds = packed_seconds = 0.0
     for tokens in (1, 5):
         few = weight.new_ones(1, tokens, weight.shape[1])
         plain, ours = [], []
-        for _ in range(4):  # in turns, on a machine that may be busy: nothing makes a product faster than it is
+        for _ in range(4):  # alternate, and keep the fastest: a busy machine only makes products slower
             clock = [perf_counter()]
             nn.functional.linear(few, weight)
             clock.append(perf_counter())
@@ -196,7 +196,7 @@ def _pack(weight: Tensor) -> Tensor:
 
 
 def _sums(weight: Tensor) -> Tensor:
-    """`[rows]` int64: of what stands in memory, so that no change is lost in rounding; as fast as reading it."""
+    """`[rows]` int64 sums of the raw memory: rounding hides no change, and it is as fast as reading."""
     return weight.detach().view(torch.int64).sum(dim=1)
 
 
@@ -212,7 +212,7 @@ def _multiply(tokens: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 
 @functools.cache
 def _operator() -> Any:
-    """Looking it up by its names takes a microsecond, hundreds of times per forward."""
+    """Cached, because a look-up by name takes a microsecond, hundreds of times per forward."""
     return torch.ops.mkldnn._linear_pointwise.default
 
 
@@ -237,7 +237,7 @@ def _takes(tokens: Tensor, packed: Tensor) -> bool:
 
 
 def _compiled_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Code that was compiled has weights, and no layers."""
+    """Compiled code has weights but no layers."""
     known = _thread.weights.get(weight.data_ptr())
     if known is not None and known.own.shape == weight.shape and _takes(input, known.packed):
         return _multiply(input, known.packed, bias)
@@ -252,5 +252,5 @@ operators.define("linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
 operators.impl("linear", _compiled_linear, "CompositeExplicitAutograd")
 torch.library.register_fake("hf_specdec::linear", _fake_linear, lib=operators)
 
-# Where linear layers may come to have packed weights.
+# Inside, linear layers may use packed weights.
 exchanged = Swap(lambda: nn.Linear.forward, lambda function: setattr(nn.Linear, "forward", function), _over)

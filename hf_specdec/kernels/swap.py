@@ -1,7 +1,7 @@
-"""Something of the process's, exchanged while calls of ours run.
+"""Swaps a function of the process while our calls run.
 
-What `torch.compile` makes while it is exchanged outlives the call, so functions of ours stay out of compiled code,
-unless nobody but us will ever call that.
+Code that `torch.compile` makes during a swap outlives the call, so our functions stay out of compiled code unless only
+we will ever call it.
 """
 
 import threading
@@ -19,13 +19,13 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
-# What stands in code that is compiled for us alone; what it does is decided each time that it runs.
+# Operators in code that is compiled for us alone; each run decides what they do.
 operators = torch.library.Library("hf_specdec", "FRAGMENT")
 
 
 @contextmanager
 def compiling_ours() -> Iterator[None]:
-    """What is compiled inside is called by nobody but us."""
+    """Inside, compiled code is for our calls alone."""
     before, _thread.compiles_ours = _thread.compiles_ours, True
     try:
         yield
@@ -38,12 +38,12 @@ def compiles_ours() -> bool:
 
 
 class Swap:
-    """Puts a function of ours in place of another while calls of ours run, in whichever threads.
+    """Replaces a function with ours while our calls run, in any thread.
 
     Args:
-        read, write: where the function is.
-        make: from the function that is there, ours. One of its own each time: who wraps an earlier one, and leaves that
-            in place, must not find us behind themselves.
+        read, write: get and set the function.
+        make: makes our function from the current one. It must make a new one each time: if a wrapper around an earlier
+            one of ours is left in place, we must not end up inside ourselves.
     """
 
     def __init__(self, read: Callable[[], Function], write: Callable[[Function], object], make: Callable[[Any], Any]):

@@ -1,4 +1,4 @@
-"""Pairs of a target and a draft: found, loaded, compared, kept in a file, exported."""
+"""Pairs of target and draft: finding, loading, comparing, saving and exporting them."""
 
 from .pair import DEMO_PAIR, SpecPair, demo_pair
 

@@ -1,6 +1,6 @@
-"""The model card of a pair: README.md with the metadata that the Hub reads, how to use the pair, and what was measured.
+"""The model card of a pair: README.md with metadata for the Hub, usage and measurements.
 
-Owns the text. Where models come from and how they are saved is `pairs.py`'s.
+Owns the text. `pair.py` decides where models come from and how they are saved.
 """
 
 import json
@@ -13,18 +13,18 @@ from huggingface_hub import ModelCard, ModelCardData
 from .loading import hub_file
 from .pair_file import FILE_NAME, ModelReference, PairConfig
 
-# A card with this line is ours to write again; without it, it belongs to whoever took the line out.
-MARK = "<!-- Written by hf_specdec. Remove this line to keep your own changes when the pair is saved again. -->"
+# We overwrite cards that have this line; without it, the card belongs to the user.
+MARK = "<!-- Written by hf_specdec. Remove this line to keep your changes when the pair is saved again. -->"
 
 
 def write_card(folder: Path, name: str, config: PairConfig, licenses: dict[str, str | None]) -> None:
-    """Write README.md into `folder`, unless there is one that is not ours.
+    """Write README.md into `folder`, unless a card that is not ours exists.
 
     Args:
-        folder: where specdec_pair.json is.
-        name: what the usage example loads.
-        config: of the pair.
-        licenses: of "target" and "draft"; None where unknown.
+        folder: the folder of specdec_pair.json.
+        name: the name that the usage example loads.
+        config: the pair's config.
+        licenses: the licenses of "target" and "draft"; None if unknown.
     """
     path = folder / "README.md"
     if not path.exists() or MARK in path.read_text(encoding="utf-8"):
@@ -58,7 +58,7 @@ def card_text(name: str, config: PairConfig, licenses: dict[str, str | None]) ->
 {MARK}
 # {Path(name).name}: a pair for speculative decoding
 
-A target model and the draft model that makes its `generate()` faster, without a change in what it says.
+A target model and a draft model that makes its `generate()` faster, with unchanged output.
 Loaded with `hf_specdec`.
 
 {_table(["", "model", "revision", "license"], rows)}
@@ -74,7 +74,7 @@ ids = pair.generate(**inputs, max_new_tokens=64)
 print(pair.tokenizer.decode(ids[0], skip_special_tokens=True))
 ```
 
-`{FILE_NAME}` says where the models are{_recommendation(config)}
+`{FILE_NAME}` records where the models are{_recommendation(config)}
 
 ## Measured
 
@@ -83,7 +83,7 @@ print(pair.tokenizer.decode(ids[0], skip_special_tokens=True))
 
 
 def license_of(reference: ModelReference, **hub: Any) -> str | None:
-    """The license that a model's own card states, if there is such a card within reach."""
+    """The license in the model's own card, if the card can be read."""
     path: Path | None = Path(reference.name_or_path, "README.md")
     if not Path(reference.name_or_path).is_dir():
         try:
@@ -95,15 +95,15 @@ def license_of(reference: ModelReference, **hub: Any) -> str | None:
 
 def _recommendation(config: PairConfig) -> str:
     if not config.speculate:
-        return ", and that measurements found no gain: `pair.generate` decodes without the draft."
+        return ", and that measurements found no speed-up: `pair.generate` decodes without the draft."
     if not config.recommended:
         return "."
     options = ", ".join(f"`{name}={value!r}`" for name, value in config.recommended.items())
-    return f", and what `pair.generate` uses unless told otherwise: {options}."
+    return f", and the defaults of `pair.generate`: {options}."
 
 
 def _measured(measured: list[dict[str, Any]]) -> str:
-    """One line for each measurement, and the commands below."""
+    """A table with one line per measurement, and the commands below it."""
     if not measured:
         return "Nothing yet: `scripts/tune` measures a pair and writes the result here."
     columns = [name for name in dict.fromkeys(name for entry in measured for name in entry) if name != "command"]
@@ -123,15 +123,15 @@ def _cell(value: Any) -> str:
 
 
 def _portable(text: str) -> str:
-    """An absolute path's last part, since the rest says something about the writer's machine alone; others as is."""
+    """The last part of an absolute path, because the rest only applies to the writer's machine; other text as is."""
     return Path(text).name if Path(text).is_absolute() else text
 
 
 def _portable_command(command: str) -> str:
-    """A command without absolute paths, those of `--option=PATH` included."""
+    """A command without absolute paths, including those in `--option=PATH`."""
     try:
         words = shlex.split(command)
-    except ValueError:  # an apostrophe: no command line, but still text
+    except ValueError:  # an apostrophe: not a command line, but still text
         words = command.split()
     parts = (word.rpartition("=") for word in words)
     return shlex.join(option + equals + _portable(value) for option, equals, value in parts)

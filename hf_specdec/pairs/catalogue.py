@@ -1,7 +1,7 @@
 """Which public draft suits a public target: a dated catalogue of families whose models share a tokenizer.
 
-The facts are in assets/catalogue.json, with their sources; its `rule` says in words what `_choose` does. Nothing is
-loaded or downloaded here. Whether two tokenizers really agree is compared where a pair is loaded.
+The facts are in assets/catalogue.json, with their sources; its `rule` describes what `_choose` does. Nothing is loaded
+or downloaded here. Loading a pair checks whether the two tokenizers really agree.
 """
 
 import difflib
@@ -22,9 +22,9 @@ class Suggestion:
     Attributes:
         target: Hub id of the target, as the catalogue spells it.
         draft: Hub id of the draft.
-        license: of the draft, as its card names it.
+        license: the draft's license, as its card states it.
         source: URL of the card, announcement or documentation that the pairing rests on.
-        note: what else to know; empty if nothing.
+        note: further remarks; may be empty.
     """
 
     target: str
@@ -38,11 +38,11 @@ def suggest_draft(target: str) -> Suggestion:
     """The draft that the catalogue pairs with `target`.
 
     Args:
-        target: a Hub id, in any case; or a local folder, which is known by the Hub id of the cache folder that it is
-            in, or that its config.json records (transformers before 5 did; of a fine-tuned model, that is its base).
+        target: a Hub id, in upper or lower case; or a local folder, identified by the Hub id of the cache folder around
+            it, or of its config.json (written by transformers before 5; for a fine-tuned model, the id of its base).
 
     Raises:
-        ValueError: if the catalogue has no draft for it; the message lists what to do instead.
+        ValueError: if the catalogue has no draft for it; the message lists alternatives.
     """
     name, how = _hub_id(str(target))
     for family in read_catalogue()["families"]:
@@ -60,18 +60,18 @@ def suggest_draft(target: str) -> Suggestion:
 
 @functools.cache
 def read_catalogue() -> dict[str, Any]:
-    """The catalogue as it is on disk: `as_of` (ISO date), `rule`, `left_out` and `families`."""
+    """The catalogue as stored on disk: `as_of` (ISO date), `rule`, `left_out` and `families`."""
     content: dict[str, Any] = json.loads(CATALOGUE.read_text(encoding="utf-8"))
     return content
 
 
 def _models(family: dict[str, Any]) -> dict[str, float]:
-    """Billions of parameters per token of every model in a family."""
+    """Billions of parameters per token, by model of the family."""
     return {name: draft["billions"] for name, draft in family["drafts"].items()} | family["targets"]
 
 
 def _choose(family: dict[str, Any], target: str) -> str | None:
-    """The draft for a target of this family; None if all are too large."""
+    """The draft for a target of this family; None if all drafts are too large."""
     if "pairs" in family:
         pairs: dict[str, str] = family["pairs"]
         return pairs.get(target)
@@ -85,7 +85,7 @@ def _choose(family: dict[str, Any], target: str) -> str | None:
 
 
 def _hub_id(target: str) -> tuple[str, str]:
-    """The Hub id behind a name, empty for a folder that tells none; and a note on how it was found."""
+    """The Hub id for a name, empty if a folder does not record one; and a note on how it was found."""
     folder = Path(target)
     if not folder.is_dir():
         return target, ""
@@ -100,7 +100,7 @@ def _hub_id(target: str) -> tuple[str, str]:
         recorded = None
     if not isinstance(recorded, str):
         return "", ""
-    return recorded, f"{config} records {recorded}; a model that was trained further accepts fewer drafts."
+    return recorded, f"{config} records {recorded}; a fine-tuned model accepts fewer drafts."
 
 
 def _unknown(target: str, name: str) -> str:
@@ -109,7 +109,7 @@ def _unknown(target: str, name: str) -> str:
     lowered = {model.lower(): model for model in models}
     close = [lowered[match] for match in difflib.get_close_matches(name.lower(), lowered, n=3, cutoff=0.75)]
     did_you_mean = f"; the closest names there are {', '.join(close)}" if close else ""
-    what = "it" if name == target else repr(name) if name else "a local folder that does not tell its Hub id"
+    what = "it" if name == target else repr(name) if name else "a local folder that does not record its Hub id"
     return (
         f"No draft is known for {target!r}: {what} is not in the catalogue of {catalogue['as_of']}{did_you_mean}. "
         f"Pass a model of the same family that is 5 to 20 times smaller as the draft; {_without_a_family(target)}"
@@ -118,8 +118,8 @@ def _unknown(target: str, name: str) -> str:
 
 def _no_smaller_draft(family: dict[str, Any], target: str) -> str:
     return (
-        f"No draft is known for {target!r}: of its family ({family['family']}), the catalogue of "
-        f"{read_catalogue()['as_of']} recommends no model for drafting that has at most a third of its size. Instead, "
+        f"No draft is known for {target!r}: in its family ({family['family']}), the catalogue of "
+        f"{read_catalogue()['as_of']} recommends no draft that has at most a third of its size. Instead, "
         + _without_a_family(target)
     )
 

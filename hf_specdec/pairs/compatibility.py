@@ -1,6 +1,6 @@
-"""Whether a draft fits a target: one tokenizer, one device, caches that can be rolled back; and what it may cost.
+"""Whether a draft fits a target: same tokenizer, same device, caches that can roll back; and its likely cost.
 
-`check_draft_model` raises at the first thing that does not fit, on every call; `compare` tells all in one table, once.
+`check_draft_model` runs on every call and raises at the first mismatch; `compare` runs once and lists all in one table.
 """
 
 import hashlib
@@ -46,25 +46,25 @@ def check_architecture(draft: PreTrainedModel, target: PreTrainedModel) -> None:
         raise TypeError(f"`assistant_model` must be a causal language model, but {name} cannot generate text")
     if draft.config.is_encoder_decoder and not target.config.is_encoder_decoder:
         raise ValueError(
-            f"`assistant_model` must be a decoder-only model, {name} is an encoder-decoder model: the target "
-            f"({type(target).__name__}) has no encoder inputs to give to it"
+            f"`assistant_model` must be a decoder-only model, but {name} is an encoder-decoder model: the target "
+            f"({type(target).__name__}) has no encoder inputs for it"
         )
 
 
 def check_states_of_draft(draft: PreTrainedModel) -> None:
-    """Raise a ValueError if a draft model cannot go back to accepted tokens. It may be asked with a few tokens."""
+    """Raise a ValueError if a draft model cannot roll back to accepted tokens. May run it on a few tokens."""
     name = type(draft).__name__
     check_config(draft, "`assistant_model`")
     if not Abilities.of(draft).own_cache:
-        return  # what it can do shows with its first prompt
+        return  # its abilities are tested with its first prompt
     cache = DynamicCache(config=draft.config.get_text_config(decoder=True))
     check_layers(cache, f"`assistant_model` ({name})")
     able = Abilities.of(draft)
     if has_states(cache) and not (able.states() or (answer := able.states(at_once=1))):
         raise answer.refusal(
             f"`assistant_model` ({name}) "
-            + ("keeps state where no cache of transformers holds it, so that it" * answer.compared)
-            + f" cannot go back to accepted tokens (it {answer.reason}): use another draft"
+            + ("keeps state outside the transformers cache, so it " * answer.compared)
+            + f"cannot roll back to accepted tokens (it {answer.reason}): use another draft"
         )
 
 
@@ -79,11 +79,11 @@ def check_device(draft: PreTrainedModel, target: PreTrainedModel) -> None:
 def check_vocabularies(
     draft: PreTrainedModel, target: PreTrainedModel, tokenizer: Tokenizer | None, assistant_tokenizer: Tokenizer | None
 ) -> None:
-    """Raise a ValueError unless both models mean the same by each token id.
+    """Raise a ValueError unless each token id means the same to both models.
 
-    Embeddings may be padded to different sizes over one tokenizer (Qwen2.5 7B and 0.5B), so where sizes differ the
-    tokenizers decide: those given, else those that the models were loaded with. Tokens that were added to a finished
-    vocabulary (chat and tool markers) may differ: a draft that gets them wrong is rejected, no more.
+    Models with the same tokenizer may pad embeddings to different sizes (Qwen2.5 7B and 0.5B), so if sizes differ the
+    tokenizers decide: those given, else those that the models were loaded with. Tokens added to a finished vocabulary
+    (chat and tool markers) may differ: a draft that gets them wrong is merely rejected.
     """
     sizes = [_vocab_size(model) for model in (target, draft)]
     if tokenizer is None or assistant_tokenizer is None:
@@ -105,14 +105,14 @@ def check_vocabularies(
 
 
 def differing_tokens(one: Tokenizer, other: Tokenizer) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
-    """Each `(id, token)` that only one of two tokenizers has: those of the vocabulary proper, and the added ones."""
+    """Each `(id, token)` that only one tokenizer has: first those of the base vocabulary, then the added ones."""
     added = one.get_added_vocab().keys() | other.get_added_vocab().keys()
     differing = sorted((i, token) for token, i in one.get_vocab().items() ^ other.get_vocab().items())
     return [item for item in differing if item[1] not in added], [item for item in differing if item[1] in added]
 
 
 def _tokenizer_of(model: PreTrainedModel) -> Tokenizer | None:
-    """The tokenizer stored where the model was loaded from, if it can be had."""
+    """The tokenizer stored with the model, if it can be loaded."""
     if not model.name_or_path:
         return None
     try:
@@ -123,7 +123,7 @@ def _tokenizer_of(model: PreTrainedModel) -> Tokenizer | None:
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report: what the two have, whether that fits, and what to do about it where it does not."""
+    """One line of the report: the values of both models, whether they fit, and advice if not."""
 
     property: str
     target: str
@@ -140,16 +140,16 @@ class Compatibility:
 
     @property
     def errors(self) -> tuple[Finding, ...]:
-        """What keeps the two from working together."""
+        """The findings that prevent the two from working together."""
         return tuple(finding for finding in self.findings if finding.verdict == "error")
 
     @property
     def notes(self) -> tuple[Finding, ...]:
-        """What is worth knowing, and no obstacle."""
+        """The findings worth knowing that do not prevent it."""
         return tuple(finding for finding in self.findings if finding.verdict == "note")
 
     def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
-        """One table; where that is too wide, the advice comes in lines of its own after it."""
+        """One table; if it is too wide, the advice follows on separate lines."""
         from rich.measure import Measurement
         from rich.text import Text
 
@@ -178,10 +178,10 @@ class Compatibility:
         return table
 
     def to_text(self, width: int = 80) -> str:
-        """The report in plain text, `width` columns wide at most."""
+        """The report in plain text, at most `width` columns wide."""
         from rich.console import Console
 
-        # In a notebook, or told so by the environment, rich would display the table or measure the terminal instead.
+        # In a notebook, or if the environment says so, rich would display the table or measure the terminal instead.
         console = Console(file=io.StringIO(), width=width, color_system=None, force_jupyter=False, force_terminal=False)
         console.print(self)
         return console.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
@@ -195,7 +195,7 @@ class Compatibility:
         return fragment.table(HEADERS, rows, above=TITLE)
 
     def raise_errors(self) -> None:
-        """Raise a ValueError that shows the findings that are errors, if there are any."""
+        """Raise a ValueError that lists the errors, if there are any."""
         if self.errors:
             raise ValueError(f"The draft does not fit the target:\n{Compatibility(self.errors)}")
 
@@ -206,12 +206,13 @@ def compare(
     tokenizer: Tokenizer,
     draft_tokenizer: Tokenizer | None = None,
 ) -> Compatibility:
-    """All that decides whether `draft` can draft for `target`, and whether that is likely to pay.
+    """Check whether `draft` can draft for `target`, and whether that is likely to pay.
 
     Args:
-        target, draft: the models.
-        tokenizer: the target's.
-        draft_tokenizer: the draft's; None if it came without one.
+        target: the target model.
+        draft: the draft model.
+        tokenizer: the target's tokenizer.
+        draft_tokenizer: the draft's tokenizer; None if it came without one.
     """
     return Compatibility(
         (
@@ -229,14 +230,14 @@ def compare(
 
 
 def vocabulary_check(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What a pair file records of a tokenizer: `vocab_size`, and the `sha256` of the tokens with their ids, by id."""
+    """A pair file's record of a tokenizer: `vocab_size`, and the `sha256` of its tokens and ids, sorted by id."""
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
     text = json.dumps(vocabulary, ensure_ascii=True, separators=(",", ":"))
     return {"vocab_size": len(vocabulary), "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def _complaint(check: Callable[..., None], *arguments: Any) -> str:
-    """What a check says against its arguments; empty if nothing."""
+    """The error message of a check; empty if it passes."""
     try:
         check(*arguments)
     except (TypeError, ValueError) as error:
@@ -247,7 +248,7 @@ def _complaint(check: Callable[..., None], *arguments: Any) -> str:
 def _finding(
     property: str, values: Iterable[str], advice: str = "", otherwise: Literal["note", "error"] = "note"
 ) -> Finding:
-    """`values`: target's and draft's. Where there is nothing to advise all is well."""
+    """Make a finding of the values of target and draft; without advice, all is well."""
     target, draft = values
     return Finding(property, target, draft, otherwise if advice else "ok", advice)
 
@@ -265,7 +266,7 @@ def _architecture(target: PreTrainedModel, draft: PreTrainedModel) -> Finding:
 
 def _embeddings(target: PreTrainedModel, draft: PreTrainedModel) -> Finding:
     sizes = [_vocab_size(model) for model in (target, draft)]
-    advice = "" if sizes[0] == sizes[1] else "padded differently: fine where the tokenizer is the same"
+    advice = "" if sizes[0] == sizes[1] else "padded differently: fine if the tokenizer is the same"
     return _finding("embeddings", (f"{size:,}" for size in sizes), advice)
 
 
@@ -284,8 +285,10 @@ def _tokens(
     counts = count, f"{len(draft_tokenizer.get_vocab()):,}"
     regular, added = differing_tokens(tokenizer, draft_tokenizer)
     if regular:
-        return _finding("tokens", counts, f"different tokenizers ({_ids(regular)}): use a draft of the family", "error")
-    return _finding("tokens", counts, f"added tokens differ ({_ids(added)}): not drafted well" if added else "")
+        return _finding(
+            "tokens", counts, f"different tokenizers ({_ids(regular)}): use a draft of the same family", "error"
+        )
+    return _finding("tokens", counts, f"added tokens differ ({_ids(added)}): drafted poorly" if added else "")
 
 
 def _ids(differing: list[tuple[int, str]]) -> str:
@@ -296,7 +299,7 @@ def _special_tokens(target: PreTrainedModel, draft: PreTrainedModel) -> Finding:
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     ids = [[getattr(model.generation_config, name, None) for name in names] for model in (target, draft)]
     shown = (" / ".join("none" if i is None else str(i) for i in values) for values in ids)
-    return _finding("bos / eos / pad", shown, "" if ids[0] == ids[1] else "the target's count")
+    return _finding("bos / eos / pad", shown, "" if ids[0] == ids[1] else "the target's are used")
 
 
 def _positions(target: PreTrainedModel, draft: PreTrainedModel) -> Finding:
@@ -328,13 +331,13 @@ def _cost_ratio(target: PreTrainedModel, draft: PreTrainedModel) -> Finding:
     ratio = sizes[1] / sizes[0]
     advice = f"c ≈ {ratio:.2f}, estimated from the weights that one token needs; scripts/benchmark_speed measures it"
     if ratio > 0.5:
-        advice = f"drafting at more than half the price of the target rarely pays: use a smaller draft ({advice})"
+        advice = f"drafting at more than half the cost of the target rarely pays: use a smaller draft ({advice})"
     target_size, draft_size = (f"{quantity(size)}B a token" for size in sizes)
     return Finding("cost ratio", target_size, draft_size, "note" if ratio > 0.5 else "ok", advice)
 
 
 def _bytes_per_token(model: PreTrainedModel) -> float:
-    """The bytes of weights that a forward over one token reads: no input embeddings, and of experts the active ones."""
+    """The bytes of weights that a one-token forward reads: without input embeddings and inactive experts."""
     config = model.config.get_text_config(decoder=True)
     counts = (getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
     experts = next(filter(None, counts), 1)

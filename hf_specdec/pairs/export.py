@@ -1,6 +1,6 @@
-"""A pair, exported: as the options of an inference server, or as a Hub repository whose code calls hf_specdec.
+"""Exports of a pair: options for an inference server, or a Hub repository whose code calls hf_specdec.
 
-Reads the models' configurations where it can, and writes text files; loads no weights and talks to no server.
+Reads the models' configurations if it can, and writes text files; loads no weights and contacts no server.
 """
 
 import json
@@ -27,7 +27,7 @@ GAMMA, SCHEDULE = "num_assistant_tokens", "num_assistant_tokens_schedule"
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote, and what there is to know about it (also in its README.md)."""
+    """The files that an export wrote, and notes about them (also in its README.md)."""
 
     files: tuple[Path, ...]
     notes: tuple[str, ...]
@@ -39,11 +39,11 @@ def export_pair(pair: PairConfig, to: str, folder: str | Path) -> Exported:
     Args:
         pair: from `pair_to_export`.
         to: "vllm", "sglang" or "custom-generate".
-        folder: where the files go; made if need be.
+        folder: output folder; created if needed.
 
     Raises:
-        ValueError: for something that cannot be exported there.
-        FileExistsError: if the folder has other files of those names.
+        ValueError: if the pair cannot be exported that way.
+        FileExistsError: if the folder has different files with the same names.
     """
     if to not in EXPORTERS:
         raise ValueError(f"Unknown export {to!r}; known: {', '.join(EXPORTERS)}")
@@ -53,19 +53,20 @@ def export_pair(pair: PairConfig, to: str, folder: str | Path) -> Exported:
     files, notes = EXPORTERS[to](pair, gamma)
     if not pair.speculate:
         notes.insert(
-            0, "Measurements on this pair said that speculation **does not pay** (`speculate` in its pair file)."
+            0, "Measurements found that speculation **does not pay** for this pair (`speculate` in its pair file)."
         )
     files["README.md"] = _fill(f"{to}.md", pair, notes=_bullets(notes))
     return Exported(_write(files, Path(folder)), tuple(notes))
 
 
 def pair_to_export(name: str | None, target: str | None, draft: str | None, revision: str | None = None) -> PairConfig:
-    """The pair of that name, or of that target and draft, its models by Hub id or absolute path.
+    """The named pair, or the pair of `target` and `draft`, with its models by Hub id or absolute path.
 
     Args:
         name: a local folder or Hub repository with specdec_pair.json; or None.
-        target, draft: Hub ids or local folders, if `name` is None; without a draft, the catalogue's.
-        revision: of `name`, or of the target.
+        target: Hub id or local folder of the target, if `name` is None.
+        draft: the same for the draft; by default the catalogue's.
+        revision: revision of `name`, or of the target.
 
     Raises:
         ValueError, OSError: if there is no such pair.
@@ -116,8 +117,8 @@ def _vllm(pair: PairConfig, gamma: int) -> tuple[dict[str, str], list[str]]:
     if len(set(sizes)) > 1:
         config["use_heterogeneous_vocab"] = True
         notes.append(
-            f"The embeddings differ in size ({sizes[0]} and {sizes[1]}), which vLLM refuses for `draft_model` unless "
-            "`use_heterogeneous_vocab` is set, as it is here; drafts are greedy then."
+            f"The embeddings differ in size ({sizes[0]} and {sizes[1]}), which vLLM rejects for `draft_model` unless "
+            "`use_heterogeneous_vocab` is set, as it is here; drafts are then greedy."
         )
     command = ["vllm", "serve", pair.target.name_or_path]
     if pair.target.revision is not None:
@@ -130,7 +131,7 @@ def _sglang(pair: PairConfig, gamma: int) -> tuple[dict[str, str], list[str]]:
     sizes, notes = _compare_for_server(pair)
     if len(set(sizes)) > 1:
         notes.append(
-            f"The embeddings differ in size ({sizes[0]} and {sizes[1]}); whether SGLang takes that was not checked."
+            f"The embeddings differ in size ({sizes[0]} and {sizes[1]}); whether SGLang accepts that was not checked."
         )
     flags = {
         "model_path": pair.target.name_or_path,
@@ -156,7 +157,7 @@ def _custom_generate(pair: PairConfig, gamma: int) -> tuple[dict[str, str], list
         "custom_generate/requirements.txt": (TEMPLATES / "requirements.txt").read_text(encoding="utf-8"),
     }
     notes = (
-        ["The models are local folders: put their Hub ids into README.md before you share this."]
+        ["The models are local folders: put their Hub ids into README.md before sharing this."]
         if _folders(pair)
         else []
     )
@@ -171,16 +172,16 @@ EXPORTERS: dict[str, Callable[[PairConfig, int], tuple[dict[str, str], list[str]
 
 
 def _compare_for_server(pair: PairConfig) -> tuple[list[int], list[str]]:
-    """The sizes of the two vocabularies, empty if they could not be read; and notes about what stays behind."""
+    """The sizes of the two vocabularies, empty if they could not be read; and notes about settings not exported."""
     configs = _config(pair.target), _config(pair.draft)
     _refuse_encoder_decoders(*configs)
     notes = []
     if _folders(pair):
-        notes.append(f"{' and '.join(_folders(pair))}: local paths, so the command works on this machine alone.")
-    behind = {k: v for k, v in pair.recommended.items() if k != GAMMA and (k, v) != (SCHEDULE, "constant")}
-    if behind:
-        values = ", ".join(f"`{name}={value!r}`" for name, value in behind.items())
-        notes.append(f"Recommended for hf_specdec, and left behind: {values}.")
+        notes.append(f"{' and '.join(_folders(pair))}: local paths, so the command works only on this machine.")
+    left_out = {k: v for k, v in pair.recommended.items() if k != GAMMA and (k, v) != (SCHEDULE, "constant")}
+    if left_out:
+        values = ", ".join(f"`{name}={value!r}`" for name, value in left_out.items())
+        notes.append(f"Recommended for hf_specdec, but not exported: {values}.")
     if None in configs:
         notes.append("The models' configurations could not be read here, so their vocabularies were not compared.")
     sizes = [config.get_text_config(decoder=True).vocab_size for config in configs if config is not None]
@@ -188,7 +189,7 @@ def _compare_for_server(pair: PairConfig) -> tuple[list[int], list[str]]:
 
 
 def _config(reference: ModelReference) -> PreTrainedConfig | None:
-    """The model's configuration; None if it is out of reach, or needs code of its own."""
+    """The model's configuration; None if it cannot be loaded, or needs custom code."""
     try:
         return AutoConfig.from_pretrained(reference.name_or_path, revision=reference.revision, trust_remote_code=False)
     except (OSError, ValueError):
@@ -207,7 +208,7 @@ def _folders(pair: PairConfig) -> list[str]:
 
 
 def _fill(template: str, pair: PairConfig, **values: str) -> str:
-    """A template's text; the models' names as Markdown and as arguments of `from_pretrained`, folders not by path."""
+    """Fill a template; models appear as Markdown and as arguments of `from_pretrained`, folders without their path."""
     on_the_hub = []
     for role, reference in (("target", pair.target), ("draft", pair.draft)):
         name, argument = Path(reference.name_or_path).name, f"PATH_OR_HUB_ID_OF_THE_{role.upper()}"
@@ -230,7 +231,7 @@ def _json(content: dict[str, Any]) -> str:
 
 
 def _script(command: list[str]) -> str:
-    comment = "# Written by `hf-specdec export`; README.md says what it rests on."
+    comment = "# Written by `hf-specdec export`; README.md says for which version."
     return f'#!/usr/bin/env bash\n{comment}\nexec {shlex.join(command)} "$@"\n'
 
 
@@ -238,9 +239,7 @@ def _write(files: dict[str, str], folder: Path) -> tuple[Path, ...]:
     paths = {folder / name: text for name, text in files.items()}
     others = [str(path) for path, text in paths.items() if path.exists() and path.read_text(encoding="utf-8") != text]
     if others:
-        raise FileExistsError(
-            f"{', '.join(others)} would be overwritten: choose another folder, or remove what is there"
-        )
+        raise FileExistsError(f"{', '.join(others)} would be overwritten: choose another folder, or remove these files")
     for path, text in paths.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")

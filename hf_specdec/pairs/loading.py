@@ -1,6 +1,6 @@
-"""Models and pairs by name: local folders and Hub repositories, and the pair file in either.
+"""Models and pairs by name: local folders, Hub repositories, and the pair files in them.
 
-Decides where a name leads and loads from there; comparing what was loaded is `compatibility.py`'s.
+Resolves names and loads models; `compatibility.py` compares them.
 """
 
 import copy
@@ -32,14 +32,14 @@ from transformers import (
 
 from .pair_file import FILE_NAME, ModelReference, PairConfig
 
-# The arguments of `from_pretrained` about where files come from, and those that tokenizers understand as well.
+# The arguments of `from_pretrained` that locate files, and those that tokenizers also understand.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token")
 TOKENIZER_ARGUMENTS = (*HUB_ARGUMENTS, "proxies", "trust_remote_code", "code_revision")
 
 
 @dataclass(frozen=True)
 class FoundPair:
-    """A pair file, and where its models can be loaded from, wherever the file itself was."""
+    """A pair file, and where to load its models from, regardless of where the file was."""
 
     config: PairConfig
     target: ModelReference
@@ -49,18 +49,18 @@ class FoundPair:
 def find_pair(
     name: str, revision: str | None = None, *, roles: Iterable[str] = ("target", "draft"), **arguments: Any
 ) -> FoundPair | None:
-    """The pair that a local folder or Hub repository is; None where it holds no pair file, or none can be reached.
+    """The pair in a local folder or Hub repository; None if it has no pair file, or the Hub cannot be reached.
 
     Args:
         name: a local folder or Hub id.
-        revision: of the Hub repository.
-        roles: the models that are wanted. If they are folders of the Hub repository they are downloaded; what is not
-            wanted is left as the file names it.
-        arguments: of `from_pretrained`; those about the Hub are used.
+        revision: revision of the Hub repository.
+        roles: the models to resolve. Those in folders of the Hub repository are downloaded; other references stay as
+            the file has them.
+        arguments: arguments of `from_pretrained`; only those about the Hub are used.
 
     Raises:
-        OSError: for a Hub repository that does not exist or may not be read; or for a file.
-        ValueError: for a pair file that cannot be understood.
+        OSError: if the Hub repository does not exist or cannot be read, or `name` is a file.
+        ValueError: if the pair file is invalid.
     """
     if Path(name).is_file():
         hint = f": pass {str(Path(name).parent)!r} with gguf_file={Path(name).name!r}" * name.endswith(".gguf")
@@ -83,7 +83,7 @@ def find_pair(
 
 
 def _beside(folder: Path, reference: ModelReference) -> ModelReference:
-    """What a reference in a local folder's pair file means."""
+    """Resolve a reference in a local folder's pair file."""
     name = reference.name_or_path
     if name.startswith(".") or (folder / name).is_dir():
         return replace(reference, name_or_path=str((folder / name).resolve()))
@@ -91,7 +91,7 @@ def _beside(folder: Path, reference: ModelReference) -> ModelReference:
 
 
 def _inside(repo: str, snapshot: Path, reference: ModelReference, hub: dict[str, Any]) -> ModelReference:
-    """What a reference in a Hub repository's pair file means; a folder of the repository is downloaded.
+    """Resolve a reference in a Hub repository's pair file; a folder of the repository is downloaded.
 
     `snapshot` is the repository in the local cache, named after its commit.
     """
@@ -116,11 +116,11 @@ def _inside(repo: str, snapshot: Path, reference: ModelReference, hub: dict[str,
 
 
 def pin(reference: ModelReference, **arguments: Any) -> ModelReference:
-    """The reference with its commit in place of a branch or tag, so that all files come from one state of the repo.
+    """Replace a reference's branch or tag by its commit, so all files come from the same state of the repo.
 
     Raises:
-        OSError: if there is no such model, or it may not be read, or it is neither in reach nor in the cache.
-        ValueError: for a revision of a local folder.
+        OSError: if the model does not exist, cannot be read, or is neither reachable nor in the cache.
+        ValueError: if a local folder is given a revision.
     """
     _check_gguf_file(reference)
     if Path(reference.name_or_path).is_dir():
@@ -141,25 +141,25 @@ def pin(reference: ModelReference, **arguments: Any) -> ModelReference:
 
 
 def _commit(file: Path, name: str) -> str:
-    """Of a file in the local cache, where `name` is a path below a folder that is named after the commit."""
+    """The commit of a file in the local cache, where `name` is a path in the folder named after the commit."""
     return file.parents[len(PurePosixPath(name).parts) - 1].name
 
 
 def _check_gguf_file(reference: ModelReference) -> None:
-    """Raise a FileNotFoundError unless a local folder has the file that the reference names."""
+    """Raise a FileNotFoundError if a local folder lacks the file that the reference names."""
     place = Path(reference.name_or_path)
     if reference.gguf_file is None or not place.is_dir() or (place / reference.gguf_file).is_file():
         return
-    others = ", ".join(sorted(path.name for path in place.glob("*.gguf"))) or "no GGUF file at all"
+    others = ", ".join(sorted(path.name for path in place.glob("*.gguf"))) or "no GGUF files"
     raise FileNotFoundError(f"`gguf_file`: {place} has no file {reference.gguf_file!r}; it has {others}")
 
 
 def load_model(reference: ModelReference, **arguments: Any) -> PreTrainedModel:
-    """The language model, in evaluation mode; `arguments` are `from_pretrained`'s.
+    """Load the language model, in evaluation mode; `arguments` are those of `from_pretrained`.
 
     Raises:
         OSError: if it cannot be loaded.
-        ImportError: if it is in GGUF, and a package to read that is missing.
+        ImportError: if it is in GGUF and a package that reads GGUF is missing.
     """
     name, options = reference.name_or_path, _options(reference)
     try:
@@ -170,29 +170,29 @@ def load_model(reference: ModelReference, **arguments: Any) -> PreTrainedModel:
         cause: BaseException = error
         while cause.__context__ is not None:
             cause = cause.__context__
-        # transformers names a file that it misses and not why, which may be a broken connection.
-        reason = "" if cause is error else f"; it began with {type(cause).__name__}: {cause}"
+        # transformers names the missing file but not the cause, which may be a broken connection.
+        reason = "" if cause is error else f"; the first error was {type(cause).__name__}: {cause}"
         raise OSError(f"{name} could not be loaded: {error}{reason}") from error
 
 
 def _options(reference: ModelReference) -> dict[str, Any]:
-    """What `from_pretrained` is to be told beside the name."""
+    """The arguments of `from_pretrained` that a reference adds to the name."""
     gguf = {} if reference.gguf_file is None else {"gguf_file": reference.gguf_file}
     return {"revision": reference.revision, **gguf}
 
 
 def _explained(error: ImportError, reference: ModelReference) -> ImportError:
-    """For a model in GGUF, the error with what to do about it."""
+    """For a model in GGUF, an error that says what to install."""
     if reference.gguf_file is None:
         return error
     return ImportError(
-        f"`gguf_file`: {reference.gguf_file} cannot be read: {error} `pip install gguf accelerate` (or the extra "
-        "hf_specdec[gguf]) has what is needed"
+        f"`gguf_file`: {reference.gguf_file} cannot be read: {error} Run `pip install gguf accelerate` (or install "
+        "the extra hf_specdec[gguf])"
     )
 
 
 def _model_class(name: str, options: dict[str, Any], **arguments: Any) -> Any:
-    """What to load a model with: encoder-decoders keep their encoder, which they would lose as causal models."""
+    """The class to load a model with: as causal models, encoder-decoders would lose their encoder."""
     understood = {key: value for key, value in arguments.items() if key in TOKENIZER_ARGUMENTS}
     config = AutoConfig.from_pretrained(name, **options, **understood)
     if not config.is_encoder_decoder:
@@ -201,11 +201,11 @@ def _model_class(name: str, options: dict[str, Any], **arguments: Any) -> Any:
 
 
 def load_tokenizer(reference: ModelReference, **arguments: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model; those of `from_pretrained`'s `arguments` that a tokenizer understands are used.
+    """Load a model's tokenizer; of `from_pretrained`'s `arguments`, only those that tokenizers understand are used.
 
     Raises:
-        OSError: if there is none, or it cannot be loaded.
-        ImportError: if it is in GGUF, and a package to read that is missing.
+        OSError: if there is no tokenizer, or it cannot be loaded.
+        ImportError: if it is in GGUF and a package that reads GGUF is missing.
     """
     understood = {name: value for name, value in arguments.items() if name in TOKENIZER_ARGUMENTS}
     name = reference.name_or_path
@@ -218,10 +218,10 @@ def load_tokenizer(reference: ModelReference, **arguments: Any) -> PreTrainedTok
 
 
 def save_model(model: PreTrainedModel, folder: Path) -> None:
-    """`model.save_pretrained`, also for one whose weights were quantized in the file and are plain numbers in memory.
+    """`model.save_pretrained`, but also for models that were quantized in the file and dequantized on loading.
 
-    transformers saves nothing whose quantizer cannot write its format, although a GGUF model that was dequantized on
-    loading has no trace of that format left.
+    transformers refuses to save a model whose quantizer cannot write its format, even a dequantized GGUF model, which
+    has nothing left of that format.
 
     Raises:
         ValueError: if the weights are still quantized, in a format that cannot be saved.
@@ -248,16 +248,16 @@ def save_model(model: PreTrainedModel, folder: Path) -> None:
 
 
 def _kind(weight: torch.Tensor) -> tuple[torch.Size, bool]:
-    """Shape, and whether it holds plain numbers: floats of 8 bits are a quantized format."""
+    """The shape, and whether the weight is plain floats: 8-bit floats are a quantized format."""
     return weight.shape, weight.is_floating_point() and weight.element_size() > 1
 
 
 def hub_file(repo: str, name: str, revision: str | None = None, **hub: Any) -> Path | None:
-    """One file of a Hub repository, in the local cache; None where the repository has no such file.
+    """One file of a Hub repository, in the local cache; None if the repository has no such file.
 
     Raises:
-        LocalEntryNotFoundError: if the Hub cannot be reached and the cache does not have the file.
-        OSError: if there is no such repository or revision, or it may not be read.
+        LocalEntryNotFoundError: if the Hub cannot be reached and the file is not in the cache.
+        OSError: if the repository or revision does not exist or cannot be read.
     """
     try:
         return Path(hf_hub_download(repo, name, revision=revision, **hub))
@@ -265,17 +265,17 @@ def hub_file(repo: str, name: str, revision: str | None = None, **hub: Any) -> P
         raise
     except EntryNotFoundError:
         return None
-    except Exception as error:  # the errors of the HTTP client are no OSErrors
+    except Exception as error:  # errors of the HTTP client are not OSErrors
         raise OSError(explain(error, repo, revision)) from error
 
 
 def explain(error: Exception, name: str, revision: str | None) -> str:
-    """Why a model could not be had, in one sentence, and what to do about it."""
+    """A sentence that says why a model could not be loaded, and what to do."""
     if isinstance(error, HFValidationError):
         return f"{name} is neither a local folder nor a Hub id (such as 'Qwen/Qwen3-0.6B')"
     if isinstance(error, LocalEntryNotFoundError):
         return (
-            f"{name} is not in the local cache, and the Hub cannot be reached or is switched off (HF_HUB_OFFLINE, "
+            f"{name} is not in the local cache, and the Hub cannot be reached or is disabled (HF_HUB_OFFLINE, "
             f"local_files_only): go online once, or run `hf download {name}` where there is a network"
         )
     if isinstance(error, GatedRepoError):
@@ -284,11 +284,11 @@ def explain(error: Exception, name: str, revision: str | None) -> str:
         return f"{name} has no revision {revision!r} on the Hub: name a branch, tag or commit that it has"
     if isinstance(error, RepositoryNotFoundError):
         return (
-            f"{name} is neither a local folder nor a repository on the Hub that can be read: check the name; if it is "
+            f"{name} is neither a local folder nor a readable repository on the Hub: check the name; if it is "
             "private, pass `token` or run `hf auth login`"
         )
     if isinstance(error, HfHubHTTPError) and error.response.status_code == 401:
-        return f"The Hub refused the token for {name}: pass a valid `token`, or run `hf auth login`"
+        return f"The Hub rejected the token for {name}: pass a valid `token`, or run `hf auth login`"
     return f"{name} could not be downloaded: {error}"
 
 

@@ -1,4 +1,4 @@
-"""Pairs of target and draft: loaded, run, saved and shared together; and the drafter that a call asks for."""
+"""Pairs of target and draft that are loaded, run, saved and shared together; and the choice of a call's drafter."""
 
 import functools
 import tempfile
@@ -38,7 +38,7 @@ from .pair_file import FILE_NAME, ModelReference, PairConfig
 logger = logging.get_logger(__name__)
 
 DEMO_PAIR = Path(__file__).parents[1] / "assets" / "demo_pair"
-# What `generate()` takes for speculation alone.
+# Arguments of `generate()` that only speculation uses.
 SPECULATION_ARGUMENTS = {*OPTION_NAMES, "assistant_tokenizer", "speculation_stats", "speculation_trace"}
 
 
@@ -47,10 +47,11 @@ class SpecPair:
     """A target, its draft and their tokenizer.
 
     Attributes:
-        target, draft: the models.
-        tokenizer: the target's.
-        config: what the pair file says, or will say.
-        draft_tokenizer: the one that came with the draft, if any did.
+        target: the target model.
+        draft: the draft model.
+        tokenizer: the target's tokenizer.
+        config: the contents of the pair file.
+        draft_tokenizer: the tokenizer that came with the draft, if any.
         sources: where target and draft came from; None for models made in memory.
     """
 
@@ -78,36 +79,36 @@ class SpecPair:
         Args:
             target: Hub id or local folder of the target, or of a pair (with a specdec_pair.json).
             draft: Hub id or local folder of the draft, or of a pair that has it. None or "auto": the pair file's, else
-                the one that the catalogue (`hf_specdec.suggest_draft`) knows for the target.
-            revision: branch, tag or commit of what `target` names on the Hub.
-            draft_revision: of what `draft` names on the Hub.
+                the catalogue's draft for the target (`hf_specdec.suggest_draft`).
+            revision: branch, tag or commit of `target` on the Hub.
+            draft_revision: the same for `draft`.
             gguf_file: the file in the target's folder or Hub repository that holds its weights and tokenizer in GGUF
                 (needs the extra `gguf`).
             draft_gguf_file: the same for `draft`.
-            kwargs: `from_pretrained`'s, for both models: `dtype`, `device_map`, `attn_implementation`, `token`,
-                `cache_dir`, `trust_remote_code`... The tokenizers get those that they understand.
+            kwargs: arguments of `from_pretrained` for both models: `dtype`, `device_map`, `attn_implementation`,
+                `token`, `cache_dir`, `trust_remote_code`... The tokenizers get those that they understand.
 
         Raises:
             OSError: if something cannot be loaded.
             ImportError: if a package that reads GGUF is missing.
-            ValueError: if the two do not fit, with the table of what does not; or no draft is known.
+            ValueError: if the two do not fit, with a table of the mismatches; or if no draft is known.
         """
         roles = ("target", "draft") if draft in (None, "auto") else ("target",)
         found = find_pair(str(target), revision, roles=roles, **kwargs)
         reference = found.target if found else ModelReference(str(target), revision)
         reference = replace(reference, gguf_file=gguf_file or reference.gguf_file)
-        source = pin(reference, **kwargs)  # first, so that a target out of reach is the error that is reported
+        source = pin(reference, **kwargs)  # first, so an unreachable target is the error reported
         if draft in (None, "auto"):
             if draft_revision is not None:
-                raise ValueError("`draft_revision` is the revision of `draft`, which was not named: name both")
+                raise ValueError("`draft_revision` is the revision of `draft`, which was not given: pass both")
             if draft_gguf_file is not None:
-                raise ValueError("`draft_gguf_file` is the GGUF file of `draft`, which was not named: name both")
+                raise ValueError("`draft_gguf_file` is the GGUF file of `draft`, which was not given: pass both")
             draft_reference = found.draft if found else _find_draft("auto", str(target), revision, **kwargs)
             config = found.config if found else PairConfig(reference, draft_reference)
         else:
             draft_reference = _find_draft(str(draft), str(target), draft_revision, **kwargs)
             draft_reference = replace(draft_reference, gguf_file=draft_gguf_file or draft_reference.gguf_file)
-            # What was measured with another draft says nothing about this one.
+            # Measurements with another draft do not apply to this one.
             config = PairConfig(reference, draft_reference, tokenizer=found.config.tokenizer if found else {})
         sources = (source, pin(draft_reference, **kwargs))
 
@@ -115,7 +116,7 @@ class SpecPair:
         _check_recorded_vocabulary(tokenizer, config, sources[0])
         try:
             draft_tokenizer = load_tokenizer(sources[1], **kwargs)
-        except OSError:  # it came without; the report says so
+        except OSError:  # it has none; the report says so
             draft_tokenizer = None
         models = [load_model(source, **kwargs) for source in sources]
         pair = cls(models[0], models[1], tokenizer, config, draft_tokenizer, sources)
@@ -123,33 +124,33 @@ class SpecPair:
         return pair
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """`target.generate(...)` with the draft, as the pair file recommends; what the call says itself comes first.
+        """`target.generate(...)` with the draft, as the pair file recommends; arguments of the call take precedence.
 
-        Where the pair file says that speculation does not pay, the target decodes alone, unless the call names a
+        If the pair file says that speculation does not pay, the target decodes alone, unless the call passes a
         `strategy` or an `assistant_model`.
         """
         if not self.config.speculate and not kwargs.keys() & {"strategy", "assistant_model"}:
             logger.warning_once(
-                f"{FILE_NAME} says that speculation does not pay for this pair: the target decodes alone, and options "
-                'of speculation are not used. strategy="spec" speculates all the same.'
+                f"{FILE_NAME} says that speculation does not pay for this pair: the target decodes alone, and "
+                'speculation options are ignored. Pass strategy="spec" to speculate anyway.'
             )
             kwargs = {name: value for name, value in kwargs.items() if name not in SPECULATION_ARGUMENTS}
             return self.target.generate(*args, **{"tokenizer": self.tokenizer, **kwargs})
         if "assistant_model" not in kwargs:
             given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
             options = {k: v for k, v in self.config.recommended.items() if getattr(given, k, None) is None}
-            # The tokenizers were compared on loading; naming one for both spares doing so in every call.
+            # The tokenizers were compared on loading; passing one for both avoids doing so in every call.
             one = {"tokenizer": self.tokenizer, "assistant_tokenizer": self.tokenizer}
             kwargs = {"assistant_model": self.draft, **one, **options, **kwargs}
         return self.target.generate(*args, **{"strategy": "spec", **kwargs})
 
     @functools.cached_property
     def compatibility(self) -> Compatibility:
-        """The report made when the pair was loaded, notes included."""
+        """The report made when the pair was loaded, including notes."""
         return self.check()
 
     def check(self) -> Compatibility:
-        """A report on how the two fit as they are now: `print(pair.check())`, or `rich.print` it."""
+        """Report how the two fit in their current state: `print(pair.check())`, or `rich.print` it."""
         return compare(self.target, self.draft, self.tokenizer, self.draft_tokenizer)
 
     def __repr__(self) -> str:
@@ -162,7 +163,7 @@ class SpecPair:
         return fragment.table(("", "target", "draft"), rows, "SpecPair", f"recommended: {self._recommended()}")
 
     def _described(self, role: Literal["target", "draft"]) -> dict[str, str]:
-        """Where a model is from, its class, size, dtype and device, in words."""
+        """A model's origin, class, size, dtype and device, in words."""
         model: PreTrainedModel = getattr(self, role)
         source = self.sources[role == "draft"] if self.sources else ModelReference(model.name_or_path)
         at = f"@{source.revision}" if source.revision else ""
@@ -175,24 +176,24 @@ class SpecPair:
         }
 
     def _recommended(self) -> str:
-        """What the pair file recommends, in words."""
+        """The pair file's recommendation, in words."""
         if not self.config.speculate:
             return "not to speculate"
         options = (f"{name}={value!r}" for name, value in self.config.recommended.items())
         return ", ".join(options) or "the default options"
 
     def save_pretrained(self, folder: str | Path, weights: bool | None = None) -> None:
-        """Write the pair file and a card (README.md) into `folder`, with the models where need be.
+        """Write the pair file and a card (README.md) into `folder`, and the models if needed.
 
         Args:
-            folder: made if need be. A README.md that hf_specdec has not written is kept.
-            weights: None saves models that came from local folders or memory, with the tokenizer, in `target/` and
-                `draft/`, and refers to those from the Hub by id and commit. True saves both; False saves neither. What
-                was loaded from GGUF is saved as plain weights in the dtype that it has in memory.
+            folder: created if needed. A README.md that hf_specdec has not written is kept.
+            weights: None saves models from local folders or memory, with the tokenizer, in `target/` and `draft/`, and
+                refers to models from the Hub by id and commit. True saves both; False saves neither. Models loaded from
+                GGUF are saved as plain weights in the dtype that they have in memory.
 
         Raises:
-            ValueError: for `weights=False` with a model that is not on the Hub; or for weights that are quantized in
-                memory, in a format that transformers cannot save.
+            ValueError: if `weights=False` and a model is not on the Hub, or if weights are quantized in memory in a
+                format that transformers cannot save.
         """
         self._save(Path(folder), str(folder), weights)
 
@@ -205,7 +206,7 @@ class SpecPair:
         commit_message: str = "Upload a target and draft pair",
         weights: bool | None = None,
     ) -> str:
-        """Upload what `save_pretrained` writes to a model repository, which is made if need be.
+        """Upload the output of `save_pretrained` to a model repository, which is created if needed.
 
         Returns: the commit's URL.
         """
@@ -217,7 +218,7 @@ class SpecPair:
         return str(commit.commit_url)
 
     def _save(self, folder: Path, name: str, weights: bool | None) -> None:
-        """`name`: what the card tells people to load."""
+        """`name`: the name that the card tells people to load."""
         parts = {
             "target": (self.target, self.tokenizer),
             "draft": (self.draft, self.draft_tokenizer or self.tokenizer),
@@ -229,7 +230,7 @@ class SpecPair:
                 references.append(source)
                 continue
             if weights is False:
-                raise ValueError(f"The {role} is not on the Hub, so a pair without its weights would be of no use")
+                raise ValueError(f"The {role} is not on the Hub, so a pair without its weights would be unusable")
             save_model(model, folder / role)
             tokenizer.save_pretrained(folder / role)
             references.append(ModelReference(f"./{role}"))
@@ -241,7 +242,7 @@ class SpecPair:
 
 
 def demo_pair() -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]:
-    """The embedded pair: `(target, draft, tokenizer)`, in float32 on the CPU.
+    """Load the embedded pair: `(target, draft, tokenizer)`, in float32 on the CPU.
 
     Two small Llamas that write Python, trained by `scripts/train_demo_pair.py`; the card is in their folder.
     """
@@ -258,17 +259,18 @@ def make_drafter(
     tokenizer: PreTrainedTokenizerBase | None = None,
     assistant_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Drafter:
-    """The drafter that a call asks for.
+    """Make the drafter that a call asks for.
 
     Args:
         assistant_model: a model, a Hub id or local path (of a draft, or of a pair that has one), "auto" for the draft
-            that the target's pair file or the catalogue names, a `Drafter`, or `None` for prompt look-up.
+            in the target's pair file or the catalogue, a `Drafter`, or `None` for prompt look-up.
         target: the model that it drafts for.
         options: the call's options.
-        tokenizer, assistant_tokenizer: of target and draft; looked at where vocabulary sizes differ.
+        tokenizer: the target's tokenizer; used only if vocabulary sizes differ.
+        assistant_tokenizer: the draft's tokenizer; likewise.
 
     Raises:
-        ValueError, TypeError: if that does not name a drafter, or one that does not fit the target.
+        ValueError, TypeError: if `assistant_model` is not a drafter, or does not fit the target.
     """
     if options.speculation_compile == "attention" and model_device(target).type != "cpu":
         raise ValueError(
@@ -302,7 +304,7 @@ def make_drafter(
 
 @functools.lru_cache(maxsize=4)
 def load_draft(name: str, dtype: torch.dtype, device: torch.device, target: str = "") -> PreTrainedModel:
-    """A draft model by name, loaded once per dtype and device; `target` is the target's name, for "auto"."""
+    """Load a draft model by name, once per dtype and device; `target` is the target's name, for "auto"."""
     try:
         return load_model(pin(_find_draft(name, target)), dtype=dtype).to(device)
     except (OSError, ValueError) as error:
@@ -310,9 +312,9 @@ def load_draft(name: str, dtype: torch.dtype, device: torch.device, target: str 
 
 
 def _find_draft(name: str, target: str, revision: str | None = None, **kwargs: Any) -> ModelReference:
-    """The draft model that a name leads to: itself, or the draft of the pair that it is; "auto": the target's.
+    """The draft model for a name: the model itself, or the draft of the named pair; for "auto", the target's draft.
 
-    `revision` is that of what is looked at: of `name`, or, for "auto", of `target`.
+    `revision` applies to `name`, or, for "auto", to `target`.
     """
     if name != "auto":
         found = find_pair(name, revision, roles=("draft",), **kwargs)
@@ -333,6 +335,6 @@ def _check_recorded_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PairC
         if found.get(name) != expected:
             raise ValueError(
                 f"The tokenizer files in {source.name_or_path} have changed since {FILE_NAME} was written: it recorded "
-                f"{name} {expected}, they have {found.get(name)}. Restore them, or, if the change is meant, take "
-                f"`tokenizer` out of {FILE_NAME}"
+                f"{name} {expected}, they have {found.get(name)}. Restore them, or, if the change is intended, "
+                f"remove `tokenizer` from {FILE_NAME}"
             )

@@ -1,6 +1,6 @@
-"""specdec_pair.json: which target and draft form a pair, and how they are best run together.
+"""specdec_pair.json: which target and draft form a pair, and the best options for them.
 
-Owns the file's schema, and reading and writing it. Knows nothing about models.
+Owns the file's schema, reading and writing. Knows nothing about models.
 """
 
 import json
@@ -19,10 +19,10 @@ class ModelReference:
     """Where one model of a pair is.
 
     Attributes:
-        name_or_path: a Hub id, or a folder relative to the pair file's own ("." is that one, "./draft" one inside it; a
-            name without the dot is a folder if there is such a folder, else a Hub id).
+        name_or_path: a Hub id, or a folder relative to the pair file's ("." is that folder, "./draft" is inside it; a
+            name without a dot is a folder if that folder exists, else a Hub id).
         revision: a branch, tag or commit on the Hub.
-        gguf_file: the file there that holds the weights, where these are in GGUF.
+        gguf_file: the file there that holds the weights, if they are in GGUF.
     """
 
     name_or_path: str
@@ -30,22 +30,23 @@ class ModelReference:
     gguf_file: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As a pair file has it: without `gguf_file` for the usual model, so that older versions read it too."""
+        """The entry in a pair file; without `gguf_file` if that is None, so older versions can read it."""
         return {name: value for name, value in asdict(self).items() if name != "gguf_file" or value is not None}
 
 
 @dataclass(frozen=True)
 class PairConfig:
-    """What a pair file says.
+    """The contents of a pair file.
 
     Attributes:
-        target, draft: where the models are.
-        speculate: False where measurements showed that speculation does not pay: `pair.generate` then decodes without.
-        recommended: options of speculation by their names in `generate()`, such as `num_assistant_tokens`, and no
-            others: a file from elsewhere must not reach the rest of `generate()`. What a call gives comes first.
-        tokenizer: what was compared when the pair was made: `vocab_size` and `sha256` of the sorted vocabulary.
+        target: where the target is.
+        draft: where the draft is.
+        speculate: False if measurements showed that speculation does not pay: `pair.generate` then decodes without it.
+        recommended: speculation options by their names in `generate()`, such as `num_assistant_tokens`. Others raise an
+            error: an untrusted file must not set other options of `generate()`. Options of a call take precedence.
+        tokenizer: the tokenizer when the pair was made: `vocab_size`, and `sha256` of the sorted vocabulary.
         measured: one entry per measurement: date, command, device, dtype, batch size and the figures.
-        version: of this schema.
+        version: version of this schema.
     """
 
     target: ModelReference = ModelReference("./target")
@@ -62,11 +63,12 @@ class PairConfig:
             raise ValueError(f"A pair can recommend {', '.join(OPTION_NAMES)}, not {', '.join(unknown)}")
 
     def to_json(self) -> str:
+        """The text of the pair file."""
         models = {"target": self.target.to_dict(), "draft": self.draft.to_dict()}
         return json.dumps(asdict(self) | models, indent=2, ensure_ascii=False) + "\n"
 
     def save(self, folder: str | Path) -> Path:
-        """Write the file into `folder`, which is made if need be."""
+        """Write the file into `folder`, which is created if needed."""
         path = Path(folder) / FILE_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(self.to_json(), encoding="utf-8")
@@ -83,7 +85,7 @@ class PairConfig:
             raise ValueError(f"{where} must be an object with at least `version`, `target` and `draft`")
         if content["version"] != VERSION:
             raise ValueError(
-                f"{where} has version {content['version']!r}, this hf_specdec reads {VERSION}: update hf_specdec"
+                f"{where} has version {content['version']!r}, but this hf_specdec reads {VERSION}: update hf_specdec"
             )
         unknown = sorted(content.keys() - {f.name for f in fields(cls)})
         if unknown:
@@ -97,6 +99,7 @@ class PairConfig:
 
     @classmethod
     def load(cls, folder: str | Path) -> "PairConfig":
+        """Read the pair file in `folder`."""
         path = Path(folder) / FILE_NAME
         return cls.from_json(path.read_text(encoding="utf-8"), str(path))
 

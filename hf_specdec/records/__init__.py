@@ -1,1 +1,1 @@
-"""What happened: statistics and traces."""
+"""Records of what happened: statistics and traces."""

@@ -1,14 +1,14 @@
-"""Fragments of HTML for notebooks: tables and chips that style themselves, inline, and nothing else on the page.
+"""HTML fragments for notebooks: tables and chips with inline styles, which affect nothing else on the page.
 
-Text keeps the page's own colour, and backgrounds are tints that let the page through, so that both light pages and dark
-ones show it well.
-Owns how text becomes HTML; what is shown is up to the classes that have a `_repr_html_`.
+Text keeps the page's own colour and backgrounds are translucent tints, so fragments are readable on light and dark
+pages.
+Owns how text becomes HTML; classes with a `_repr_html_` decide what to show.
 """
 
 from collections.abc import Iterable, Sequence
 from html import escape
 
-CSS = {  # the words of rich's styles, so that a terminal and a notebook share their tables of styles
+CSS = {  # keys are words of rich's styles, so terminals and notebooks share style tables
     "bold": "font-weight: 600",
     "dim": "opacity: .7",
     "strike": "text-decoration: line-through",
@@ -16,7 +16,7 @@ CSS = {  # the words of rich's styles, so that a terminal and a notebook share t
     "red": "background: rgba(220, 60, 50, .25)",
     "yellow": "background: rgba(225, 150, 0, .3)",
     "cyan": "background: rgba(0, 150, 215, .25)",
-    "blue": "background: rgba(140, 85, 220, .25)",  # bluish violet: cyan and blue are tinted too much alike
+    "blue": "background: rgba(140, 85, 220, .25)",  # bluish violet: tints of cyan and blue look too similar
 }
 LINE = "1px solid rgba(128, 128, 128, .4)"
 CHIP = "display: inline-block; margin: 0 .2em .1em 0; padding: 0 .35em; border-radius: .3em"
@@ -33,11 +33,11 @@ def html(text: str) -> Html:
 
 
 def chip(text: str, style: str, title: str = "") -> Html:
-    """`text` on a tint of its own.
+    """`text` on a background tint.
 
     Args:
-        style: words of rich's styles that `CSS` knows, as in "bold red"; others are left out.
-        title: what shows when the pointer rests on it.
+        style: words of rich's styles, as in "bold red"; words that `CSS` lacks are ignored.
+        title: tooltip.
     """
     css = "; ".join([CHIP, *(CSS[word] for word in style.split() if word in CSS)])
     told = f' title="{escape(title)}"' if title else ""
@@ -45,11 +45,11 @@ def chip(text: str, style: str, title: str = "") -> Html:
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[str]], above: str = "", below: str = "") -> Html:
-    """A table with a line of text above it and one below, where they are given.
+    """A table, with an optional line of text above and below it.
 
     Args:
         headers: the names of the columns.
-        rows: for each line of the table its cells, as many as there are columns.
+        rows: the cells of each row, one per column.
     """
     lines = [_line("th", headers), *(_line("td", row) for row in rows)]
     texts = [f'<div style="margin: .3em 0">{html(text)}</div>' if text else "" for text in (above, below)]

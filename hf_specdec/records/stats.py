@@ -1,4 +1,4 @@
-"""What speculation did, in numbers: the record of one iteration, and the counters that add such records up.
+"""Statistics of speculation: the record of one iteration, and counters that sum such records.
 
 Only counters are stored; every rate is a property. Nothing here knows about models or tensors.
 """
@@ -8,7 +8,7 @@ from typing import Any
 
 from . import fragment
 
-ROWS = 24  # of a batch, at most, that a notebook shows one by one
+ROWS = 24  # the most rows of a batch that a notebook lists
 
 
 @dataclass(frozen=True)
@@ -17,13 +17,13 @@ class RowStep:
 
     Attributes:
         row: index of the row in the returned batch.
-        context_length: committed tokens before the iteration, prompt included, padding not.
-        drafted: the token ids that the drafter proposed; empty when it had nothing to propose.
-        accepted: how many of `drafted`, from its start, were accepted and committed.
+        context_length: committed tokens before the iteration, including the prompt but not padding.
+        drafted: the token ids that the drafter proposed; may be empty.
+        accepted: how many leading tokens of `drafted` were accepted and committed.
         committed: the tokens appended to the context: the accepted drafts, then the target's own token, which is absent
-            when the run stopped at one of the accepted drafts.
+            if the run stopped at one of the accepted drafts.
         finished: why the row ended here: "eos", "max_length", "stop_string", "max_time" or "stopping_criteria"; `None`
-            when it goes on.
+            if it continues.
     """
 
     row: int
@@ -38,7 +38,7 @@ class RowStep:
         own = len(self.committed) - len(kept)
         if len(kept) != self.accepted or self.committed[: len(kept)] != kept or own not in (0, 1):
             raise ValueError(
-                "A row commits its accepted drafts and at most one token of the target, but here row "
+                "A row commits its accepted drafts and at most one token from the target, but row "
                 f"{self.row} accepts {self.accepted} of the drafts {self.drafted} and commits {self.committed}."
             )
 
@@ -49,15 +49,15 @@ class RowStep:
 
     @property
     def own_token(self) -> int | None:
-        """The token that the target added itself; `None` when the run stopped before it."""
+        """The token that the target added; `None` if the run stopped before it."""
         return self.committed[self.accepted] if self.accepted < len(self.committed) else None
 
     @property
     def kind(self) -> str | None:
-        """What the target's own token is.
+        """The kind of the target's own token.
 
         "correction" (it replaces the first rejected draft), "bonus" (all drafts were accepted), "target" (nothing was
-        drafted), or `None` (there is no own token).
+        drafted), or `None` (there is no such token).
         """
         if self.own_token is None:
             return None
@@ -68,13 +68,13 @@ class RowStep:
 
 @dataclass(frozen=True)
 class Iteration:
-    """One turn of the cycle: draft, verify, accept, commit, roll back.
+    """One cycle of draft, verify, accept, commit and roll back.
 
     Attributes:
         rows: one record per row that took part; finished rows are absent.
         draft_seconds: wall time of drafting.
-        verify_seconds: wall time of the target's verification and of acceptance, processors and criteria included.
-        other_seconds: wall time of the rest of the iteration: commit, roll-back, and the streamer.
+        verify_seconds: wall time of the target's verification and of acceptance, including processors and criteria.
+        other_seconds: wall time of the rest of the iteration: commit, rollback and the streamer.
         draft_forwards: forwards of the draft model, each for all rows together; 0 for drafters without a model.
         target_forwards: forwards of the target, each for all rows together.
     """
@@ -89,16 +89,16 @@ class Iteration:
 
 @dataclass
 class RowStats:
-    """Counters of one row, and the rates that follow from them.
+    """Counters of one row, and rates derived from them.
 
     Attributes:
         row_iterations: iterations that the row took part in.
-        committed_tokens: tokens appended to the context, the prompt not counted.
+        committed_tokens: tokens appended to the context, not counting the prompt.
         drafted_tokens: tokens that the drafter proposed.
         accepted_tokens: drafts that were accepted and committed.
         accepted_length_histogram: entry k counts the iterations in which k drafts were accepted.
         drafted_by_position: entry i counts the iterations that drafted an (i + 1)-th token.
-        accepted_by_position: entry i counts those of them that accepted it.
+        accepted_by_position: entry i counts the iterations that accepted it.
     """
 
     row_iterations: int = 0
@@ -141,37 +141,37 @@ class RowStats:
 
     @property
     def acceptance_by_position(self) -> list[float]:
-        """Entry i: the share of (i + 1)-th drafts that were accepted, which needs all drafts before it accepted too."""
+        """Entry i: the share of (i + 1)-th drafts that were accepted (together with all drafts before them)."""
         counts = zip(self.accepted_by_position, self.drafted_by_position, strict=True)
         return [_ratio(accepted, drafted) for accepted, drafted in counts]
 
     def to_dict(self) -> dict[str, Any]:
-        """Counters and rates as plain JSON types."""
+        """Return counters and rates as plain JSON types."""
         rates = ("acceptance_rate", "block_efficiency", "mean_accepted_length", "acceptance_by_position")
         return asdict(self) | {name: getattr(self, name) for name in rates}
 
 
 @dataclass
 class SpeculationStats(RowStats):
-    """What `generate(strategy="spec")` did: the counters of `RowStats` summed over all rows, forwards and seconds.
+    """Statistics of `generate(strategy="spec")`: `RowStats` counters summed over all rows, forwards and seconds.
 
-    Pass an empty one as `speculation_stats=` and it is filled in place; pass it again and it goes on counting.
+    Pass an empty one as `speculation_stats=` to have it filled in place; pass it again to continue counting.
 
     Attributes:
         target_forwards: verification forwards of the target, each for all rows together.
         draft_forwards: forwards of the draft model while drafting; 0 for drafters without a model.
-        target_prefill_forwards: forwards of the target over the prompt that verified nothing; 0 where the first
-            verification takes the whole prompt along.
-        draft_prefill_forwards: forwards of the draft model over prompts, or what it had missed, that drafted nothing.
-        prefill_seconds: wall time before the first iteration, but for compiling.
-        compile_seconds: wall time of compiling (`speculation_compile`), in none of the others.
-        packing_seconds: wall time of packing weights (`speculation_pack_weights`), or of finding that they are packed
-            already, in none of the others.
+        target_prefill_forwards: forwards of the target over the prompt that verified nothing; 0 if the first
+            verification includes the whole prompt.
+        draft_prefill_forwards: forwards of the draft model over prompts, or tokens it had missed, that drafted nothing.
+        prefill_seconds: wall time before the first iteration, except compiling.
+        compile_seconds: wall time of compiling (`speculation_compile`), not counted elsewhere.
+        packing_seconds: wall time of packing weights (`speculation_pack_weights`), or of finding them already packed,
+            not counted elsewhere.
         draft_seconds: wall time of drafting.
-        verify_seconds: wall time of the target's verification and of acceptance, processors and criteria included.
-        other_seconds: wall time of the rest of the iterations: commit, roll-back, and the streamer.
+        verify_seconds: wall time of the target's verification and of acceptance, including processors and criteria.
+        other_seconds: wall time of the rest of the iterations: commit, rollback and the streamer.
         per_row: the same counters for each row of the returned batch.
-        iterations: per iteration, the rows that took part ("rows") and how many tokens each of them "drafted" and
+        iterations: for each iteration, the rows that took part ("rows") and how many tokens each of them "drafted" and
             "accepted", three lists of equal length.
     """
 
@@ -208,21 +208,22 @@ class SpeculationStats(RowStats):
         )
 
     def add_prefill(self, seconds: float, target_forwards: int, compile_seconds: float = 0.0) -> None:
-        """Count the work on the prompt that came before the first iteration, and what of it was compiling."""
+        """Count the work before the first iteration; `compile_seconds` of it were compiling."""
         self.prefill_seconds += seconds - compile_seconds
         self.compile_seconds += compile_seconds
         self.target_prefill_forwards += target_forwards
 
     @property
     def seconds(self) -> float:
-        """Wall time in all: prefill, draft, verify and other."""
+        """Total wall time: prefill, draft, verify and other."""
         return self.prefill_seconds + self.draft_seconds + self.verify_seconds + self.other_seconds
 
     def to_dict(self) -> dict[str, Any]:
+        """Return counters and rates as plain JSON types, with total seconds and each row's."""
         return super().to_dict() | {"seconds": self.seconds, "per_row": [row.to_dict() for row in self.per_row]}
 
     def summary(self) -> str:
-        """One line for people."""
+        """A one-line summary."""
         per = "target forward and row" if len(self.per_row) > 1 else "target forward"
         parts = [
             f"{self.committed_tokens} tokens in {self.target_forwards} target forwards",

@@ -1,7 +1,7 @@
-"""Trace: what happened in each iteration, for people. As plain text, in colour on a terminal, or as one HTML page.
+"""Trace: a readable record of each iteration, as plain text, in colour on a terminal, or as one HTML page.
 
-`Trace._walk` puts the iterations into words once; `to_text` and `print` render the same pieces. `to_html` lays them out
-as token chips and also shows the text that came out, coloured by who proposed it (template: trace_template.html).
+`Trace._walk` describes the iterations; `to_text` and `print` render its pieces. `to_html` lays them out as token chips
+and also shows the generated text, coloured by who proposed each token (template: trace_template.html).
 """
 
 from collections.abc import Callable, Iterator
@@ -19,15 +19,15 @@ from .stats import Iteration, RowStep, SpeculationStats
 if TYPE_CHECKING:
     from rich.console import Console
 
-LEGEND = {  # the roles that a token can have, and the terms of the summary
+LEGEND = {  # token roles, and terms of the summary
     "accepted": "a draft that the target agreed with: kept",
-    "rejected": "the first draft that the target did not agree with",
+    "rejected": "the first draft that the target disagreed with",
     "discarded": "a draft after a rejected one, or after the end of the run: never used",
     "correction": "the target's own token in place of the rejected draft",
-    "bonus": "the target's own token after drafts that were all accepted: one more for free",
+    "bonus": "the target's own token after all drafts were accepted: one more for free",
     "target": "the target's own token when nothing was drafted",
     "committed": "what an iteration appends to the context: the accepted drafts, then the target's own token",
-    "context": "all tokens so far, prompt included; it holds only what the target agreed to",
+    "context": "all tokens so far, including the prompt; it holds only what the target agreed to",
     "acceptance rate α": "accepted / drafted tokens",
     "block efficiency τ": "tokens committed per target forward, for each row; ordinary decoding has 1",
 }
@@ -48,8 +48,8 @@ STYLES = {  # how rich shows a role
     "bonus": "bold cyan",
     "target": "bold blue",
 }
-LINES = 24  # of the table in a notebook, each what one iteration did for one row
-TAIL = 60  # characters of the text so far that the HTML page repeats in front of each iteration's tokens
+LINES = 24  # the most lines of a notebook's table, each one iteration of one row
+TAIL = 60  # characters of the text so far that the HTML page repeats before each iteration's tokens
 
 
 class Tokenizer(Protocol):
@@ -57,7 +57,7 @@ class Tokenizer(Protocol):
 
 
 class Span(NamedTuple):
-    """A piece of text and its style: a key of `STYLES`, anything else is plain."""
+    """A piece of text and its style: a key of `STYLES`; anything else is plain."""
 
     text: str
     style: str = ""
@@ -69,33 +69,34 @@ class Trace:
 
     Attributes:
         iterations: one record each.
-        tokenizer: decodes the tokens unless a method is given another. `generate()` sets it to its own `tokenizer`
-            where the trace has none; without any, tokens are shown as ids.
+        tokenizer: decodes the tokens, unless a method gets another. `generate()` sets it to its own `tokenizer` if the
+            trace has none; without one, tokens are shown as ids.
     """
 
     iterations: list[Iteration] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.tokenizer: Tokenizer | None = None  # no field, so that `asdict` gives plain JSON types
+        self.tokenizer: Tokenizer | None = None  # not a field, so `asdict` gives plain JSON types
 
     def add(self, iteration: Iteration) -> None:
+        """Append one iteration."""
         self.iterations.append(iteration)
 
     def stats(self) -> SpeculationStats:
-        """The counters of the traced iterations (the prefill is not among them)."""
+        """The counters of the traced iterations (without the prefill)."""
         stats = SpeculationStats()
         for iteration in self.iterations:
             stats.add(iteration)
         return stats
 
     def to_text(self, tokenizer: Tokenizer | None = None) -> str:
-        """Tell each iteration in plain text, with another tokenizer than the trace's own if one is given."""
+        """Describe each iteration in plain text; `tokenizer` replaces the trace's own."""
         return "".join(span.text for span in self._walk(tokenizer)) + "\n"
 
     def print(
         self, tokenizer: Tokenizer | None = None, console: "Console | None" = None, limit: int | None = None
     ) -> None:
-        """Print `to_text` in colour, or only its first `limit` iterations and the summary."""
+        """Print `to_text` in colour; with `limit`, only the first `limit` iterations and the summary."""
         from rich.console import Console
         from rich.text import Text
 
@@ -112,7 +113,7 @@ class Trace:
         return _html_fragment(self, self.tokenizer)
 
     def _walk(self, tokenizer: Tokenizer | None, limit: int | None = None) -> Iterator[Span]:
-        """The iterations in words, for `to_text` and `print` to render; of the first `limit` iterations if given."""
+        """Describe the iterations, or the first `limit`, in pieces that `to_text` and `print` render."""
         label, stats = _labels(self.tokenizer if tokenizer is None else tokenizer), self.stats()
         shown = self.iterations[:limit]
         for number, iteration in enumerate(shown, start=1):
@@ -151,7 +152,7 @@ def visible(text: str, line_break: str = "⏎") -> str:
 
 
 def _labels(tokenizer: Tokenizer | None, quote: str = '"') -> Callable[[int], str]:
-    """How to call a token: its text, and its id where the text says too little; without a tokenizer only its id."""
+    """Labels of tokens: the text, plus the id if the text says too little; without a tokenizer, only the id."""
 
     @cache
     def label(token: int) -> str:
@@ -184,7 +185,7 @@ def _line(name: str, tokens: list[tuple[int, str]], label: Callable[[int], str],
 
 
 def _verdict(step: RowStep, label: Callable[[int], str]) -> str:
-    """How many drafts were accepted, and what became of the others."""
+    """How many drafts were accepted, and what happened to the others."""
     left = len(step.drafted) - step.accepted
     if not step.drafted:
         return "nothing drafted"
@@ -199,7 +200,7 @@ def _verdict(step: RowStep, label: Callable[[int], str]) -> str:
 
 
 def _pieces(tokens: list[int], tokenizer: Tokenizer | None) -> Iterator[str]:
-    """What each token adds to the text; a character that is spread over several tokens comes with its last one."""
+    """The text that each token adds; a character split over several tokens comes with the last one."""
     decode = tokenizer.decode if tokenizer is not None else lambda ids: "".join(f"{token} " for token in ids)
     before: list[int] = []  # the token before `pending`: on its own, a token may decode without its leading space
     pending: list[int] = []
@@ -250,7 +251,7 @@ def _html_page(trace: Trace, tokenizer: Tokenizer | None) -> str:
 
 
 def _html_fragment(trace: Trace, tokenizer: Tokenizer | None) -> str:
-    """The first iterations as one table for a notebook: what the page has, but for the text."""
+    """The first iterations as one table for a notebook: like the page, but without the text."""
     stats = trace.stats()
     steps = [(number, step) for number, iteration in enumerate(trace.iterations, start=1) for step in iteration.rows]
     name, label = _labels(tokenizer), _labels(tokenizer, quote="")
@@ -292,7 +293,7 @@ def _drafts_and_own(step: RowStep) -> list[tuple[int, str]]:
 
 
 def _ending(step: RowStep) -> str:
-    """Why the row ended here; empty if it goes on."""
+    """Why the row ended here; empty if it continues."""
     return FINISHED.get(step.finished, step.finished) if step.finished else ""
 
 

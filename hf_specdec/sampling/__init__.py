@@ -1,1 +1,1 @@
-"""The committed tokens, and which drafts are accepted after them."""
+"""The committed tokens, and the acceptance of drafts after them."""

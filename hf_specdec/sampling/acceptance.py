@@ -1,7 +1,7 @@
 """The acceptance rules: which drafts stay, and the one token that the target adds.
 
-Pure functions on tensors; nothing here knows about models, caches or text. `reference.py` says the same in plain
-loops, and the tests hold the two together. Letters as in Leviathan et al. 2023: p is the target's distribution, q the
+Pure functions on tensors; nothing here knows about models, caches or text. `reference.py` does the same in plain loops,
+and tests compare the two. Letters as in Leviathan et al. 2023: p is the target's distribution, q the
 draft's, γ the draft length.
 """
 
@@ -16,9 +16,9 @@ class Verdict(NamedTuple):
 
     Attributes:
         tokens: `[rows, γ + 1]`. Row r commits `tokens[r, : accepted[r] + 1]`: its accepted drafts and the target's own
-            token. What stands after that is meaningless.
+            token. Later entries are meaningless.
         accepted: `[rows]`, how many drafts each row keeps, 0..γ.
-        valid: `[rows]` bool, False where the target's scores were not a distribution (NaN, +inf, or all -inf).
+        valid: `[rows]` bool, False if the target's scores were not a distribution (NaN, +inf, or all -inf).
     """
 
     tokens: Tensor
@@ -27,7 +27,7 @@ class Verdict(NamedTuple):
 
 
 def accept_greedy(draft_tokens: Tensor, draft_lengths: Tensor, scores: Tensor) -> Verdict:
-    """Keep drafts for as long as they are the target's own argmax.
+    """Keep drafts as long as they equal the target's argmax.
 
     Args:
         draft_tokens: `[rows, γ]` int64.
@@ -48,7 +48,7 @@ def accept_sampled(draft_tokens: Tensor, draft_lengths: Tensor, q: Tensor | None
     Args:
         draft_tokens: `[rows, γ]` int64.
         draft_lengths: `[rows]`, how many drafts of each row count.
-        q: `[rows, γ, vocab]` float32, the distributions that the drafts were really drawn from; `None` for
+        q: `[rows, γ, vocab]` float32, the distributions that the drafts were actually drawn from; `None` for
             deterministic drafts, whose q is one-hot.
         scores: `[rows, γ + 1, vocab]` float32, the target's processed scores; p is their softmax.
     """
@@ -77,10 +77,10 @@ def accept_sampled(draft_tokens: Tensor, draft_lengths: Tensor, q: Tensor | None
 
 
 def draw(p: Tensor) -> Tensor:
-    """`[rows, 1]`: a token of each row's distribution `[rows, vocab]`, never one of probability 0.
+    """`[rows, 1]`: a token drawn from each row's distribution `[rows, vocab]`, never one of probability 0.
 
-    On CPUs by inversion: `torch.multinomial` draws a random number for each token of the vocabulary, which takes ten
-    times as long. (On CUDA sums over a row are not deterministic.)
+    CPUs use inversion: `torch.multinomial` draws a random number for each token of the vocabulary, which takes ten
+    times as long. (CUDA does not, because its sums over a row are not deterministic.)
     """
     if p.device.type != "cpu":
         return torch.multinomial(p, num_samples=1)
@@ -90,14 +90,14 @@ def draw(p: Tensor) -> Tensor:
 
 
 def residual(p: Tensor, q: Tensor) -> Tensor:
-    """norm(max(p - q, 0)) over the last axis; p itself where that is empty (p = q up to rounding)."""
+    """norm(max(p - q, 0)) over the last axis; p itself if that is zero everywhere (p = q up to rounding)."""
     difference = (p - q).clamp(min=0)
     total = difference.sum(dim=-1, keepdim=True)
     return torch.where(total > 0, difference / total, p)
 
 
 def _prefix_length(keep: Tensor, lengths: Tensor) -> Tensor:
-    """How many leading True each row of `keep` `[rows, γ]` has, of its first `lengths[row]`."""
+    """The number of leading True among the first `lengths[row]` entries of each row of `keep` `[rows, γ]`."""
     if keep.shape[1] == 0:
         return lengths.new_zeros(len(keep))
     within = torch.arange(keep.shape[1], device=keep.device) < lengths[:, None]
@@ -105,7 +105,7 @@ def _prefix_length(keep: Tensor, lengths: Tensor) -> Tensor:
 
 
 def _valid(valid: Tensor, accepted: Tensor) -> Tensor:
-    """Whether the scores `[rows, γ + 1]` were valid at each position that the row's outcome depends on."""
+    """Whether `valid` `[rows, γ + 1]` is True at every position that the row's outcome depends on."""
     if valid.shape[1] == 1:
         return valid[:, 0]
     used = torch.arange(valid.shape[1], device=valid.device) <= accepted[:, None]

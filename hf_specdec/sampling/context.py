@@ -1,7 +1,7 @@
 """Context: the committed tokens of every row, laid out as `generate()` returns them.
 
-Owns the tokens and where each row begins and ends. Drafters read it, logits processors and stopping criteria are shown
-slices of it, and `decoding.py` alone appends to it.
+Owns the tokens and where each row begins and ends. Drafters read it, logits processors and stopping criteria see slices
+of it, and only `loop/decoding.py` appends to it.
 """
 
 import torch
@@ -17,13 +17,13 @@ class Context:
         row 0     <p>  <p>  the  cat  sat  on   <p>  <p>     first 2, end 6
         row 1      a   dog  ran  off  and  <p>  <p>  <p>     first 0, end 5
         row 2     <p>  one  two  six  ten  <p>  <p>  <p>     first 1, end 5
-                  prompt_width = 4: two, one and one tokens are new
+                  prompt_width = 4: two, one and one new tokens
 
-    What stands at or behind a row's `end` is padding, or the drafts of the iteration that is under way.
+    Columns from a row's `end` on hold padding, or drafts of the current iteration.
 
     Attributes:
-        tokens: `[batch, room + 1]` int64, growing up to `max_length`; the last column takes what lies past it.
-        prompt_width: columns of the prompt.
+        tokens: `[batch, room + 1]` int64, growing up to `max_length`; the last column takes tokens past that.
+        prompt_width: number of columns of the prompt.
         first: by row of the batch, the first column that is not left padding.
         ends: by row of the batch, one past its last committed token.
         rows: the rows of the batch that are still being decoded, in the order of the caches.
@@ -39,16 +39,16 @@ class Context:
         self.first = first
         self.ends = [self.prompt_width] * batch
         self.rows = list(range(batch))
-        self._draft_width = 0  # columns behind the ends that may hold drafts
+        self._draft_width = 0  # columns after the ends that may hold drafts
 
     @property
     def batch_size(self) -> int:
-        """Rows in all, finished ones included."""
+        """The number of rows, including finished ones."""
         return len(self.ends)
 
     @property
     def lengths(self) -> list[int]:
-        """Committed tokens of each active row, prompt included, padding not."""
+        """Committed tokens of each active row, including the prompt but not padding."""
         return [self.ends[row] - self.first[row] for row in self.rows]
 
     @property
@@ -62,7 +62,7 @@ class Context:
 
     @property
     def prompt_mask(self) -> Tensor:
-        """`[batch, prompt_width]` bool: what of the prompt is not left padding."""
+        """`[batch, prompt_width]` bool: True where the prompt is not left padding."""
         return self._arange(self.prompt_width) >= to_device(self.first, self.tokens.device)[:, None]
 
     def row(self, row: int) -> Tensor:
@@ -70,20 +70,20 @@ class Context:
         return self.tokens[row, self.first[row] : self.ends[row]]
 
     def view(self, end: int) -> Tensor:
-        """`[batch, end]`: what vanilla `generate()` holds when it chooses the token of column `end`."""
+        """`[batch, end]`: the tokens of vanilla `generate()` when it chooses the token of column `end`."""
         return self.tokens[:, :end]
 
     def gather(self, starts: list[int], width: int) -> Tensor:
-        """`[active rows, width]`: tokens of the active rows from a column of each row's own; maybe a view."""
+        """`[active rows, width]`: tokens of the active rows from column `starts[i]` on; may be a view."""
         if len(starts) == 1 and 0 <= starts[0] <= self.tokens.shape[1] - width:
             return self.tokens[self.rows[0], starts[0] : starts[0] + width][None]
         columns = to_device(starts, self.tokens.device)[:, None] + self._arange(width)
         return self.tokens[self.row_index[:, None], columns.clamp(0, self.tokens.shape[1] - 1)]
 
     def write_drafts(self, draft_tokens: Tensor, offset: int = 0) -> None:
-        """Put drafts `[active rows, k]` behind the committed tokens, `offset` columns on, for all to see.
+        """Put drafts `[active rows, k]` at `offset` after the committed tokens, where processors and criteria see them.
 
-        What would lie past the last column is lost: it could never be committed.
+        Drafts past the last column are dropped: they could never be committed.
         """
         if draft_tokens.shape[1] == 0:
             return
@@ -97,7 +97,7 @@ class Context:
         self.tokens[self.row_index[:, None], columns.clamp(max=self.tokens.shape[1] - 1)] = draft_tokens
 
     def clear_drafts(self) -> None:
-        """Put padding back behind the committed tokens of the active rows."""
+        """Restore the padding after the committed tokens of the active rows."""
         if self._draft_width:
             self.write_drafts(self.tokens.new_full((len(self.rows), self._draft_width), self.pad_token_id))
         self._draft_width = 0
@@ -113,7 +113,7 @@ class Context:
         self.ends[row] += len(tokens)
 
     def write_row(self, row: int, tokens: list[int]) -> None:
-        """Put `tokens` behind a row's end, for criteria and processors to see, without committing them."""
+        """Put `tokens` after a row's end, where criteria and processors see them, without committing them."""
         self._write(row, tokens)
         self._draft_width = max(self._draft_width, len(tokens))
 
@@ -123,10 +123,10 @@ class Context:
         self.tokens[row, end : end + len(tokens)] = to_device(tokens, self.tokens.device)
 
     def _make_room(self, width: int) -> None:
-        """Have at least `width` columns, or `max_length` of them if that is less."""
+        """Ensure at least `width` columns, or `max_length` if that is less."""
         if min(width, self.max_length) >= self.tokens.shape[1]:
             room = min(max(2 * width, 1024), self.max_length)
-            with torch.inference_mode(False):  # tokens are written in and outside of it
+            with torch.inference_mode(False):  # tokens are written both in and outside it
                 tokens = self.tokens.new_full((len(self.tokens), room + 1), self.pad_token_id)
             tokens[:, : self.tokens.shape[1] - 1] = self.tokens[:, :-1]
             self.tokens = tokens

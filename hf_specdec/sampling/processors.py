@@ -1,12 +1,12 @@
 """Logits processors over a block of positions: each position is processed as vanilla `generate()` would process it.
 
-Three kinds, told apart by exact type, since a subclass may do anything:
+Three kinds, distinguished by exact type, since a subclass may do anything:
 
-- *prefix-blind*: look at the scores alone; run once over the whole block.
-- *prefix-pure*: functions of (tokens so far, scores) without memory; run per position, each on its own prefix.
+- *prefix-blind*: see only the scores; run once over the whole block.
+- *prefix-pure*: stateless functions of (tokens so far, scores); run per position, each on its own prefix.
 - all others (classifier-free guidance, grammar matchers, user-written ones): may keep state between calls or read
   other rows, so they are called exactly as vanilla calls them: once per step, in order, on committed tokens only, with
-  all rows at the same step. `decoding.py` then advances the rows in lockstep.
+  all rows at the same step. `loop/decoding.py` then advances the rows in lockstep.
 """
 
 import torch
@@ -49,7 +49,7 @@ _PURE = (
 
 
 def _classes(names: tuple[str, ...]) -> frozenset[type]:
-    """The processors of these names that the installed transformers has."""
+    """The processors with these names in the installed transformers."""
     module = transformers.generation.logits_process
     return frozenset(getattr(module, name) for name in names if hasattr(module, name))
 
@@ -64,13 +64,13 @@ class BlockProcessors:
     def __init__(self, processors: LogitsProcessorList):
         split = next((i for i, processor in enumerate(processors) if type(processor) not in BLIND), len(processors))
         self.blind = processors[:split]
-        self.rest = LogitsProcessorList(processors[split:])  # order matters, so blind ones behind a pure one wait
+        self.rest = LogitsProcessorList(processors[split:])  # order matters: blind ones after a pure one wait
 
     def __call__(self, logits: Tensor, context: Context, offset: int = 0) -> Tensor:
-        """Process scores for the next positions of the active rows; drafts must stand in the context already.
+        """Process scores for the next positions of the active rows; the context must already hold the drafts.
 
         Args:
-            logits: `[rows, k, vocab]` float32; `logits[r, j]` is about column `context.ends[r] + offset + j`.
+            logits: `[rows, k, vocab]` float32; `logits[r, j]` is for column `context.ends[r] + offset + j`.
             context: its columns before that one are the prefix.
 
         Returns: `[rows, k, vocab]` scores.
@@ -78,13 +78,13 @@ class BlockProcessors:
         rows, k, vocab = logits.shape
         if self.blind:
             ids, scores = context.tokens.new_zeros(rows * k, 1), logits.reshape(rows * k, vocab)
-            for processor in self.blind:  # a `LogitsProcessorList` would inspect each one's signature each time
+            for processor in self.blind:  # a `LogitsProcessorList` would inspect every signature each time
                 scores = processor(ids, scores)
             logits = scores.view(rows, k, vocab)
         return self._by_prefix(logits, context, offset) if self.rest else logits
 
     def _by_prefix(self, logits: Tensor, context: Context, offset: int) -> Tensor:
-        # Processors may hold tensors with an entry per row of the batch, so each call shows all rows, in their order.
+        # Processors may hold tensors with an entry per row of the batch, so each call passes all rows, in batch order.
         scores = logits.clone()
         starts = [end + offset for end in context.active_ends]
         for end in range(min(starts), min(max(starts) + logits.shape[1], context.max_length + 1)):
@@ -95,7 +95,7 @@ class BlockProcessors:
             batch_rows = context.row_index[slots]
             full = logits.new_zeros(context.batch_size, logits.shape[2])
             full[batch_rows] = logits[slots, positions]
-            # Behind their ends the other rows may hold padding that is no token: they show zeros instead.
+            # Other rows may hold padding after their ends that is not a valid token: pass zeros for them instead.
             prefix = context.view(end)
             prefix = torch.zeros_like(prefix).index_copy(0, batch_rows, prefix[batch_rows])
             scores[slots, positions] = self.rest(prefix, full)[batch_rows]
@@ -103,10 +103,10 @@ class BlockProcessors:
 
 
 def known(processors: LogitsProcessorList) -> LogitsProcessorList:
-    """Those that may be called on prefixes that are never committed."""
+    """The processors that may be called on prefixes that are never committed."""
     return LogitsProcessorList([p for p in processors if type(p) in BLIND or type(p) in PURE])
 
 
 def unknown_names(processors: LogitsProcessorList) -> list[str]:
-    """Class names of those that must be called in order on committed prefixes."""
+    """Class names of the processors that must be called in order, on committed prefixes."""
     return [type(p).__name__ for p in processors if type(p) not in BLIND and type(p) not in PURE]

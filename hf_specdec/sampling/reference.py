@@ -1,6 +1,6 @@
-"""The acceptance rules in plain Python, one row at a time: the specification that `acceptance.py` is tested against.
+"""The acceptance rules in plain Python, one row at a time: the specification that tests compare `acceptance.py` with.
 
-Probabilities are lists that sum to 1; `u` and `choose` are the randomness, for a test to fix or to enumerate.
+Probabilities are lists that sum to 1; `u` and `choose` supply the randomness, which a test can fix or enumerate.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ Distribution = Sequence[float]
 
 
 def accept_greedy(drafts: Sequence[int], target_choices: Sequence[int]) -> list[int]:
-    """The committed set: drafts while they equal the target's choice, then the target's choice."""
+    """The committed set: drafts as long as they equal the target's choices, then the target's choice."""
     committed = []
     for draft, choice in zip(drafts, target_choices):
         if draft != choice:
@@ -29,7 +29,7 @@ def accept_sampled(
 
     Args:
         drafts: γ tokens.
-        q: γ distributions that they were drawn from, or `None` when they were not drawn but chosen.
+        q: the γ distributions that they were drawn from, or `None` if they are deterministic.
         p: the target's γ + 1 distributions.
         u: γ numbers in [0, 1).
         choose: draws a token from a distribution.

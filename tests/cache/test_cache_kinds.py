@@ -178,17 +178,17 @@ REFUSED_CACHES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "offloaded": (lambda config: FakeOffloaded(), r"FakeOffloaded with `offloading`.*the model's device"),
     "forgetful layers": (
         lambda config: Cache(layer_class_to_replicate=Forgetful),
-        r"methods of its own \(Forgetful.update\)",
+        r"its own methods \(Forgetful.update\)",
     ),
-    "rounding": (lambda config: Rounded(), r"a Rounded with methods of its own \(Rounded.update\)"),
+    "rounding": (lambda config: Rounded(), r"a Rounded with its own methods \(Rounded.update\)"),
     "of another kind of drafting": (lambda config: MtpCache(), r"MtpCache.get_mask_sizes, MtpCache.get_query_offset"),
     "windows that the model has not": (
         lambda config: Cache(layers=[DynamicSlidingWindowLayer(12) for _ in range(2)]),
-        r"Layer 0 of `past_key_values` \(Cache\) keeps the last 12 tokens only, and the model attends to 30",
+        r"Layer 0 of `past_key_values` \(Cache\) keeps only the last 12 tokens, but the model attends to 30",
     ),
     "static windows that the model has not": (
         lambda config: Cache(layers=[StaticSlidingWindowLayer(64, 12) for _ in range(2)]),
-        r"Layer 0 of `past_key_values` \(Cache\) keeps the last 12 tokens only, and the model attends to 30",
+        r"Layer 0 of `past_key_values` \(Cache\) keeps only the last 12 tokens, but the model attends to 30",
     ),
 }
 
@@ -209,7 +209,7 @@ def test_caches_that_do_more_than_keep_are_refused_by_name(kind, batch):
 def test_windows_narrower_than_the_models_are_refused():
     target, draft = pair("mistral-sliding")
     narrow = Cache(layers=[DynamicSlidingWindowLayer(5) for _ in range(2)])
-    with pytest.raises(ValueError, match="keeps the last 5 tokens only, and the model attends to 12"):
+    with pytest.raises(ValueError, match="keeps only the last 5 tokens, but the model attends to 12"):
         generate(target, draft, past_key_values=narrow)
 
 

@@ -424,7 +424,7 @@ def test_rolling_back_too_far_is_noticed() -> None:
     rows = Rows(2, WINDOW, 0)
     rows.feed(50, [50, 50])
     rows.cache.lengths = [45, 50]
-    with pytest.raises(AssertionError, match="rolled back behind"):
+    with pytest.raises(AssertionError, match="rolled back further"):
         rows.feed(1, [45, 50])
 
 

@@ -262,11 +262,11 @@ NO_DRAFTS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
         ValueError,
         r"is on meta, the target on cpu: .*`assistant_model.to\('cpu'\)`",
     ),
-    "an encoder-decoder": (lambda target: t5(), ValueError, "must be a decoder-only model, T5.* an encoder-decoder"),
+    "an encoder-decoder": (lambda target: t5(), ValueError, "a decoder-only model, but T5.* an encoder-decoder"),
     "state of its own": (
         lambda target: recurrent_gemma(),
         ValueError,
-        r"\(RecurrentGemma.*keeps state where no cache of transformers",
+        r"\(RecurrentGemma.*keeps state outside the transformers cache",
     ),
     "of another vocabulary": (
         lambda target: make_model(LlamaConfig(**{**target.config.to_dict(), "vocab_size": 80})),

@@ -450,7 +450,7 @@ def test_optimal_is_an_error_wherever_it_was_asked_for(own_defaults: None, where
     given = {"num_assistant_tokens_schedule": "optimal"} if where == "call" else {}
     for name, model in (("target", target), ("draft", draft)):
         model.generation_config.num_assistant_tokens_schedule = "optimal" if where == name else None
-    with pytest.raises(ValueError, match=r"`num_assistant_tokens_schedule='optimal'` goes by the clock"):
+    with pytest.raises(ValueError, match=r"`num_assistant_tokens_schedule='optimal'` relies on the clock"):
         options.resolve_options(given, target.generation_config, target, draft, "the target is sharded")
 
 

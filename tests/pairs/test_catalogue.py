@@ -155,7 +155,7 @@ def test_a_folder_without_a_known_name_is_unknown_whatever_it_is_called(tmp_path
     folder_with(config, tmp_path / "Qwen" / "Qwen3-8B")
     with pytest.raises(ValueError, match="No draft is known for 'Qwen/Qwen3-8B'") as caught:
         suggest_draft("Qwen/Qwen3-8B")
-    assert ("'/data/mine' is not in" if "/data" in config else "does not tell its Hub id") in str(caught.value)
+    assert ("'/data/mine' is not in" if "/data" in config else "does not record its Hub id") in str(caught.value)
 
 
 def test_the_catalogue_is_packaged():

@@ -74,10 +74,10 @@ CASES: dict[str, tuple[Callable[[], dict[str, Finding]], str, str, str]] = {
     "no tokenizer, another size": (
         lambda: report(small(vocab_size=104), draft_tokenizer=None), "tokens", "error", "no tokenizer to compare",
     ),
-    "padded embeddings": (lambda: report(small(vocab_size=104)), "embeddings", "note", "fine where the tokenizer is"),
+    "padded embeddings": (lambda: report(small(vocab_size=104)), "embeddings", "note", "fine if the tokenizer is"),
     "another end": (
         lambda: report(changed(lambda model: setattr(model.generation_config, "eos_token_id", 7))),
-        "bos / eos / pad", "note", "the target's count",
+        "bos / eos / pad", "note", "the target's are used",
     ),
     "fewer positions": (
         lambda: report(small(max_position_embeddings=128)), "positions", "note", "nothing is drafted beyond 128 tokens",

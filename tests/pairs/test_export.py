@@ -147,7 +147,7 @@ def test_the_readme_says_what_it_rests_on(export, to):
     exported = export(to)
     text = readme(exported)
     assert "not run against a server" in text and "2026" in text
-    assert any("on this machine alone" in note for note in exported.notes)  # the models are folders
+    assert any("only on this machine" in note for note in exported.notes)  # the models are folders
 
 
 @pytest.mark.parametrize("to", SERVERS)
@@ -158,12 +158,12 @@ def test_what_a_server_does_not_take_is_named(export, to):
         "assistant_confidence_threshold": 0.4,
     }
     text = readme(export(to, recommended=recommended))
-    assert "left behind: `num_assistant_tokens_schedule='heuristic'`, `assistant_confidence_threshold=0.4`" in text
+    assert "not exported: `num_assistant_tokens_schedule='heuristic'`, `assistant_confidence_threshold=0.4`" in text
 
 
 def test_what_is_the_servers_default_is_not_left_behind(export):
     recommended = {"num_assistant_tokens": 3, "num_assistant_tokens_schedule": "constant"}
-    assert not any("left behind" in note for note in export("vllm", recommended=recommended).notes)
+    assert not any("not exported" in note for note in export("vllm", recommended=recommended).notes)
 
 
 @pytest.mark.parametrize("to", [*SERVERS, "custom-generate"])

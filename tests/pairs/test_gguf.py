@@ -157,7 +157,7 @@ def test_a_file_that_is_not_there_is_named_with_those_that_are(folder: Path, tmp
         OSError, match=r"target.gguf is a file, expected a folder or Hub id: pass .*gguf_file='target.g"
     ):
         SpecPair.from_pretrained(folder / "target.gguf", folder)
-    with pytest.raises(ValueError, match="`draft_gguf_file` is the GGUF file of `draft`, which was not named"):
+    with pytest.raises(ValueError, match="`draft_gguf_file` is the GGUF file of `draft`, which was not given"):
         SpecPair.from_pretrained(folder, gguf_file="target.gguf", draft_gguf_file="draft.gguf")
     (tmp_path / "text.gguf").write_text("no GGUF at all, but long enough for a header")
     with pytest.raises(OSError, match="does not start with the GGUF magic bytes"):

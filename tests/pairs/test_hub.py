@@ -229,10 +229,10 @@ def test_the_revision_of_the_draft_is_its_own(hub, online, tokens):
 @pytest.mark.parametrize(
     "name, message",
     {
-        "missing": "org/missing is neither a local folder nor a repository on the Hub that can be read: check the name",
-        "missing draft": "org/missing is neither a local folder nor a repository on the Hub that can be read",
+        "missing": "org/missing is neither a local folder nor a readable repository on the Hub: check the name",
+        "missing draft": "org/missing is neither a local folder nor a readable repository on the Hub",
         "org/private": "org/private is neither .* if it is private, pass `token` or run `hf auth login`",
-        "bad token": "The Hub refused the token for org/public: pass a valid `token`",
+        "bad token": "The Hub rejected the token for org/public: pass a valid `token`",
         "no revision": "org/public has no revision 'v9' on the Hub: name a branch, tag or commit that it has",
         "push, no token": "401 Unauthorized",
     }.items(),

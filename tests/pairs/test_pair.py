@@ -274,7 +274,7 @@ def test_a_folder_has_no_revision(saved, name):
 
 
 def test_a_draft_that_is_not_named_has_no_revision_to_name(saved):
-    with pytest.raises(ValueError, match="`draft_revision` is the revision of `draft`, which was not named"):
+    with pytest.raises(ValueError, match="`draft_revision` is the revision of `draft`, which was not given"):
         SpecPair.from_pretrained(saved, draft_revision="v1")
 
 

@@ -44,7 +44,7 @@ BAD = {
     "not JSON": ("{", "HERE is not JSON: "),
     "a list": ("[]", "HERE must be an object with at least `version`, `target` and `draft`"),
     "no draft": ('{"version": 1, "target": {"name_or_path": "."}}', "at least `version`, `target` and `draft`"),
-    "newer": (changed(version=2), "HERE has version 2, this hf_specdec reads 1: update hf_specdec"),
+    "newer": (changed(version=2), "HERE has version 2, but this hf_specdec reads 1: update hf_specdec"),
     "unknown": (changed(gamma=5, beta=1), r"HERE has unknown entries \['beta', 'gamma'\]"),
     "bare name": (changed(target="a/b"), "`target` in HERE must be an object with `name_or_path`.*got 'a/b'"),
     "no name": (changed(draft={"revision": "v1"}), "`draft` in HERE must be an object with `name_or_path`"),
