@@ -159,4 +159,4 @@ def test_a_folder_without_a_known_name_is_unknown_whatever_it_is_called(tmp_path
 
 
 def test_the_catalogue_is_packaged():
-    assert catalogue.CATALOGUE.is_relative_to(Path(catalogue.__file__).parent / "assets")
+    assert catalogue.CATALOGUE.is_relative_to(Path(catalogue.__file__).parents[1] / "assets")
