@@ -54,15 +54,15 @@ FAMILIES: dict[str, list[str]] = {
         "IdeficsForVisionText2Text", "Mistral3ForConditionalGeneration", "VoxtralForConditionalGeneration",
     ],
 }  # fmt: skip
-# Whose own code gives several tokens other logits than one after the other: refused, and why.
+# Their own code returns different logits for a block than token by token: refused, and why.
 REFUSED_CLASSES = {
     "CpmAntForCausalLM": "fails when it is tried",
     "DogeForCausalLM": "cannot be used beyond 12 tokens",
     "JambaForCausalLM": "does not continue a recurrent state over several tokens",
     "MambaForCausalLM": "does not continue a recurrent state over several tokens",
-    "MoshiForCausalLM": "masks know of no window",
+    "MoshiForCausalLM": "masks have no window",
     "ProphetNetForCausalLM": "`use_cache` is only supported for `decoder_input_ids` of length 1",
-    "RecurrentGemmaForCausalLM": "keeps state where no cache of transformers holds it",
+    "RecurrentGemmaForCausalLM": "keeps state outside the transformers cache",
     "ReformerModelWithLMHead": "returns the logits of 1 of 3 tokens",
 }
 # The same by accident where rows are as long or texts as short as in a simple probe.
