@@ -320,5 +320,5 @@ def test_decoders_with_an_encoder(added: dict[str, Any], batch: int) -> None:
 
 @pytest.mark.parametrize("cls", [BartByStep, BartAfterThePrompt])
 def test_decoders_with_an_encoder_whose_inputs_change_are_refused(cls: type[Bart]) -> None:
-    with pytest.raises(ValueError, match=rf"{cls.__name__} prepares another `gain` for its forwards at each step"):
+    with pytest.raises(ValueError, match=rf"{cls.__name__} prepares a different `gain` at each step"):
         bart(cls).generate(**make_prompts(2), strategy="spec", assistant_model=bart(), max_new_tokens=8)
