@@ -63,7 +63,7 @@ REFUSED_CLASSES = {
     "MoshiForCausalLM": "masks have no window",
     "ProphetNetForCausalLM": "`use_cache` is only supported for `decoder_input_ids` of length 1",
     "RecurrentGemmaForCausalLM": "keeps state",
-    "ReformerModelWithLMHead": "returns the logits of 1 of 3 tokens",
+    "ReformerModelWithLMHead": "returns logits for 1 of 3 tokens",
 }
 # The same by accident where rows are as long or texts as short as in a simple probe.
 DECEIVERS = {
