@@ -190,7 +190,7 @@ def _compare_beside_others(model: PreTrainedModel) -> None:
 
 
 class _PastWindow(Cache):
-    """Claims as many entries as a window has slots. All are zero, except the first value in the window's layers."""
+    """Claims a window full of entries: all zero, except the values of the first one in the window's layers."""
 
     def __init__(self, layers: list[Any], window: Window, mark: float):
         super().__init__(layers=layers)

@@ -59,7 +59,7 @@ class Answer:
 
     @property
     def compared(self) -> bool:
-        """Whether the reason comes from compared logits, not from a failure."""
+        """Whether the reason is an observed result, not a failure of the probe."""
         return isinstance(self.cause, Differs)
 
     def refusal(self, message: str) -> ValueError:
@@ -186,7 +186,7 @@ def check_same(model: PreTrainedModel, got: Tensor, expected: Tensor, noise: flo
 
 
 def ordinary_tokens(model: PreTrainedModel, count: int, seed: int) -> list[int]:
-    """Random text tokens without a period; never special ones for padding, the end of a text, or an image."""
+    """Random text tokens that do not repeat periodically; none stands for padding, the end of a text, or an image."""
     config = model.config.get_text_config(decoder=True)
     named = [vars(each) for each in (config, model.config, model.generation_config) if each is not None]
     values = [value for names in named for name, value in names.items() if name.endswith(("_id", "_index", "_ids"))]

@@ -162,7 +162,7 @@ def compare_padded_blocks(model: PreTrainedModel, longest: int | None, seed: int
 def _next_block(
     model: PreTrainedModel, context: Context, cached: CachedModel, seed: int
 ) -> tuple[list[list[int]], list[int], int]:
-    """Write drafts after the committed tokens. Returns: drafts and uncached tokens by row, and the forward's width."""
+    """Write drafts after the committed tokens. Returns: drafts by row, uncached tokens by row, the forward's width."""
     if cached.at_once is not None:
         cached.prefill(context)
     missing = cached.missing(context)

@@ -11,7 +11,7 @@ def check_lengths(model: PreTrainedModel, shortest: int, longest: int) -> None:
 
     Args:
         model: the target.
-        shortest: tokens in the shortest forward over the beginning of a row; each later one ends beyond.
+        shortest: tokens in the shortest forward over the beginning of a row; each later forward ends after it.
         longest: the most tokens that a row may reach.
     """
     config = model.config.get_text_config(decoder=True)
