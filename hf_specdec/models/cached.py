@@ -53,8 +53,7 @@ class CachedModel:
         self.device = cache.device
         self.layout = layout.on(self.device)
         self.prompt_embeds = prompt_embeds
-        # Recurrent layers apply padding masks only in forwards over several tokens; they never treat a single token as
-        # padding.
+        # Recurrent layers apply padding masks only in forwards over several tokens; a single token is never padding.
         self._reads_as_vanilla = layout.padding_mask is not None and self.has_states
         special = layout.padding_mask if prompt_embeds is None and self._reads_as_vanilla else prompt_embeds
         self._prompt_columns = 0 if special is None else special.shape[1]
@@ -64,7 +63,7 @@ class CachedModel:
         self.static = static
         self.encoded = encoded
         self.no_bookkeeping = no_bookkeeping(model, self.device)
-        self.at_once: int | None = None  # the most tokens that one forward continues a state over; None for no limit
+        self.at_once: int | None = None  # how many tokens one forward continues a state over; None for no limit
         self.forwards = 0  # those whose logits were needed
         self.prefill_forwards = 0
         parameters = forward_parameters(model)

@@ -195,9 +195,7 @@ def borrow(
         forwards.read_from(parts)
     else:
         if compiles:
-            step = max(
-                256, 1 << capacity.bit_length() - 3
-            )  # so that a somewhat longer call can reuse the compiled code
+            step = max(256, 1 << capacity.bit_length() - 3)  # a somewhat longer call can reuse the compiled code
             capacity = -(-capacity // step) * step
         cache = RaggedCache(rows, device, capacity, capacity)
         forwards = StaticForwards(cache, compiles, parts)
