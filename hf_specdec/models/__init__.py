@@ -1,1 +1,1 @@
-"""What drives a model's forwards, and what is asked of a model before it is driven."""
+"""Runs the forwards of a model, and probes the model before it is used."""

@@ -1,7 +1,7 @@
-"""What a model can do: asked of the model itself with a few tokens (`probes.py`), and remembered (`answers.py`).
+"""Abilities: what a model can do. Probes with a few tokens find out (`probes.py`), `answers.py` remembers the results.
 
-Nothing here knows a kind of model, adapter or kernel by name. What follows from an answer is decided elsewhere: errors
-are in `checks.py`.
+Nothing here depends on the name of a model, adapter or kernel. The consequences of an answer are decided elsewhere:
+errors are in `checks.py`.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from .probes import Vanilla, compare_beside_longer_rows, compare_padded_blocks, 
 class Abilities:
     """The abilities of one model: each is an `Answer` with the reason and the cause of a "no".
 
-    Answers are remembered per model, attention implementation and precision, so making this again costs nothing.
+    Answers are remembered per model, attention implementation and precision, so a second instance costs nothing.
     """
 
     model: PreTrainedModel
@@ -37,31 +37,31 @@ class Abilities:
 
     @property
     def own_cache(self) -> Answer:
-        """Whether its state is one that a cache of transformers can hold, by signature and config; nothing is run."""
+        """Whether a transformers cache can hold its state, judged by signature and config; nothing is run."""
         if self.model.config.is_encoder_decoder:
             return Answer()
         if not {"past_key_values", "cache_params"} & forward_parameters(self.model).keys():
             return Answer("takes no cache")
         if not self.model._supports_default_dynamic_cache():
-            return Answer("takes no dynamic cache of transformers")
+            return Answer("does not take transformers' dynamic cache")
         try:
             cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
         except AttributeError as error:
             return Answer("has a config without layers", error)
         if any(hasattr(layer, "set_prefill_length") for layer in cache.layers):
-            return Answer("keeps prompts apart")
+            return Answer("stores prompts separately")
         return Answer()
 
     @property
     def keeps_cache(self) -> Answer:
-        """Whether it returns the cache of transformers that it is given."""
+        """Whether it returns the transformers cache that it is given."""
         if self.model.config.is_encoder_decoder:
             return Answer()
         return ask(self.model, "keeps a cache", partial(_keep_a_cache, self.model))
 
     @property
     def needs_own_code(self) -> bool:
-        """Whether our cache cannot stand for what a decoder-only model carries from one forward to the next."""
+        """Whether our cache cannot hold the state that a decoder-only model carries from one forward to the next."""
         return not self.own_cache or not self.keeps_cache
 
     @property
@@ -71,62 +71,62 @@ class Abilities:
 
     @property
     def ragged_drafts(self) -> Answer:
-        """The same of a draft, whose tokens need not be vanilla's."""
+        """The same for a draft, whose tokens need not be vanilla's."""
         return self._ragged(drafts=True)
 
     @property
     def positions(self) -> bool:
-        """Whether positions that the forward does not name reach the decoder all the same."""
+        """Whether position ids reach the decoder although its model's forward has no such parameter."""
         return hands_positions_on(self.model)
 
     def _ragged(self, drafts: bool) -> Answer:
         model = self.model
         if self.needs_own_code:
-            return Answer("carries something of its own from step to step")
+            return Answer("carries custom state from step to step")
         cache = DynamicCache(config=model.config.get_text_config(decoder=True))
         if not has_states(cache):
             if not follows_masks(model, drafts):
-                return Answer("cannot be told positions and masks by row")
+                return Answer("does not accept positions and masks per row")
             together = ask(model, ("rows", drafts), lambda seed: rehearse(model, rows=3, drafts=drafts, seed=seed))
             return together and ask(model, "longer rows", partial(compare_beside_longer_rows, model))
         if any(hasattr(layer, "keys") for layer in cache.layers) and not takes_masks(model):
-            return Answer("cannot be told masks by row")
+            return Answer("does not accept masks per row")
         if not rows_are_independent(cache):
-            return Answer("has a cache in which no row goes back without the others")
+            return Answer("has a cache that cannot roll back one row alone")
         return ask(model, "rows", lambda seed: rehearse(model, rows=2, seed=seed))
 
     def states(self, at_once: int | None = None) -> Answer:
-        """Whether recurrent states go on and can go back.
+        """Whether recurrent states can be continued and rolled back.
 
         Args:
-            at_once: over how many tokens a state must go on in one forward; `None` for as many as there are.
+            at_once: how many tokens one forward must continue a state over; `None` for as many as there are.
         """
         return ask(self.model, ("states", at_once), lambda seed: rehearse(self.model, at_once=at_once, seed=seed))
 
     def blocks(self, past: int = 0, longest: int | None = None) -> Answer:
-        """Whether several tokens at once get the logits that they get one after the other.
+        """Whether a block of tokens gets the same logits as token by token.
 
         Args:
-            past: tokens that come before them, at least.
-            longest: tokens that a row may come to.
+            past: the least number of tokens before the block.
+            longest: the most tokens that a row may reach.
         """
         probe = partial(_rehearse, self.model, past, longest)
         return ask(self.model, ("blocks", past, longest), probe)
 
     def padded_blocks(self, longest: int | None = None) -> Answer:
-        """The same in rows that are padded on the left."""
+        """The same in left-padded rows."""
         return ask(self.model, ("padded blocks", longest), partial(compare_padded_blocks, self.model, longest))
 
     def cached_blocks(self) -> Answer:
-        """The same of two tokens, for attention implementations whose masks are not made by transformers."""
+        """The same for two tokens, where the attention implementation does not use masks made by transformers."""
         return ask(self.model, "continues a cache", lambda seed: _continue_a_cache(self.model))
 
     def independent_tokens(self) -> Answer:
-        """Whether a token's logits do not depend on those that are fed after it, as they may in quantized models."""
+        """Whether a token's logits do not depend on later tokens of the forward, as they may in quantized models."""
         return ask(self.model, "tokens are independent", lambda seed: _compare_beside_others(self.model))
 
     def windows(self, columns: int) -> list[tuple[int, Answer]]:
-        """Whether the model's own masks know of the windows that its cache has, by size, up to so many columns."""
+        """Each window of the model's cache below `columns`: its size, and whether the model's own masks apply it."""
         cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
         layers = cache_layers(cache, self.model.config, 1, columns)
         found = {layer.window for layer in layers if isinstance(layer, WindowLayer)}
@@ -138,15 +138,15 @@ class Abilities:
 
 
 def unexplained_windows(model: PreTrainedModel, cache: Cache, max_length: int) -> list[int]:
-    """Windows that the config names and no layer of the cache knows of, which a text of `max_length` may leave.
+    """Windows that the config names, no layer of the cache applies, and a text of `max_length` may exceed.
 
-    Only the model's own code knows what they mean, and for rows of different lengths it may go by the longest one.
+    Only the model's own code knows their meaning. For rows of different lengths it may use the length of the longest.
 
     Args:
-        cache: what transformers makes of the model's config.
+        cache: the cache that transformers makes from the model's config.
     """
     config = model.config.get_text_config(decoder=True)
-    layers = [*cache.layers, *DynamicCache(config=config).layers]  # static ones do not tell their windows
+    layers = [*cache.layers, *DynamicCache(config=config).layers]  # static layers do not expose their windows
     explained = {getattr(layer, "sliding_window", None) for layer in layers}
     if getattr(config, "layer_types", None) is not None:
         explained.add(getattr(config, "sliding_window", None))  # the types say which layers have it
@@ -156,16 +156,16 @@ def unexplained_windows(model: PreTrainedModel, cache: Cache, max_length: int) -
 
 
 def _keep_a_cache(model: PreTrainedModel, seed: int) -> None:
-    """A model that is given a cache of transformers returns one, not a tuple of its own making."""
+    """A model that is given a transformers cache returns one, not a tuple."""
     vanilla = Vanilla(model)
     try:
         output = vanilla.output(vanilla.ids(ordinary_tokens(model, 2, seed)), vanilla.cache())
     except Exception as error:
-        raise CannotBeAsked(f"{type(model).__name__} must be fed more than text") from error
+        raise CannotBeAsked(f"{type(model).__name__} needs more inputs than text") from error
     carried = [output.get(name) for name in ("past_key_values", "cache_params")]
     found = [type(value).__name__ for value in carried if value is not None and not isinstance(value, Cache)]
     if found:
-        raise Differs(f"returns a {found[0]} in place of the cache that it was given")
+        raise Differs(f"returns a {found[0]} instead of the cache that it was given")
 
 
 def _rehearse(model: PreTrainedModel, past: int, longest: int | None, seed: int) -> None:
@@ -173,24 +173,24 @@ def _rehearse(model: PreTrainedModel, past: int, longest: int | None, seed: int)
 
 
 def _continue_a_cache(model: PreTrainedModel) -> None:
-    """The second of two tokens after a cached one gets the logits that it gets when all are fed at once."""
+    """The second of two tokens after a cached token gets the same logits as when all three are fed at once."""
     vanilla = Vanilla(model)
     first, *more = ordinary_tokens(model, 3, seed=0)
     got = vanilla.continued([first], more)
-    check_same(model, got[-1:], vanilla.continued([first, *more], [])[-1:], None, "masks blocks otherwise")
+    check_same(model, got[-1:], vanilla.continued([first, *more], [])[-1:], None, "masks blocks differently")
 
 
 def _compare_beside_others(model: PreTrainedModel) -> None:
-    """A token alone gets the logits that it gets with others after it."""
+    """A token gets the same logits alone as with others after it."""
     vanilla = Vanilla(model)
     text = ordinary_tokens(model, 8, seed=0)
     alone, beside = vanilla.continued(text[:1], [])[0], vanilla.continued(text, [])[0]
     if not (beside - alone).abs().max() <= 1e-3 * alone.std():
-        raise Differs("gives a token other logits with seven tokens after it than alone")
+        raise Differs("returns different logits for a token with seven tokens after it than alone")
 
 
 class _PastWindow(Cache):
-    """Claims as many entries as a window has slots: all are zero but the values of the first one, in its layers."""
+    """Claims a window full of entries: all zero, except the values of the first one in the window's layers."""
 
     def __init__(self, layers: list[Any], window: Window, mark: float):
         super().__init__(layers=layers)
@@ -216,7 +216,7 @@ class _PastWindow(Cache):
 
 
 def _probe_window(model: PreTrainedModel, layers: list[Any], window: Window, _seed: int) -> None:
-    """A token does not see the one that is a whole window before it, when the model makes the masks."""
+    """With the model's own masks, a token does not attend to the token a whole window before it."""
     token = torch.tensor([[1]], device=model_device(model))
     kwargs = {"position_ids": token} if "position_ids" in forward_parameters(model) else {}
     try:
@@ -224,7 +224,7 @@ def _probe_window(model: PreTrainedModel, layers: list[Any], window: Window, _se
             model(input_ids=token, past_key_values=_PastWindow(layers, window, mark), return_dict=True, **kwargs).logits
             for mark in (0.0, 100.0)
         )
-    except Exception as error:  # not made for this, which says nothing about windows
-        raise CannotBeAsked(f"{type(model).__name__} does not run on a pretended cache") from error
+    except Exception as error:  # the model cannot run on such a cache, which says nothing about windows
+        raise CannotBeAsked(f"{type(model).__name__} does not run on a fake cache") from error
     if not torch.equal(blank, marked):
-        raise Differs("lets a token see another that is a whole window before it")
+        raise Differs("lets a token attend to the one a whole window before it")

@@ -1,9 +1,9 @@
-"""What models were asked, and what they answered: one memory and one rule of tolerance for all probes.
+"""Answers of models to probes: one memory and one tolerance rule for all probes.
 
-A probe puts one question to a model in two ways and compares the logits. They are never equal to the last bit: kernels
-round differently for other shapes. How much they may differ is measured, not assumed: a model's answers to one question
-asked in two ways that vanilla also uses (a text in one forward, and token by token) say how much it rounds, whatever
-its precision, kernels and weights are. What a probe finds may differ by a few times that.
+A probe computes the same logits in two ways and compares them. They are never equal to the last bit, because kernels
+round differently for different shapes. The allowed difference is measured, not assumed: vanilla also computes logits in
+two ways (a text in one forward, and token by token), and their difference shows how much the model rounds, whatever its
+precision, kernels and weights. A probe may find a few times that difference.
 """
 
 import contextlib
@@ -20,21 +20,21 @@ from ..device import first_line, model_device
 
 T = TypeVar("T")
 
-# Of the standard deviation of logits, root mean square over the vocabulary.
-_FACTOR = 6.0  # how far an answer may be off, in units of the noise that was measured
-_LEAST = 1e-5  # what is allowed however little was measured
-_EPS = 6.0  # the same in units of the last place; masks choose other kernels, which need not show in what was measured
-_UNMEASURED, _UNMEASURED_IN_HALF = 1e-4, 0.1  # what is allowed where nothing can be measured
-_MOST = 0.02  # two ways of vanilla that differ by more than this differ by more than float32 or TF32 rounding
+# In units of the standard deviation of logits; root mean square over the vocabulary.
+_FACTOR = 6.0  # the allowed difference, as a multiple of the measured noise
+_LEAST = 1e-5  # always allowed, however small the measured noise
+_EPS = 6.0  # always allowed, in units of the last place: masks select other kernels, which the noise need not show
+_UNMEASURED, _UNMEASURED_IN_HALF = 1e-4, 0.1  # allowed where noise cannot be measured
+_MOST = 0.02  # float32 or TF32 rounding does not explain a larger difference between the two ways of vanilla
 _MOST_IN_HALF = 0.25  # the same in bfloat16 and float16
 _HALF = 1e-4  # the eps of half precisions is above this
-_IDS = 512  # texts of probes are made of the first so many tokens
-# A router of experts may choose others by rounding alone. No text does that each time; a fault shows in every text.
+_IDS = 512  # probe texts use the first so many token ids
+# Rounding alone may make a router choose other experts. No model does so on every text; a fault shows in every text.
 _ATTEMPTS = 3
 
 
 class Differs(Exception):
-    """A probe got other logits than vanilla's."""
+    """A probe got logits that differ from vanilla's."""
 
 
 class CannotBeAsked(Exception):
@@ -46,9 +46,9 @@ class Answer:
     """Whether a model can do something.
 
     Attributes:
-        reason: what it does instead, as seen by the probe, in words that follow its name; empty if it can.
-        cause: the exception that the probe ended with.
-        asked: False where the model could not be asked.
+        reason: what the probe saw it do instead, as a verb phrase that follows its name; empty if it can.
+        cause: the exception that ended the probe.
+        asked: False where the model could not be probed.
     """
 
     reason: str = ""
@@ -60,24 +60,24 @@ class Answer:
 
     @property
     def compared(self) -> bool:
-        """Whether the reason is what the model said, and not that it failed."""
+        """Whether the reason is an observed result, not a failure of the probe."""
         return isinstance(self.cause, Differs)
 
     def refusal(self, message: str) -> ValueError:
-        """The error that says so, with its cause chained."""
+        """The error with this message, chained to the cause."""
         error = ValueError(message)
         error.__cause__ = self.cause
         return error
 
 
-# model -> (question, precision) -> what was found out
+# model -> (question, precision) -> finding
 _memory: "weakref.WeakKeyDictionary[PreTrainedModel, dict[Hashable, Any]]" = weakref.WeakKeyDictionary()
 
 
 def remembered(model: PreTrainedModel, question: Hashable, find_out: Callable[[], T]) -> T:
-    """What was found out about a model, once per attention implementation and precision.
+    """The result of `find_out`, called once per model, question, attention implementation and precision.
 
-    Nothing is remembered of models in training mode, whose answers are random with dropout.
+    Nothing is remembered for models in training mode, because dropout makes their answers random.
     """
     known = _memory.setdefault(model, {})
     key = question, precision(model)
@@ -94,8 +94,8 @@ def ask(model: PreTrainedModel, question: Hashable, probe: Callable[[int], None]
     """The answer to a question; see `remembered`.
 
     Args:
-        question: what is asked, the same in every call.
-        probe: asks it with another text for each number that it is given; it raises if the answer is no.
+        question: identifies the question, the same in every call.
+        probe: asks it with a text made from the seed that it is passed; it raises if the answer is no.
     """
     return remembered(model, question, lambda: _ask(probe))
 
@@ -111,7 +111,7 @@ def _ask(probe: Callable[[int], None]) -> Answer:
             return Answer(asked=False, cause=_without_frames(error))
         except Differs as error:
             answer = Answer(str(error), _without_frames(error))
-        except Exception as error:  # whatever a model does that was not made for this: it cannot do it
+        except Exception as error:  # a model may fail in any way where it was not made for this: the answer is no
             return Answer(f"fails when it is tried ({first_line(error)})", _without_frames(error))
     return answer
 
@@ -126,24 +126,24 @@ def _without_frames(error: BaseException) -> BaseException:
 
 
 def precision(model: PreTrainedModel) -> Hashable:
-    """What rounding depends on besides the model's code and weights."""
+    """The settings that rounding depends on, besides the model's code and weights."""
     implementation: str = model.config.get_text_config(decoder=True)._attn_implementation
     return implementation, model.dtype, _autocast(model), torch.get_float32_matmul_precision()
 
 
 def _autocast(model: PreTrainedModel) -> torch.dtype | None:
     device = model_device(model).type
-    with contextlib.suppress(RuntimeError):  # of devices without autocast
+    with contextlib.suppress(RuntimeError):  # devices without autocast
         if torch.is_autocast_enabled(device):
             return torch.get_autocast_dtype(device)
     return None
 
 
 def tolerance(model: PreTrainedModel, noise: float | None = None) -> float:
-    """How far apart answers may be, see `apart`.
+    """How far apart logits may be; see `apart`.
 
     Args:
-        noise: what was measured for this model in this precision; `None` where nothing was.
+        noise: measured for this model in this precision; `None` where it was not.
     """
     eps = _eps(model)
     if noise is None:
@@ -153,12 +153,12 @@ def tolerance(model: PreTrainedModel, noise: float | None = None) -> float:
 
 
 def _eps(model: PreTrainedModel) -> float:
-    """Of the coarsest precision that a forward computes in."""
+    """The eps of the coarsest precision that a forward computes in."""
     return max(torch.finfo(dtype).eps for dtype in (model.dtype, _autocast(model)) if dtype is not None)
 
 
 def is_rounding(model: PreTrainedModel, noise: float) -> bool:
-    """Whether so much noise can be rounding."""
+    """Whether rounding can explain this much noise."""
     return noise <= (_MOST_IN_HALF if _eps(model) > _HALF else _MOST)
 
 
@@ -168,28 +168,26 @@ def measured_noise(model: PreTrainedModel, measure: Callable[[], float]) -> floa
 
 
 def apart(got: Tensor, expected: Tensor) -> float:
-    """How far apart logits `[..., vocab]` are: at the worst position, in standard deviations of those expected."""
+    """How far apart logits `[..., vocab]` are at the worst position, in standard deviations of the expected ones."""
     got, expected = (torch.nan_to_num(logits.float(), nan=0.0, posinf=0.0, neginf=0.0) for logits in (got, expected))
     difference = (got - expected).square().mean(dim=-1).sqrt().max()
     return float(difference / expected.std().clamp(min=torch.finfo(torch.float32).tiny))
 
 
-def check_same(model: PreTrainedModel, got: Tensor, expected: Tensor, noise: float | None, otherwise: str) -> None:
+def check_same(model: PreTrainedModel, got: Tensor, expected: Tensor, noise: float | None, reason: str) -> None:
     """Raise `Differs` unless rounding explains the difference between logits `[..., vocab]`.
 
     Args:
         noise: see `tolerance`.
-        otherwise: what the model does if it does not.
+        reason: what the model does if they differ, as in `Answer`.
     """
     found, allowed = apart(got, expected), tolerance(model, noise)
     if not found <= allowed:
-        raise Differs(
-            f"{otherwise} (logits are {found:.2g} standard deviations apart; rounding is up to {allowed:.2g})"
-        )
+        raise Differs(f"{reason} (logits are {found:.2g} standard deviations apart; rounding is up to {allowed:.2g})")
 
 
 def ordinary_tokens(model: PreTrainedModel, count: int, seed: int) -> list[int]:
-    """Random tokens of text: none that stands for padding, the end of a text, or an image. They follow no period."""
+    """Random text tokens that do not repeat periodically; none stands for padding, the end of a text, or an image."""
     config = model.config.get_text_config(decoder=True)
     named = [vars(each) for each in (config, model.config, model.generation_config) if each is not None]
     values = [value for names in named for name, value in names.items() if name.endswith(("_id", "_index", "_ids"))]

@@ -1,7 +1,7 @@
 """CachedModel: a model and its RaggedCache, fed from a Context.
 
-Owns what a forward needs besides tokens; `layout.py` says which slots they go to, at which positions, with which mask.
-Target and draft are both driven through it. It never chooses a token.
+Owns the inputs of a forward besides tokens; `layout.py` computes the slots, positions and mask of the tokens.
+Both target and draft run through it. It never chooses a token.
 """
 
 from typing import Any
@@ -24,17 +24,17 @@ from .target import Verified, aligned, check_logits, room_after
 
 
 class CachedModel:
-    """Feeds tokens of a context to a model, keeping keys and values of each row.
+    """Feeds tokens of a context to a model, and keeps the keys and values of each row.
 
     Args:
-        model: a decoder-only model, or an encoder-decoder model, of which this feeds the decoder.
+        model: a decoder-only model, or an encoder-decoder model, whose decoder this feeds.
         cache: an empty cache, or one that holds the beginning of the context.
         layout: where the context's tokens are in it.
-        prompt_embeds: `[batch, columns, width]`, what the first columns are fed as, where the prompt is embeddings.
+        prompt_embeds: `[batch, columns, width]`, embeddings of the first columns, where the prompt is embeddings.
         first_forward: reads the prompt, where that is more than tokens; see `read_prompt`.
         static: runs short forwards with fixed shapes; for the ragged layout, and a cache whose capacity never grows.
-        encoded: what every forward is given of an encoder.
-        unnamed_positions: tell positions though the forward does not name them.
+        encoded: the encoder inputs of every forward.
+        unnamed_positions: pass position ids although the forward has no such parameter.
     """
 
     def __init__(
@@ -53,18 +53,18 @@ class CachedModel:
         self.device = cache.device
         self.layout = layout.on(self.device)
         self.prompt_embeds = prompt_embeds
-        # Recurrent layers are told padding in forwards over several tokens only: a single one is never padding to them.
+        # Recurrent layers apply padding masks only in forwards over several tokens; a single token is never padding.
         self._reads_as_vanilla = layout.padding_mask is not None and self.has_states
         special = layout.padding_mask if prompt_embeds is None and self._reads_as_vanilla else prompt_embeds
         self._prompt_columns = 0 if special is None else special.shape[1]
         self.first_forward = first_forward
         self.prompt_is_tokens = first_forward is None
-        self.later_inputs: dict[str, Any] = {}  # what each forward is given besides
+        self.later_inputs: dict[str, Any] = {}  # more inputs of each forward
         self.static = static
         self.encoded = encoded
         self.no_bookkeeping = no_bookkeeping(model, self.device)
-        self.at_once: int | None = None  # over so many tokens a state goes on in one forward; None for all
-        self.forwards = 0  # whose logits were wanted
+        self.at_once: int | None = None  # how many tokens one forward continues a state over; None for no limit
+        self.forwards = 0  # those whose logits were needed
         self.prefill_forwards = 0
         parameters = forward_parameters(model)
         self._vocab_size: int = model.config.get_text_config(decoder=True).vocab_size
@@ -76,7 +76,7 @@ class CachedModel:
 
     @property
     def has_states(self) -> bool:
-        """Whether rows are fed equally many tokens, and committed ones may have to be fed again."""
+        """Whether all rows are fed equally many tokens, and committed tokens may have to be fed again."""
         return bool(self.cache.states)
 
     @property
@@ -90,7 +90,7 @@ class CachedModel:
         return self.cache.get_seq_length() > 0
 
     def forget(self, rows: list[int], counts: list[int]) -> None:
-        """Take the last so many entries of these rows back."""
+        """Roll back the last `counts` entries of these rows."""
         for row, count in zip(rows, counts):
             self.cache.lengths[row] -= count
 
@@ -99,9 +99,9 @@ class CachedModel:
         return [context.ends[row] + self.layout.slot_offset[row] - self.cache.lengths[row] for row in context.rows]
 
     def prompt_left(self, context: Context) -> list[int]:
-        """How many columns of a prompt that needs forwards of its own the cache of each active row does not hold yet.
+        """By active row, the uncached columns of a prompt that needs separate forwards.
 
-        Such a prompt is embeddings, or has padding that recurrent layers must be told as in vanilla.
+        Such a prompt is embeddings, or has padding that recurrent layers must be masked for as in vanilla.
         """
         end = self._prompt_columns - self.layout.column_offset
         return [max(end + self.layout.slot_offset[row] - self.cache.lengths[row], 0) for row in context.rows]
@@ -109,15 +109,15 @@ class CachedModel:
     def prefill(
         self, context: Context, chunk_size: int | None = None, **kwargs: Any
     ) -> list[tuple[list[int], ModelOutput]]:
-        """Feed all committed tokens but the last one, which the next `forward` will feed. No logits are wanted.
+        """Feed all committed tokens except the last one, which the next `forward` will feed. No logits are needed.
 
         If a prompt must be read as vanilla reads it, the next `forward` will feed its last chunk.
 
-        Returns: for each chunk, how many of its tokens were each row's own, and the output.
+        Returns: for each chunk, how many of its tokens belong to each row, and the output.
         """
         outputs = []
         while any(own := self._next_own(context, chunk_size)):
-            # With states no row may be fed what is not its own.
+            # With states, no row may be fed tokens that do not belong to it.
             todo = min(n for n in own if n) if self.has_states else max(own)
             width = min(chunk_size or todo, todo)
             if self.at_once is not None:
@@ -145,7 +145,7 @@ class CachedModel:
         Returns: the model's output, `logits` `[batch, 1, vocab]` of the last column.
 
         Raises:
-            DoesNotFit: if the cache cannot hold what comes of it.
+            DoesNotFit: if our cache cannot hold the result.
         """
         assert self.first_forward is not None
         first_forward, self.first_forward = self.first_forward, None
@@ -156,25 +156,25 @@ class CachedModel:
         return output
 
     def take_over(self, first_forward: FirstForward, output: ModelOutput) -> None:
-        """Hold what a forward over the whole prompt has left in a cache of transformers."""
+        """Load the entries that a forward over the whole prompt has left in a transformers cache."""
         self.later_inputs = first_forward.later_inputs(output)
         self.cache.load(first_forward.cache, list(self.layout.first))
         first_forward.forget()
         self.prompt_is_tokens = False
 
     def room(self, context: Context, most: int) -> list[int]:
-        """How many drafts, at most `most`, the next forward can take after what each active row has pending."""
+        """How many drafts, at most `most`, the next forward can take after each active row's pending tokens."""
         return room_after(self.missing(context), most) if self.has_states else [most] * len(context.rows)
 
     def verify(self, context: Context, draft_tokens: Tensor, lengths: list[int], **kwargs: Any) -> Verified:
-        """One forward over each row's uncached tokens and its drafts, which stand after them in the context.
+        """One forward over each row's uncached tokens and its drafts, which follow them in the context.
 
         Args:
             draft_tokens: `[active rows, γ]`.
-            lengths: how many of them are each row's.
+            lengths: how many of them each row proposes.
         """
         if self.has_states and not draft_tokens.shape[1] and len(set(self.missing(context))) > 1:
-            self.prefill(context)  # without drafts to fill them up, some rows would never catch up
+            self.prefill(context)  # without drafts as fill, some rows would never catch up
         missing = self.missing(context)
         pending = [n - 1 for n in missing]
         of_prompt = pending if any(self.prompt_left(context)) else []
@@ -186,14 +186,14 @@ class CachedModel:
     def forward(
         self, context: Context, width: int, keep: int | None = None, ids: Tensor | None = None, **kwargs: Any
     ) -> ModelOutput:
-        """Feed each active row its uncached tokens and what stands after them, `width` in all.
+        """Feed each active row its uncached tokens and the tokens after them, `width` in all.
 
         Args:
-            keep: of how many of them the logits are wanted; by default of all.
-            ids: `[active rows, width]`, what to feed where that is known already.
+            keep: return the logits of so many last tokens; by default of all.
+            ids: `[active rows, width]`, the tokens to feed, where they are known already.
 
         Returns: the model's output, `logits` `[active rows, keep, vocab]` of the last `keep` tokens.
-            The cache now holds all of it, until `commit`.
+            The cache now holds all fed tokens, until `commit`.
 
         Raises:
             ValueError: if the model returns fewer logits than that.
@@ -211,13 +211,13 @@ class CachedModel:
         return output
 
     def commit(self, context: Context) -> None:
-        """Keep the entries of committed tokens but the last one, forget those of rejected drafts."""
+        """Keep the entries of committed tokens except the last one; roll back rejected drafts."""
         self.cache.roll_back(
             context.rows, [max(context.ends[row] + self.layout.slot_offset[row] - 1, 0) for row in context.rows]
         )
 
     def release(self) -> None:
-        """The call is over: what is kept for the next one may be used by it."""
+        """The call is over: the next one may use the kept cache and forwards."""
         if self.static is not None:
             give_back(self.model, self.cache, self.static)
 
@@ -234,7 +234,7 @@ class CachedModel:
         return static(self.model, ids, places.to(self.device, non_blocking=True))
 
     def _tokens(self, context: Context, starts: list[int], width: int, ids: Tensor | None) -> Tensor:
-        """`[active rows, width]` ids for the slots from `starts` on: those given, or the context's."""
+        """`[active rows, width]` ids for the slots from `starts` on: the given ones, or the context's."""
         if ids is None:
             offset = self.layout.slot_offset
             ids = context.gather([start - offset[row] for row, start in zip(context.rows, starts)], width)

@@ -1,8 +1,8 @@
-"""The encoder's side of an encoder-decoder call: what the forwards of a decoder are given besides its tokens.
+"""Encoded: the encoder inputs of one decoder, and its cross-attention cache.
 
-`generate()` has run the target's encoder by the time that we are called. What came of it stays the same for the whole
-call: the encoder's outputs, its padding mask, and the keys and values of cross-attention, which the decoder makes of
-them in its first forward. Owns these, for one decoder, and hands out those of the active rows.
+They stay the same for the whole call: the encoder's outputs, its padding mask, and the keys and values of
+cross-attention, which the decoder computes from them in its first forward. Owns these for one decoder and returns those
+of the active rows. `encoder_side.py` reads them from the call and decides which ones a target or draft gets.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput
 
 from ..sampling.context import Context
 
-# Inputs of a decoder's forward that carry this prefix where the model has an encoder too.
+# Where the model also has an encoder, the decoder's inputs have this prefix.
 PREFIX = "decoder_"
 _PREFIXED = ("input_ids", "attention_mask", "position_ids")
 
@@ -24,10 +24,10 @@ class Encoded:
     """Constant inputs of one decoder's forwards, and its cross-attention cache.
 
     Args:
-        inputs: what every forward is given, by name; tensors in them have a line for each row of the batch.
+        inputs: the same for every forward, by name; tensors in them have one entry for each row of the batch.
         batch_size: rows in all.
-        prefix: of the names under which the forward takes ids, mask and positions: `PREFIX`, or "" for decoders alone.
-        uncounted: a token that takes no position from those behind it in the same forward, if the decoder has one.
+        prefix: of the forward's parameters for ids, mask and positions: `PREFIX`, or "" for a model without encoder.
+        uncounted: a token that later tokens of the same forward do not count in their positions, if there is one.
     """
 
     def __init__(self, inputs: dict[str, Any], batch_size: int, prefix: str = PREFIX, uncounted: int | None = None):
@@ -35,14 +35,14 @@ class Encoded:
         self.uncounted = uncounted
         self._inputs = {name: value for name, value in inputs.items() if value is not None}
         self._batch_size = batch_size
-        self._rows = list(range(batch_size))  # those that the next forward is over
+        self._rows = list(range(batch_size))  # those of the next forward
         self._selected = self._inputs  # of these rows
         self._cross = DynamicCache()
         self._storage: list[tuple[Tensor, Tensor]] = []  # keys and values by layer, of all rows
         self._order: list[int] = []  # storage index -> row of the batch
 
     def join(self, inputs: dict[str, Any], rows: list[int]) -> dict[str, Any]:
-        """A forward's `inputs`, under the names of this decoder and with all that is constant, for `rows`."""
+        """A forward's `inputs` for `rows`, under this decoder's names, with the constant inputs added."""
         self._activate(rows)
         inputs = {self.prefix + name if name in _PREFIXED else name: value for name, value in inputs.items()}
         inputs["past_key_values"] = EncoderDecoderCache(inputs["past_key_values"], self._cross)
@@ -51,7 +51,7 @@ class Encoded:
     def up_to_uncounted(
         self, context: Context, missing: list[int], draft_tokens: Tensor, lengths: list[int]
     ) -> list[int]:
-        """Shorter draft lengths, such that nothing is fed behind an uncounted token: vanilla feeds it in the next step.
+        """Shorten drafts so that nothing is fed after an uncounted token in one forward: vanilla feeds it a step later.
 
         Args:
             missing: how many committed tokens of each active row are fed with its drafts.
@@ -68,25 +68,25 @@ class Encoded:
         return shorter
 
     def of_row(self, row: int) -> "Encoded":
-        """The same for one row of the batch alone, with nothing cached."""
+        """The same for a single row of the batch, with nothing cached."""
         inputs = {name: select(value, torch.tensor([row]), self._batch_size) for name, value in self._inputs.items()}
         return Encoded(inputs, 1, self.prefix)
 
     def load(self, cross: Cache) -> None:
-        """Take over the cross-attention of a cache that has been used with the same encoder outputs."""
+        """Load the cross-attention of a cache that was used with the same encoder outputs."""
         for index, layer in enumerate(cross.layers):
             if layer.is_initialized and cross.get_seq_length(index):
                 self._cross.update(layer.keys, layer.values, index)
 
     def hand_back(self, cache: EncoderDecoderCache) -> None:
-        """Fill the cross-attention of a reset cache of transformers; all rows must be active."""
+        """Fill the cross-attention of a reset transformers cache; all rows must be active."""
         self._activate(list(range(self._batch_size)))
         for index, layer in enumerate(self._cross.layers):
             cache.cross_attention_cache.update(layer.keys.clone(), layer.values.clone(), index)
             cache.is_updated[index] = True
 
     def _activate(self, rows: list[int]) -> None:
-        """From now on forwards are over these rows, in this order; rows only move when some have finished."""
+        """Later forwards are over these rows, in this order; rows only move when some have finished."""
         if rows == self._rows:
             return
         index = torch.tensor(rows)
@@ -98,7 +98,7 @@ class Encoded:
         for i, row in enumerate(rows if self._storage else ()):
             j = self._order.index(row)
             if i != j:
-                with torch.inference_mode():  # in which they may have been made
+                with torch.inference_mode():  # they may have been made in inference mode
                     for states in (states for layer in self._storage for states in layer):
                         states[[i, j]] = states[[j, i]]
                 self._order[i], self._order[j] = self._order[j], self._order[i]
@@ -108,7 +108,7 @@ class Encoded:
 
 
 def select(value: Any, rows: Tensor, batch_size: int) -> Any:
-    """The lines of `rows` of all tensors in `value` that have one for each row of the batch."""
+    """`value` with only these `rows` of each tensor in it that has one entry for each row of the batch."""
     if isinstance(value, Tensor):
         return value[rows.to(value.device)] if value.shape[:1] == (batch_size,) else value
     if isinstance(value, ModelOutput):

@@ -1,4 +1,9 @@
-"""The encoder's side of an encoder-decoder call: what is known of it, and what a target or a draft is given of it."""
+"""EncoderSide: the encoder's side of an encoder-decoder call, read from what `generate()` has prepared.
+
+`generate()` has already run the target's encoder. This file chooses the encoder inputs of the target's and the draft's
+decoder, runs the draft's own encoder where needed, and probes the decoders. `encoded.py` holds one decoder's inputs
+during the loop.
+"""
 
 import copy
 import inspect
@@ -32,14 +37,14 @@ _PER_TOKEN = {"token_type_ids", "mm_token_type_ids", "position_ids"}
 
 @dataclass(frozen=True)
 class EncoderSide:
-    """What one call knows of the target's encoder: enough to condition a draft on the same inputs.
+    """The target's encoder in one call, with enough to condition a draft on the same inputs.
 
     Attributes:
         outputs: of the target's encoder; tensors are `[batch, ...]`.
         mask: `[batch, columns]`, which of its inputs are real; `None` for all.
-        more: what else the user gave to encoder or model, which `generate()` passes on in every step.
-        inputs: what the encoder was given, before rows were repeated for `num_return_sequences`; `None` if unknown.
-        input_name: under which name.
+        more: other inputs that the user gave to encoder or model; `generate()` passes them on in every step.
+        inputs: the encoder's main input, before rows were repeated for `num_return_sequences`; `None` if unknown.
+        input_name: the name of that input.
         module: the encoder.
         batch_size: rows in all.
     """
@@ -53,7 +58,7 @@ class EncoderSide:
     batch_size: int
 
     def for_target(self, target: PreTrainedModel) -> Encoded:
-        """What the forwards of the target are given."""
+        """The encoder inputs of the target's forwards."""
         self._check_decoder(target, "the target", self.outputs)
         inputs = {**self.more, "encoder_outputs": self.outputs, "attention_mask": self.mask}
         encoded = Encoded(inputs, self.batch_size)
@@ -61,10 +66,10 @@ class EncoderSide:
         return encoded
 
     def for_draft(self, draft: PreTrainedModel) -> Encoded | None:
-        """What the forwards of a draft model are given; `None` for a causal language model, which has no use for it.
+        """The encoder inputs of a draft model's forwards; `None` for a causal language model, which does not use them.
 
-        A draft with an encoder runs it on the target's inputs, unless it is the target's or a copy. One without, whose
-        forward takes encoder outputs, is given the target's (Distil-Whisper's decoder).
+        A draft with an encoder runs it on the target's inputs, unless its encoder is the target's or a copy. A draft
+        without one, whose forward takes encoder outputs, gets the target's (Distil-Whisper's decoder).
         """
         if draft.config.is_encoder_decoder:
             outputs = self.outputs if _is_copy(draft.get_encoder(), self.module) else self._encode(draft)
@@ -81,20 +86,20 @@ class EncoderSide:
         if given != width:
             raise ValueError(
                 f"`assistant_model` ({type(draft).__name__}) attends to encoder outputs of width {width}, but the "
-                f"target's encoder gives {given}: use a draft that was made for this encoder, or one with its own"
+                f"target's encoder gives {given}: use a draft made for this encoder, or one with its own encoder"
             )
         return Encoded(inputs, self.batch_size, prefix="")
 
     def token_ids(self) -> Tensor | None:
-        """`[batch, columns]` ids that the encoder was given, -1 for padding; `None` where it was given none."""
+        """`[batch, columns]` ids that the encoder read, -1 for padding; `None` where it did not read ids."""
         if self.inputs is None or self.inputs.is_floating_point() or self.inputs.ndim != 2:
             return None
         ids = self.inputs.repeat_interleave(self.batch_size // len(self.inputs), dim=0)
         return ids if self.mask is None else ids.masked_fill(self.mask.to(ids.device) == 0, -1)
 
     def _check_decoder(self, model: PreTrainedModel, role: str, outputs: Any) -> None:
-        """Raise a ValueError unless several tokens on a filled cache get the logits that they get one by one."""
-        if model.training:  # with dropout all answers differ
+        """Raise a ValueError unless a block on a filled cache gets the same logits as token by token."""
+        if model.training:  # dropout makes all answers differ
             return
         given = {**self.more, "encoder_outputs": outputs, "attention_mask": self.mask}
         one_row = Encoded(given, self.batch_size).of_row(0)
@@ -110,8 +115,8 @@ class EncoderSide:
         name, expected = type(draft).__name__, encoder_input_name(draft)
         if self.inputs is None:
             raise ValueError(
-                f"`assistant_model` ({name}) has an encoder of its own, but `encoder_outputs` were given without what "
-                f"they were made from: pass `{expected}` as well, or a draft that shares the target's encoder"
+                f"`assistant_model` ({name}) has its own encoder, but `encoder_outputs` were given without the inputs "
+                f"that they were made from: pass `{expected}` as well, or a draft that shares the target's encoder"
             )
         if self.input_name != expected:
             raise ValueError(
@@ -140,20 +145,20 @@ class EncoderSide:
 
 
 def _differing_inputs(draft: torch.nn.Module, target: torch.nn.Module) -> str:
-    """A sentence on what the configs of two encoders expect differently of their inputs; empty if nothing shows."""
+    """A sentence that lists how two encoders' configs differ about inputs; empty if they do not."""
     mine, theirs = (vars(getattr(encoder, "config", None) or object) for encoder in (draft, target))
     names = [name for name in mine.keys() & theirs.keys() if any(part in name for part in _ABOUT_INPUTS)]
     found = [f"{name} {mine[name]} (target: {theirs[name]})" for name in sorted(names) if mine[name] != theirs[name]]
     return f"Its config has {', '.join(found)}. " if found else ""
 
 
-_ABOUT_INPUTS = ("mel", "feat", "channels", "source", "image", "patch", "sampling", "vocab")  # in names of a config
+_ABOUT_INPUTS = ("mel", "feat", "channels", "source", "image", "patch", "sampling", "vocab")  # parts of config names
 _copies: "weakref.WeakKeyDictionary[torch.nn.Module, tuple[weakref.ref[torch.nn.Module], bool]]"
 _copies = weakref.WeakKeyDictionary()
 
 
 def _is_copy(encoder: torch.nn.Module, other: torch.nn.Module) -> bool:
-    """Whether two encoders have the same weights, as those of Distil-Whisper and its target; compared once."""
+    """Whether two encoders have the same weights, as in Distil-Whisper and its target; compared once."""
     known = _copies.get(encoder)
     if known is None or known[0]() is not other:
         mine, theirs = encoder.state_dict(), other.state_dict()
@@ -167,7 +172,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def _feeder(model: PreTrainedModel, encoded: Encoded) -> Callable[[list[int], Cache], Tensor]:
-    """What feeds tokens to a decoder after those that a cache holds: `[tokens, vocab]` logits of them."""
+    """A function that feeds tokens to a decoder after the cached ones and returns their logits `[tokens, vocab]`."""
 
     def feed(tokens: list[int], cache: Cache) -> Tensor:
         ids = torch.tensor([tokens], device=model_device(model))
@@ -179,13 +184,13 @@ def _feeder(model: PreTrainedModel, encoded: Encoded) -> Callable[[list[int], Ca
 
 
 def _try_blocks(model: PreTrainedModel, encoded: Encoded, seed: int) -> None:
-    """Raise `Differs` unless blocks of tokens can be verified; asked of the model itself, with a few tokens."""
+    """Raise `Differs` unless the model can verify blocks of tokens; probed with a few tokens."""
     a, b, c, d = ordinary_tokens(model, 4, seed)
     feed, begun = _feeder(model, encoded), DynamicCache()
     try:
         feed([a], begun)
         if begun.get_seq_length() != 1:
-            raise Differs("does not keep what it was fed in its cache")
+            raise Differs("does not keep the tokens it was fed in its cache")
         block, other = feed([b, c], copy.deepcopy(begun)), feed([b, d], copy.deepcopy(begun))
         steps = torch.cat([feed([b], begun), feed([c], begun)])
         whole = feed([a, b, c], DynamicCache())
@@ -194,12 +199,12 @@ def _try_blocks(model: PreTrainedModel, encoded: Encoded, seed: int) -> None:
     except Exception as error:
         raise Differs(f"cannot be fed several tokens on a filled cache ({first_line(error)})") from error
     noise = measured_noise(model, lambda: apart(whole[1:], steps))
-    check_same(model, other[:1], block[:1], 0.0, "lets a token see those after it")
-    check_same(model, block, steps, noise, "gives several tokens other logits than one by one")
+    check_same(model, other[:1], block[:1], 0.0, "lets a token attend to later tokens")
+    check_same(model, block, steps, noise, "returns different logits for a block than token by token")
 
 
 def _uncounted_token(model: PreTrainedModel, encoded: Encoded) -> int | None:
-    """The padding token, if a model makes positions of how many tokens of a forward are no padding."""
+    """The padding token, if the model counts positions by the tokens of a forward that are not padding."""
     padding = model.config.get_text_config(decoder=True).pad_token_id
     if padding is None or model.training:
         return None
@@ -208,7 +213,7 @@ def _uncounted_token(model: PreTrainedModel, encoded: Encoded) -> int | None:
 
 
 def _try_padding(model: PreTrainedModel, encoded: Encoded, padding: int, seed: int) -> None:
-    """Raise `Differs` if a token has another position when it is fed together with padding before it."""
+    """Raise `Differs` if a token has a different position when it is fed together with padding before it."""
     a, b = ordinary_tokens(model, 2, seed)
     feed, begun = _feeder(model, encoded), DynamicCache()
     feed([a], begun)
@@ -226,7 +231,7 @@ def read_encoder(
     Args:
         model: the target.
         model_kwargs: what `generate()` has prepared.
-        inputs: what it gave to the encoder. For encoder outputs of the user it makes up ids of -100.
+        inputs: the input that it gave to the encoder; ids of -100, made up, where the user gave encoder outputs.
         batch_size: rows in all.
     """
     more = {name: value for name, value in model_kwargs.items() if name not in _OF_THE_DECODER | _OF_THE_ENCODER}
@@ -246,14 +251,14 @@ def read_encoder(
 def with_later_inputs(
     side: EncoderSide, model: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any]
 ) -> EncoderSide:
-    """The same, with what the decoder's own preparation of inputs adds to each forward.
+    """The same side, with the inputs that the decoder's own preparation adds to each forward.
 
     Args:
         input_ids: `[batch, columns]`, the decoder's prompt.
         model_kwargs: what `generate()` has prepared.
 
     Raises:
-        ValueError: if it is not the same in each forward, or if it changes tokens, mask or positions.
+        ValueError: if they are not the same in each forward, or if it changes tokens, mask or positions.
     """
     if not prepares_inputs_itself(model):
         return side
@@ -265,8 +270,8 @@ def with_later_inputs(
         ids, steps = claimed_steps(model, input_ids, model_kwargs, columns)
     except Exception as error:
         raise ValueError(
-            f"{name} could not be asked for the inputs of its next steps ({first_line(error)}), so strategy='spec' "
-            "does not know what to feed: drop the strategy"
+            f"{name} could not prepare the inputs of its next steps ({first_line(error)}), so strategy='spec' does not "
+            "know what to feed: drop the strategy"
         ) from error
     mask, positions = model_kwargs.get("decoder_attention_mask"), first.get("decoder_position_ids")
     for i, inputs in enumerate(steps):
@@ -284,8 +289,8 @@ def with_later_inputs(
     for key, value in added.items():
         if not all(equal(value, inputs.get(key)) for inputs in (first, *steps)):
             raise ValueError(
-                f"{name} prepares another `{key}` for its forwards at each step, which strategy='spec' does not "
-                "support for encoder-decoder models: drop the strategy"
+                f"{name} prepares a different `{key}` at each step, which strategy='spec' does not support for "
+                "encoder-decoder models: drop the strategy"
             )
         if not _only_limits_logits(model, side, key, value):
             more[key] = value
@@ -307,7 +312,7 @@ def _only_limits_logits(model: PreTrainedModel, side: EncoderSide, name: str, va
 
 
 def decoder_kwargs(model: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What `generate()` has prepared for the decoder of an encoder-decoder model, as if it were a model alone."""
+    """The kwargs that `generate()` has prepared for an encoder-decoder model's decoder, as for a decoder-only model."""
     for name, value in model_kwargs.items():
         own = name.startswith(PREFIX) or name in _PER_TOKEN
         if own and name not in _OF_THE_DECODER and value is not None:
@@ -318,7 +323,7 @@ def decoder_kwargs(model: PreTrainedModel, input_ids: Tensor, model_kwargs: dict
     kwargs = {name: model_kwargs[name] for name in _OF_THE_DECODER & model_kwargs.keys()}
     positions = kwargs.pop("decoder_position_ids", None)
     if positions is None and mask is not None and not bool(mask.all()):
-        # Some models count real tokens, others columns: theirs to say.
+        # Some models count real tokens, others count columns; the model decides.
         prepared = model.prepare_inputs_for_generation(
             input_ids, past_key_values=cache, decoder_attention_mask=mask, is_first_iteration=True
         )

@@ -1,10 +1,10 @@
-"""Forwards of fixed shapes (`cache_implementation="static"`): on CUDA captured once as graphs, then replayed.
-They can be compiled besides (`speculation_compile`).
+"""Forwards with fixed shapes (`cache_implementation="static"`): on CUDA captured once as graphs, then replayed.
+They can also be compiled (`speculation_compile`).
 
-A decode step of a small model costs more to launch than to compute. Here the only inputs are token ids and where each
-row's tokens go; slots, positions and masks are made on the device, attention is over the whole capacity, and widths are
-rounded up to a few, so that a step of the same rows is the same kernels on the same memory. Caches and graphs are kept
-with the model for the next call. On other devices the same code runs without graphs.
+A decode step of a small model costs more to launch than to compute. Here the only inputs are token ids and the places
+of each row's tokens. Slots, positions and masks are computed on the device, attention is over the whole capacity, and
+widths are rounded up to a few values, so a step of the same rows runs the same kernels on the same memory. Caches and
+graphs are kept for the model's next call. On other devices the same code runs without graphs.
 """
 
 import weakref
@@ -28,7 +28,7 @@ from .parts import Parts, parts_of
 
 logger = logging.get_logger(__name__)
 
-# Tokens per row; what does not fit is fed in the ordinary way.
+# Tokens per row; wider blocks are fed in the ordinary way.
 WIDTHS = (1, 2, 3, 5, 9, LONGEST)
 
 
@@ -37,7 +37,7 @@ class _Step:
     """Buffers of one (rows, width): `ids` `[rows, width]`, `places` `[3, rows]`, `logits` `[rows, width, vocab]`."""
 
     ids: Tensor
-    places: Tensor  # by row: the first slot, the position id of slot 0, the last slot whose position may be asked for
+    places: Tensor  # by row: the first slot, the position id of slot 0, the last slot that has a position
     logits: Tensor | None = None
     graph: "torch.cuda.CUDAGraph | None" = None
 
@@ -46,10 +46,10 @@ class StaticForwards:
     """Runs a model on a cache of fixed capacity, with one set of buffers for each (rows, width).
 
     Args:
-        cache: its storage must stay where it is.
-        compiles: the widths, STEPS or BLOCKS, that `torch.compile` compiles, over all rows of the cache. What steps say
-            need not be exact; blocks are rounded as uncompiled ones, and compiled again when the model has changed.
-        parts: what the model consists of. Its forwards are not captured if it is hooked.
+        cache: its storage must not move.
+        compiles: the widths, STEPS or BLOCKS, that `torch.compile` compiles, over all rows of the cache. Logits of
+            STEPS need not be exact; BLOCKS round as uncompiled code and are compiled again when the model has changed.
+        parts: the parts of the model. Its forwards are not captured if it is hooked.
     """
 
     def __init__(self, cache: RaggedCache, compiles: Sequence[int] = (), parts: Parts | None = None):
@@ -76,7 +76,7 @@ class StaticForwards:
         if self._captures and step.graph is None:
             self._capture(model, step)
         if step.graph is None:
-            with compiling_ours():  # should the model have changed
+            with compiling_ours():  # it compiles again if the model has changed
                 step.logits = self._forward(step)(model, step)
         else:
             step.graph.replay()
@@ -84,16 +84,16 @@ class StaticForwards:
         return step.logits[:, :width]
 
     def takes(self, rows: int, width: int) -> bool:
-        """Whether so many tokens of so many rows are worth fixed shapes; else they are fed in the ordinary way."""
+        """Whether to feed so many rows and tokens with fixed shapes; else they are fed in the ordinary way."""
         fits = width <= WIDTHS[-1]
         return fits and (self._captures or not self.compiles or self._is_compiled(rows, width))
 
     def is_for(self, parts: Parts, compiles: Sequence[int]) -> bool:
-        """Whether storage and compiled code suit a model of these parts."""
+        """Whether storage and compiled code fit a model with these parts."""
         return self.compiles == compiles and self.parts == parts._replace(places=self.parts.places)
 
     def read_from(self, parts: Parts) -> None:
-        """The weights of the model may lie elsewhere now: graphs would go on reading the old ones."""
+        """Drop graphs if the model's weights have moved, because they would still read the old addresses."""
         if self.parts.places != parts.places:
             self._steps.clear()
         self.parts = parts
@@ -107,7 +107,7 @@ class StaticForwards:
 
     def _step(self, rows: int, width: int) -> _Step:
         if (rows, width) not in self._steps:
-            with torch.inference_mode(False):  # a later call may not be in it
+            with torch.inference_mode(False):  # a later call may not be in inference mode
                 ids, places = (
                     torch.zeros(shape, dtype=torch.int64, device=self._cache.device)
                     for shape in ((rows, width), (3, rows))
@@ -116,7 +116,7 @@ class StaticForwards:
         return self._steps[rows, width]
 
     def compile(self, model: PreTrainedModel) -> None:
-        """Compile what is to be compiled, if that was not done before; the cache must be empty."""
+        """Compile the widths in `compiles`, unless that was done before; the cache must be empty."""
         began, rows = perf_counter(), len(self._cache.lengths)
         self.compile_seconds = 0.0
         if not self.compiles or self._compiled is not None or self._failed:
@@ -125,14 +125,14 @@ class StaticForwards:
         try:
             run = compiled(self._run, exact)
             with no_bookkeeping(model, self._cache.device)(), folded_attention(), packing.exchanged(), compiling_ours():
-                self._run(model, self._step(rows, 1))  # storage is made
+                self._run(model, self._step(rows, 1))  # allocates storage
                 for width in BLOCKS[3:4] if exact else self.compiles:
                     step = self._step(rows, width)
                     if exact:
                         torch._dynamo.mark_dynamic(step.ids, 1, min=BLOCKS[0], max=BLOCKS[-1])
                     run(model, step)
             self._compiled = run
-        except Exception as error:  # of compilers, which may not even be there
+        except Exception as error:  # from a compiler, which may be missing
             self._failed = True
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             logger.warning_once(f"{type(model).__name__} could not be compiled ({reason}): it runs uncompiled.")
@@ -156,7 +156,7 @@ class StaticForwards:
 
     def _capture(self, model: PreTrainedModel, step: _Step) -> None:
         try:
-            with torch.cuda.device(self._cache.device):  # whose streams these are
+            with torch.cuda.device(self._cache.device):  # streams belong to the current device
                 stream = torch.cuda.Stream()
                 stream.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(stream):
@@ -181,11 +181,12 @@ _kept: "weakref.WeakKeyDictionary[PreTrainedModel, tuple[RaggedCache, StaticForw
 def borrow(
     model: PreTrainedModel, rows: int, device: torch.device, capacity: int, compiles: Sequence[int] = ()
 ) -> tuple[RaggedCache, StaticForwards]:
-    """An empty cache of at least `capacity` slots and a block, and the forwards on it: those of an earlier call where
-    they fit, and the model is still what they were made for. They are compiled, if they are to be.
+    """An empty cache of at least `capacity` slots and a block, and the forwards on it, compiled if requested.
+
+    Those of an earlier call are reused where they fit and the model's parts have not changed.
     """
     capacity += WIDTHS[-1]
-    parts, kept = parts_of(model), _kept.pop(model, None)  # nobody else may use them meanwhile
+    parts, kept = parts_of(model), _kept.pop(model, None)  # no other call may use them meanwhile
     if parts.hooked and device.type == "cuda":
         logger.warning_once(f"{type(model).__name__} runs without CUDA graphs: {HOOKED}.")
     if kept is not None and kept[0].is_reusable(rows, device, capacity) and kept[1].is_for(parts, compiles):
@@ -194,7 +195,7 @@ def borrow(
         forwards.read_from(parts)
     else:
         if compiles:
-            step = max(256, 1 << capacity.bit_length() - 3)  # a somewhat longer call shall find it compiled
+            step = max(256, 1 << capacity.bit_length() - 3)  # a somewhat longer call can reuse the compiled code
             capacity = -(-capacity // step) * step
         cache = RaggedCache(rows, device, capacity, capacity)
         forwards = StaticForwards(cache, compiles, parts)
@@ -203,7 +204,7 @@ def borrow(
 
 
 def give_back(model: PreTrainedModel, cache: RaggedCache, forwards: StaticForwards) -> None:
-    """The call is over: keep them for the next one."""
-    if has_adapters(model):  # these may be switched between calls, which captured graphs would not notice
+    """The call is over: keep its cache and forwards for the next one."""
+    if has_adapters(model):  # captured graphs would not notice a switch of adapters between calls
         return
     _kept[model] = cache, forwards

@@ -1,8 +1,8 @@
-"""What vanilla would feed at the steps after a prompt, beside what our own forwards feed.
+"""The inputs that vanilla would feed at the steps after a prompt, compared with those of our own forwards.
 
-A model may prepare its inputs in a way of its own (`prepare_inputs_for_generation`) and carry values of its own from
-step to step (`_update_model_kwargs_for_generation`). Both are asked about two steps, and everything that they say is
-compared: names, scalars, tensors, positions. Two steps tell a constant from what changes with each token.
+A model may override how it prepares inputs (`prepare_inputs_for_generation`) and which values it carries from step to
+step (`_update_model_kwargs_for_generation`). Both are called for two steps, and all results are compared: names,
+scalars, tensors, positions. Two steps distinguish constants from values that change with each token.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin, Pre
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
-# What our own forwards are made of. Whatever else a model is given is the prompt's, or its own.
+# The inputs of our own forwards. All other inputs belong to the prompt or are specific to the model.
 KNOWN_INPUTS = {
     "input_ids",
     "attention_mask",
@@ -31,13 +31,13 @@ KNOWN_INPUTS = {
 
 
 def prepares_inputs_itself(model: PreTrainedModel) -> bool:
-    """Whether the model has code of its own that makes or carries on the inputs of a step."""
+    """Whether the model overrides the methods that prepare or carry on the inputs of a step."""
     names = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
     return any(getattr(getattr(model, n), "__func__", None) is not getattr(GenerationMixin, n) for n in names)
 
 
 def extra_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs that are neither tokens nor what goes with them; without an image some are `None` or an empty dict."""
+    """The inputs beyond `KNOWN_INPUTS`; `None` and empty dicts, which some are without an image, are left out."""
     return {
         name: value
         for name, value in inputs.items()
@@ -47,7 +47,7 @@ def extra_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass
 class _Output(ModelOutput):
-    """What a forward over the prompt returns, as far as steps are prepared from it."""
+    """The output of a forward over the prompt, as far as later steps are prepared from it."""
 
     logits: Any = None
     past_key_values: Any = None
@@ -55,7 +55,7 @@ class _Output(ModelOutput):
 
 
 class _Claimed(DynamicCache):
-    """Stands for a filled cache: it holds nothing, and says how many columns it is taken to hold."""
+    """A stand-in for a filled cache: it is empty but reports `columns` as its length."""
 
     def __init__(self, config: Any, columns: int):
         super().__init__(config=config.get_text_config(decoder=True))
@@ -71,13 +71,13 @@ class _Claimed(DynamicCache):
 def later_steps(
     model: PreTrainedModel, ids: Tensor, kwargs: dict[str, Any], output: ModelOutput, columns: int
 ) -> tuple[Tensor, list[dict[str, Any]]]:
-    """What vanilla would feed at the next two steps. No forward is run.
+    """The inputs that vanilla would feed at the next two steps. No forward is run.
 
     Args:
-        ids: `[batch, width]`, the prompt as `generate()` hands it over.
-        kwargs: what `generate()` has prepared; not changed.
-        output: what the forward over the prompt returned.
-        columns: that the cache holds after it.
+        ids: `[batch, width]`, the prompt as `generate()` passes it.
+        kwargs: the model kwargs that `generate()` has prepared; not changed.
+        output: the output of the forward over the prompt.
+        columns: in the cache after that forward.
 
     Returns: `[batch, width + 2]` ids, and the inputs of each step.
     """
@@ -93,7 +93,7 @@ def later_steps(
 
 
 def _holding(model: PreTrainedModel, output: ModelOutput, columns: int) -> ModelOutput:
-    """The output of a step whose forward was not run: its cache says that it holds `columns`."""
+    """The output of a step whose forward was not run, with a cache that claims to hold `columns`."""
     changed = {}
     for name in ("past_key_values", "cache_params"):
         if isinstance(cache := output.get(name), Cache):
@@ -107,7 +107,7 @@ def _holding(model: PreTrainedModel, output: ModelOutput, columns: int) -> Model
 def claimed_steps(
     model: PreTrainedModel, ids: Tensor, kwargs: dict[str, Any], columns: int
 ) -> tuple[Tensor, list[dict[str, Any]]]:
-    """The same before any forward: a cache that only says what it holds stands for that of the prompt."""
+    """The same before any forward, with a stand-in for the prompt's cache."""
     name = "cache_params" if "cache_params" in kwargs else "past_key_values"
     given = kwargs.get(name)
     like = given if isinstance(given, Cache) else DynamicCache()
@@ -118,75 +118,75 @@ def claimed_steps(
 def difference(
     inputs: dict[str, Any], ids: Tensor, mask: Tensor | None, positions: Tensor | None, step: int, prefix: str = ""
 ) -> str:
-    """What of a step's usual inputs is not what our forwards feed; empty if there is nothing.
+    """How a step's usual inputs differ from those of our forwards, as a verb phrase; empty if they do not.
 
     Args:
         inputs: of vanilla, for the last token of `ids`.
-        mask: `[batch, columns]` of the prompt, `None` if everything in it is real.
-        positions: `[..., columns]` of the prompt, `None` if the model is not told any.
+        mask: `[batch, columns]` of the prompt, `None` if all columns are real.
+        positions: `[..., columns]` of the prompt, `None` if the model receives none.
         step: 0 for the first step after the prompt.
         prefix: of the names of ids, mask and positions.
     """
     fed = inputs.get(prefix + "input_ids")
     if fed is None or fed.shape != (len(ids), 1) or not torch.equal(fed.to(ids.device), ids[:, -1:]):
-        return "makes its own inputs out of each token"
+        return "makes its own inputs from each token"
     if not inputs.get("use_cache", True):
-        return "does without its cache"
+        return "runs without its cache"
     if all(inputs.get(name) is None for name in ("past_key_values", "cache_params")):
         return "drops its cache"
-    told = inputs.get(prefix + "attention_mask")
-    if not _is_continued(told, mask, len(ids), 1 + step):
+    given = inputs.get(prefix + "attention_mask")
+    if not _is_continued(given, mask, len(ids), 1 + step):
         return "changes the attention mask at each step"
-    told = inputs.get(prefix + "position_ids")
-    if (told is None) != (positions is None):
-        return "is told positions at some steps only"
-    if told is not None and positions is not None:
-        expected = positions[..., -1:].to(told.device) + 1 + step
-        if told.shape[-1] != 1 or told.ndim != expected.ndim or not bool((told == expected).all()):
-            return "has positions of its own at each step"
+    given = inputs.get(prefix + "position_ids")
+    if (given is None) != (positions is None):
+        return "receives position ids at some steps only"
+    if given is not None and positions is not None:
+        expected = positions[..., -1:].to(given.device) + 1 + step
+        if given.shape[-1] != 1 or given.ndim != expected.ndim or not bool((given == expected).all()):
+            return "computes its own position ids at each step"
     return ""
 
 
-def _is_continued(told: Any, mask: Tensor | None, rows: int, new: int) -> bool:
-    """Whether a mask is that of the prompt with `new` real tokens after it; `None` says that all are real."""
-    if told is None:
+def _is_continued(given: Any, mask: Tensor | None, rows: int, new: int) -> bool:
+    """Whether a given mask is the prompt's with `new` real tokens after it; `None` means that all are real."""
+    if given is None:
         return mask is None or bool(mask.all())
-    if not isinstance(told, Tensor) or told.ndim != 2 or len(told) != rows:
+    if not isinstance(given, Tensor) or given.ndim != 2 or len(given) != rows:
         return False
-    known = told.new_ones(rows, told.shape[1] - new) if mask is None else mask.to(told)
-    return told.shape[1] == known.shape[1] + new and torch.equal(
-        told, torch.nn.functional.pad(known, (0, new), value=1)
+    known = given.new_ones(rows, given.shape[1] - new) if mask is None else mask.to(given)
+    return given.shape[1] == known.shape[1] + new and torch.equal(
+        given, torch.nn.functional.pad(known, (0, new), value=1)
     )
 
 
 def is_usual(
     model: PreTrainedModel, ids: Tensor, columns: int, kwargs: dict[str, Any], positions: Tensor | None
 ) -> bool:
-    """Whether vanilla feeds, at the two steps after a prompt, nothing but a token, its position and the mask.
+    """Whether, at the two steps after a prompt, vanilla feeds only a token, its position and the mask.
 
-    A model whose code wants more of a first forward than a cache is not usual.
+    A model whose code needs more from a first forward than a cache is not usual.
 
     Args:
-        ids: `[batch, width]`, as `generate()` hands them over.
-        columns: of the prompt, with those that are cached already.
-        kwargs: what `generate()` has prepared.
-        positions: what the model is told of the prompt.
+        ids: `[batch, width]`, as `generate()` passes them.
+        columns: of the prompt, including the cached ones.
+        kwargs: the model kwargs that `generate()` has prepared.
+        positions: the prompt's position ids, as the model receives them.
     """
     if not prepares_inputs_itself(model):
         return True  # transformers' own code does just that
     try:
         more, steps = claimed_steps(model, ids, kwargs, columns)
-    except Exception:  # it looks for what only a real forward leaves
+    except Exception:  # it needs something that only a real forward leaves
         return False
     mask = kwargs.get("attention_mask")
-    if "cache_params" in kwargs:  # layers with states alone: masks are for prompts
+    if "cache_params" in kwargs:  # recurrent layers only: masks are for prompts
         mask, steps = None, [{**step, "attention_mask": None} for step in steps]
     found = [difference(step, more[:, : ids.shape[1] + 1 + i], mask, positions, i) for i, step in enumerate(steps)]
     return not any(found) and not any(map(extra_inputs, steps))
 
 
 def equal(a: Any, b: Any) -> bool:
-    """Whether two inputs are the same, whatever they are made of."""
+    """Whether two inputs of any type are the same."""
     if a is b:
         return True
     if isinstance(a, Tensor) or isinstance(b, Tensor):
@@ -199,14 +199,14 @@ def equal(a: Any, b: Any) -> bool:
 
 
 def only_limits_logits(logits: Callable[[dict[str, Any]], Tensor], name: str, value: Any) -> bool:
-    """Whether an input does nothing but keep the logits of all tokens but the last from being returned.
+    """Whether the only effect of an input is that a forward returns the last token's logits alone.
 
     Args:
-        logits: of a forward over two tokens, `[batch, 2 or 1, vocab]`, given inputs besides the usual.
+        logits: runs a forward over two tokens with these extra inputs and returns `[batch, 2 or 1, vocab]`.
     """
     try:
         limited = logits({name: value})
         every = limited if limited.shape[1] > 1 else logits({})
-    except Exception:  # it takes no two tokens, or cannot do without the input
+    except Exception:  # it cannot take two tokens, or requires the input
         return False
     return every is not limited and every.shape[1] == 2 and torch.equal(every[:, -1:], limited)

@@ -1,8 +1,8 @@
-"""Layout: which slot of a cache each token of a context goes to, its position, and what it may attend to.
+"""Layout: the cache slot, position and mask of each token of a context.
 
-The cache knows slots, the context columns. In the *ragged* layout slot 0 is a row's first real token, so rows hold no
-padding and have lengths of their own. In the *aligned* layout slot and column coincide, padding included, all rows
-always have equal lengths, and a 2-D mask says what is padding, as in vanilla `generate()`.
+The cache counts slots, the context counts columns. In the *ragged* layout slot 0 is a row's first real token, so rows
+hold no padding and differ in length. In the *aligned* layout slots equal columns, padding included. All rows always
+have equal lengths, and a 2-D mask marks padding, as in vanilla `generate()`.
 
     column          0    1    2    3    4
     row 0          <p>  <p>  the  cat  sat      ragged: slots 0 to 2, first = 2     aligned: slots 0 to 4
@@ -27,13 +27,13 @@ class Layout:
     """Where the tokens of a context are in one cache.
 
     Attributes:
-        first: by row of the batch, which column is slot 0: 0 for all rows in the aligned layout.
+        first: by row of the batch, the column of slot 0; 0 for all rows in the aligned layout.
         column_offset: added to a context's columns; not 0 when the cache began before the context did.
         padding_mask: `[batch, columns]` bool, which columns are real, for the aligned layout; `None` if all are.
         position_offset: by row of the batch, position id minus slot.
         prompt_positions: `[batch, columns]` position ids of the first columns, where that offset does not give them.
-        axes: `[axes, batch, 1]`, what to add for each axis where a token has a position on several.
-        max_slot: by row of the batch, the last slot that will ever be committed; positions are not asked for beyond it.
+        axes: `[axes, batch, 1]`, an offset for each axis, where a token has a position on several axes.
+        max_slot: by row of the batch, the last slot that will ever be committed; no later slot gets a later position.
     """
 
     first: Sequence[int]
@@ -45,7 +45,7 @@ class Layout:
     max_slot: Sequence[int] | None = None
 
     def on(self, device: torch.device) -> "Layout":
-        """The same with its tensors on a device."""
+        """The same layout with its tensors on a device."""
 
         def moved(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.to(device)
@@ -68,16 +68,17 @@ class Layout:
         return 0 if self.padding_mask is None else self.padding_mask.shape[1]
 
     def slots(self, starts: list[int], width: int, device: torch.device) -> Tensor:
-        """`[rows, width]`: the slots of so many tokens, from a slot of each row's own on."""
+        """`[rows, width]`: the slots of `width` tokens, from each row's start on."""
         return to_device(starts, device)[:, None] + torch.arange(width, device=device)
 
     def columns(self, slots: Tensor, rows: list[int]) -> Tensor:
-        """`[rows, width]`: the columns of these slots, counted from where the cache began."""
+        """`[rows, width]`: the columns of these slots, counted from the beginning of the cache."""
         return slots + to_device([self.first[row] for row in rows], slots.device)[:, None]
 
     def positions(self, rows: list[int], starts: list[int], slots: Tensor) -> Tensor:
-        """Position ids of the tokens at `slots` `[rows, width]`, in which `starts` come first: of the same shape, or
-        `[axes, rows, width]`.
+        """Position ids of the tokens at `slots` `[rows, width]`, whose first column is `starts`.
+
+        Returns: `[rows, width]`, or `[axes, rows, width]`.
         """
 
         def by_row(values: Sequence[int]) -> Tensor:
@@ -85,7 +86,7 @@ class Layout:
 
         positions, width, last = slots, slots.shape[1], self.max_slot
         if last is not None and any(start + width - 1 > last[row] for row, start in zip(rows, starts)):
-            positions = positions.clamp(max=by_row(last))  # fill must not ask for positions that do not exist
+            positions = positions.clamp(max=by_row(last))  # fill must not use positions that do not exist
         if self.position_offset is not None and any(self.position_offset[row] for row in rows):
             positions = (positions + by_row(self.position_offset)).clamp(min=0)
         if self.axes is not None:
@@ -98,24 +99,24 @@ class Layout:
         return torch.where(columns < known.shape[1], given, positions)
 
     def mask(self, model: PreTrainedModel, cache: RaggedCache, slots: Tensor) -> Mask | None:
-        """What the active rows of a prepared cache may attend to from `slots` `[rows, width]`.
+        """The attention mask of the active rows of a prepared cache, for queries at `slots` `[rows, width]`.
 
-        Returns: `[rows, columns]` of what is real, from which transformers makes the rest; a 4-D mask where rows have
-            different lengths (see `masks.py`); `None` where plain causal attention is right.
+        Returns: a padding mask `[rows, columns]`, from which transformers makes the 4-D mask; our own 4-D mask where
+            rows have different lengths (see `masks.py`); `None` where plain causal attention is right.
         """
         rows, past = cache.rows, cache.get_seq_length()
         used = past + slots.shape[1]
-        if not cache.has_entries:  # recurrent layers alone: which of these tokens are real
-            told = self._told_padding(rows, used)
-            return None if told is None or past >= self._prompt_columns else told[:, past:]
+        if not cache.has_entries:  # recurrent layers only: which of these tokens are real
+            mask = self._padding_up_to(rows, used)
+            return None if mask is None or past >= self._prompt_columns else mask[:, past:]
         if not cache.sees_one_span:
             first = None if self._first_real is None else self._first_real[rows]
             held = {window.layer_type: window.slots(slots.device) for window in cache.windows}
             return ragged_mask(model, slots, used, held, first)
-        return self._told_padding(rows, used)
+        return self._padding_up_to(rows, used)
 
-    def _told_padding(self, rows: list[int], used: int) -> Tensor | None:
-        """`[rows, used]`, which of the first `used` columns are real, as vanilla tells it; `None` where all are."""
+    def _padding_up_to(self, rows: list[int], used: int) -> Tensor | None:
+        """`[rows, used]`, which of the first `used` columns are real, as in vanilla; `None` where all are."""
         if self.padding_mask is None:
             return None
         prompt = self.padding_mask[rows, :used]

@@ -13,7 +13,7 @@ from .answers import Differs, ask
 
 # Layer types whose attention mask is a function of query and key positions.
 _MASKED_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
-# Layer types that do not attend. "hybrid" layers do both, and their two halves ask for masks by these names.
+# Layer types that do not attend. "hybrid" layers do both, and their two halves look masks up by these names.
 _UNMASKED_LAYER_TYPES = {"linear_attention", "conv", "mamba", "moe", "mlp", "dummy"}
 _HYBRID_HALVES = {"hybrid": "full_attention", "hybrid_sliding": "sliding_attention"}
 # Attention implementations that take a 4-D mask.
@@ -30,11 +30,11 @@ def ragged_mask(
     key_slots: Mapping[str, Tensor] | None = None,
     first: Tensor | None = None,
 ) -> Mask:
-    """The 4-D mask for queries at `slots` `[rows, q]` over `used` slots, in the form the model's layers expect.
+    """The 4-D mask for queries at `slots` `[rows, q]` over `used` slots, in the form that the model's layers expect.
 
     Args:
         key_slots: by layer type, `[rows, k]`, the slots of the keys where they are not the first `used`.
-        first: `[rows]`, the first slot of each row that is not padding; `None` if there is none.
+        first: `[rows]`, the first slot of each row that is not padding; `None` if there is no padding.
 
     Returns: `[rows, 1, q, used or k]`, bool (True = attend) for sdpa and additive for eager; by layer type when the
     config has `layer_types`, as `create_masks_for_generate` of transformers does it.
@@ -73,14 +73,14 @@ def ragged_mask(
 
 
 def takes_position_ids(model: PreTrainedModel) -> bool:
-    """Whether the decoder can be told positions; without, it counts from the length of its cache."""
+    """Whether the decoder takes position ids; if not, it counts from the length of its cache."""
     return _positions_name(model) in forward_parameters(model)
 
 
 def hands_positions_on(model: PreTrainedModel) -> bool:
-    """Whether positions that a forward does not name get to the decoder all the same, so that a draft can be told them.
+    """Whether the forward passes position ids to the decoder through `**kwargs`, so that a draft can use them.
 
-    Vanilla does not tell them to such a model, so that it would decode other tokens with them than without.
+    Vanilla does not pass them to such a model, so a target would decode different tokens with them than without.
     """
     open_ended = any(p.kind is p.VAR_KEYWORD for p in forward_parameters(model).values())
     if takes_position_ids(model) or not open_ended:
@@ -102,23 +102,23 @@ def _probe_positions(model: PreTrainedModel, name: str) -> None:
 
 
 def takes_masks(model: PreTrainedModel) -> bool:
-    """Whether the model's attention functions take 4-D masks. FlashAttention takes none; of others it is not known."""
+    """Whether the model's attention functions take 4-D masks. FlashAttention does not; others are unknown."""
     return model.config.get_text_config(decoder=True)._attn_implementation in _MASK_TAKING
 
 
 def follows_masks(model: PreTrainedModel, drafts: bool = False) -> bool:
-    """Whether there are masks of ours for all of a model's layers, and positions that it can be told.
+    """Whether we can make masks for all layers of a model, and it takes position ids.
 
     Args:
-        drafts: positions may be told though the forward does not name them.
+        drafts: position ids may be passed although the forward has no such parameter.
     """
     config = model.config.get_text_config(decoder=True)
-    told = takes_position_ids(model) or (drafts and hands_positions_on(model))
-    return told and takes_masks(model) and set(getattr(config, "layer_types", None) or ()) <= _MASKED_LAYER_TYPES
+    takes_ids = takes_position_ids(model) or (drafts and hands_positions_on(model))
+    return takes_ids and takes_masks(model) and set(getattr(config, "layer_types", None) or ()) <= _MASKED_LAYER_TYPES
 
 
 def probe_inputs(model: PreTrainedModel, rows: int = 1) -> dict[str, Any]:
-    """What a forward over a few tokens needs besides them: an encoder-decoder model has something to attend to."""
+    """The inputs of a probe's forward besides tokens; an encoder-decoder model gets encoder outputs to attend to."""
     kwargs: dict[str, Any] = {"use_cache": False, "return_dict": True}
     if model.config.is_encoder_decoder:
         width = model.config.get_text_config(encoder=True).hidden_size
@@ -128,5 +128,5 @@ def probe_inputs(model: PreTrainedModel, rows: int = 1) -> dict[str, Any]:
 
 
 def looks_ahead(model: PreTrainedModel) -> bool:
-    """Whether a token may attend to those behind it where no mask forbids it, as in prompts of prefix models."""
+    """Whether a token may attend to later tokens where no mask forbids it, as in prompts of prefix models."""
     return any(getattr(module, "is_causal", True) is False for module in model.get_decoder().modules())

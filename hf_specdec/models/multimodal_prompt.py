@@ -1,10 +1,10 @@
-"""FirstForward: a prompt that is more than tokens, read in one forward as vanilla `generate()` makes it.
+"""FirstForward: a prompt that is more than tokens, read in one forward as in vanilla `generate()`.
 
-Images, audio, token types and the masks that come of them enter a model with its prompt, in ways of each model's
-own. So the model itself prepares that forward (`prepare_inputs_for_generation`), it runs on a cache of
-transformers, and what that cache then holds is taken over. Later forwards are ours again. This file also finds out
-what they must be given besides tokens: it asks the model's own preparation what vanilla would feed at the next two
-steps (`later.py`), and the model whether it reads what comes on top of tokens, mask and positions.
+Images, audio, token types and their masks enter each model in a different way. So the model itself prepares that
+forward (`prepare_inputs_for_generation`), it runs on a transformers cache, and our cache loads the entries. Later
+forwards are ours again. This file also determines their inputs besides tokens: the model's own preparation shows what
+vanilla would feed at the next two steps (`later.py`), and probes show whether the model reads the inputs beyond tokens,
+mask and positions.
 """
 
 import copy
@@ -29,7 +29,7 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class OfRow:
-    """An input `[batch, 1, ...]` that stands for a row, however many of its tokens are fed."""
+    """An input `[batch, 1, ...]` for each row, however many of its tokens are fed."""
 
     value: Tensor
 
@@ -39,7 +39,7 @@ class OfRow:
 
 @dataclass(frozen=True)
 class OfToken:
-    """An input `[batch, 1, ...]` that each token is given."""
+    """An input `[batch, 1, ...]`, repeated for each token of a row."""
 
     value: Tensor
 
@@ -48,10 +48,10 @@ class OfToken:
 
 
 class DoesNotFit(ValueError):
-    """What a first forward has led to is more than entries, one per token, in our cache.
+    """The state after a first forward does not fit our cache, which holds one entry per token.
 
     Attributes:
-        first_forward: which has run.
+        first_forward: the forward that has run.
         output: of the model.
     """
 
@@ -66,10 +66,10 @@ class FirstForward:
 
     Args:
         model: the target.
-        input_ids: `[batch, width]`, as `generate()` hands them over.
+        input_ids: `[batch, width]`, as `generate()` passes them.
         columns: how many columns are not cached yet.
         cache: holds the columns before those.
-        generation_config, model_kwargs: what `generate()` has prepared.
+        generation_config, model_kwargs: prepared by `generate()`.
     """
 
     def __init__(
@@ -95,8 +95,8 @@ class FirstForward:
         )
 
     def forget(self) -> None:
-        """Let go of what `run` has cached."""
-        # A given cache without entries may be of another kind; it gets its own in the end.
+        """Drop the entries that `run` has cached."""
+        # A given cache without entries may be of another kind; it is filled at the end.
         config = self.model.config.get_text_config(decoder=True)
         self._use(self.given if self._past else DynamicCache(config=config))
 
@@ -106,12 +106,12 @@ class FirstForward:
 
     @property
     def places_tokens_itself(self) -> bool:
-        """Whether vanilla does not tell the model positions: it counts columns then, or does something of its own."""
+        """Whether vanilla passes no position ids; the model then counts columns or uses its own rule."""
         return self.inputs.get("position_ids") is None
 
     @property
     def is_needed(self) -> bool:
-        """Whether feeding tokens with a position each would not do."""
+        """Whether feeding tokens with one position each is not enough."""
         positions = self.inputs.get("position_ids")
         axes_differ = positions is not None and positions.ndim > 2 and not bool((positions == positions[:1]).all())
         withheld = self.kwargs.get("position_ids") is not None and self.places_tokens_itself
@@ -125,10 +125,10 @@ class FirstForward:
         return self.model._prefill(self.ids, self.config, {**self.kwargs, **kwargs})
 
     def later_inputs(self, output: ModelOutput) -> dict[str, Any]:
-        """What every forward after the prompt must be given besides the usual: tensors by row, or by row and token.
+        """The additional inputs of every forward after the prompt: tensors by row, or by row and token.
 
         Raises:
-            DoesNotFit: if there are other entries than one per token, or an input that is not the same at each token.
+            DoesNotFit: if the cache does not hold one entry per token, or an input is not the same at each token.
         """
         layers = [layer for layer in self.cache.layers if isinstance(getattr(layer, "keys", None), Tensor)]
         for length in {int(layer.get_seq_length()) for layer in layers} - {self._columns}:
@@ -144,7 +144,7 @@ class FirstForward:
             value, others = first.get(name), {k: v for k, v in first.items() if k != name}
             if not equal(value, second.get(name)):
                 if self._reads(name, others, value, second.get(name)):
-                    raise self._misfit(f"prepares another `{name}` at each step", output)
+                    raise self._misfit(f"prepares a different `{name}` at each step", output)
             elif isinstance(value, Tensor):
                 if self._reads(name, others, value, _altered(value)) or self._reads(name, others, value, None):
                     if value.shape[:2] != (len(self.ids), 1):
@@ -158,25 +158,25 @@ class FirstForward:
         return DoesNotFit(f"{type(self.model).__name__} {reason}", self, output)
 
     def _is_of_token(self, name: str, value: Tensor) -> bool:
-        """Whether the second axis of an input is that of the tokens: in the prompt it then had one for each."""
+        """Whether the second axis of an input is the token axis: then the prompt's input had one value per token."""
         given = self.inputs.get(name)
         return value.ndim == 2 or (isinstance(given, Tensor) and given.shape[1:2] == (self._columns,))
 
     def _reads(self, name: str, others: dict[str, Any], one: Any, other: Any) -> bool:
-        """Whether a forward after the prompt depends on which of two values an input has. Asked once of tensors."""
+        """Whether a forward after the prompt depends on which of two values an input has. Tensors are probed once."""
         kinds = [type(value).__name__ if isinstance(value, Tensor) else repr(value) for value in (one, other)]
 
         def differ() -> bool:
             given = [others if value is None else {**others, name: value} for value in (one, other)]
             try:
                 return not torch.equal(*map(self._logits, given))
-            except Exception:  # whatever another value leads to: it was read
+            except Exception:  # the other value caused an error, so it was read
                 return True
 
         return remembered(self.model, ("reads", name, *kinds), differ)
 
     def _only_limits_logits(self, name: str, others: dict[str, Any], value: Any) -> bool:
-        """Whether an input does nothing but keep the logits of all tokens but the last from being returned."""
+        """Whether the only effect of an input is that a forward returns the last token's logits alone."""
 
         def logits(more: dict[str, Any]) -> Tensor:
             return self._logits({**others, **more}, 2)
@@ -185,7 +185,7 @@ class FirstForward:
         return remembered(self.model, question, lambda: only_limits_logits(logits, name, value))
 
     def _logits(self, inputs: dict[str, Any], width: int = 1) -> Tensor:
-        """`[batch, width or less, vocab]`: of tokens after the prompt. Nothing that is carried on is changed."""
+        """`[batch, width or less, vocab]`: logits of tokens after the prompt. Cache and inputs stay unchanged."""
         inputs = {name: value if isinstance(value, Tensor) else copy.deepcopy(value) for name, value in inputs.items()}
         ids = self.ids.new_zeros(len(self.ids), width).to(model_device(self.model))
         cache = {"cache_params" if "cache_params" in self.kwargs else "past_key_values": copy.deepcopy(self.cache)}
@@ -204,9 +204,9 @@ def prepare_first_forward(
     generation_config: GenerationConfig,
     model_kwargs: dict[str, Any],
 ) -> FirstForward | None:
-    """The first forward, `None` where it is plainly but tokens with a position each."""
+    """The first forward; `None` where the prompt is only tokens with one position each."""
     if model.config.is_encoder_decoder:
-        return None  # what is more than tokens has been through the encoder
+        return None  # the encoder has read all inputs that are not tokens
     positions = model_kwargs.get("position_ids")
     prepares = looks_ahead(model) or prepares_inputs_itself(model)
     if not prepares and not extra_inputs(model_kwargs) and (positions is None or positions.ndim <= 2):
@@ -215,14 +215,14 @@ def prepare_first_forward(
 
 
 def show(draft: PreTrainedModel, inputs: dict[str, Any], batch_size: int) -> tuple[FirstForward, ModelOutput] | None:
-    """Let a draft model read a prompt with all that belongs to it, where it takes the same inputs as the target.
+    """Let a draft model read a whole prompt with images or audio, if it takes the same inputs as the target.
 
     Args:
         draft: the draft model.
-        inputs: what the user gave to the target's `generate()`, ids and mask among them.
-        batch_size: rows in all, with those of `num_return_sequences`.
+        inputs: the user's inputs of the target's `generate()`, including ids and mask.
+        batch_size: rows in all, including those of `num_return_sequences`.
 
-    Returns: the forward and its output; `None` if the draft is left with the text.
+    Returns: the forward and its output; `None` if the draft reads only the text.
     """
     takes = {*signature(draft.forward).parameters, *signature(draft.prepare_inputs_for_generation).parameters}
     if not inputs.keys() <= takes:
@@ -235,7 +235,7 @@ def show(draft: PreTrainedModel, inputs: dict[str, Any], batch_size: int) -> tup
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         logger.warning_once(
-            f"{type(draft).__name__} cannot read this prompt's images or audio ({reason}): drafts see text"
+            f"{type(draft).__name__} cannot read this prompt's images or audio ({reason}): it drafts from the text only"
         )
         return None
     return None if first.places_tokens_itself else (first, output)
@@ -244,7 +244,7 @@ def show(draft: PreTrainedModel, inputs: dict[str, Any], batch_size: int) -> tup
 def prepared_call(
     model: PreTrainedModel, inputs: dict[str, Any], batch_size: int | None = None
 ) -> tuple[Tensor, GenerationConfig, dict[str, Any]]:
-    """What `generate()` makes of a model's `inputs`: ids `[batch_size, columns]`, config, and model kwargs."""
+    """Run `generate()`'s preparation of a model's `inputs`: ids `[batch_size, columns]`, config, and model kwargs."""
     prepared: list[tuple[Tensor, GenerationConfig, dict[str, Any]]] = []
 
     def decode(model: Any, input_ids: Tensor, generation_config: GenerationConfig, **kwargs: Any) -> Tensor:
@@ -259,14 +259,14 @@ def prepared_call(
 
 
 def split_axes(position_ids: Tensor | None, batch_size: int) -> tuple[Tensor | None, Tensor | None]:
-    """Position ids of the first axis, `[batch, columns]`, and what to add for each axis, `[axes, batch, 1]`."""
+    """Position ids of the first axis, `[batch, columns]`, and the offsets of all axes, `[axes, batch, 1]`."""
     if position_ids is None or position_ids.ndim == 2:
         return position_ids, None
     return position_ids[0], (position_ids[..., -1:] - position_ids[:1, :, -1:]).expand(-1, batch_size, -1)
 
 
 def _altered(value: Tensor) -> Tensor:
-    """Other values of the same shape and type, none as it was."""
+    """A tensor of the same shape and type in which every value differs."""
     if value.dtype == torch.bool:
         return ~value
     return torch.full_like(value, float("nan")) if value.is_floating_point() else value + 1

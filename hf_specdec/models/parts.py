@@ -1,7 +1,7 @@
-"""What the forwards of a model are made of: modules, their settings, and where their tensors lie.
+"""Parts: a model's modules, their settings, and the addresses of their tensors.
 
-Code that was compiled and graphs that were captured for a model may be used again as long as these stay the same. The
-values of weights are no part of it: they are read anew in each forward.
+Compiled code and captured graphs of a model may be reused as long as these stay the same. The values of weights do not
+matter, because each forward reads them again.
 """
 
 import enum
@@ -18,7 +18,7 @@ from ..device import is_hooked, model_device
 
 _PLAIN = frozenset({bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size})
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial)
-# Other private attributes of modules are bookkeeping: `generate()` notes there how long its longest cache was.
+# Other private attributes of modules are bookkeeping; `generate()` records the length of its longest cache in one.
 _PRIVATE = frozenset({"_parameters", "_buffers", "_modules"})
 
 
@@ -26,9 +26,9 @@ class Parts(NamedTuple):
     """Compared with `==`.
 
     Attributes:
-        kind: modules with their settings, dtypes, shapes and devices of tensors, and the modes that PyTorch is in.
+        kind: modules with their settings; dtypes, shapes and devices of tensors; and PyTorch's current modes.
         places: the addresses of parameters, buffers and other tensors, in the same order.
-        hooked: whether somebody else's code runs in a forward.
+        hooked: whether hooks run other code in a forward.
     """
 
     kind: object = ()
@@ -37,7 +37,7 @@ class Parts(NamedTuple):
 
 
 def parts_of(model: PreTrainedModel) -> Parts:
-    """The parts of a model as it is now, and under the modes of this thread."""
+    """The current parts of a model, under the modes of this thread."""
     numbers = {module: number for number, module in enumerate(model.modules())}
     configs: dict[int, int] = {}
     places: list[object] = []
@@ -54,12 +54,12 @@ def parts_of(model: PreTrainedModel) -> Parts:
             return numbers.get(value, type(value))
         if isinstance(value, (list, tuple)):
             return tuple([kind(item) for item in value])
-        if id(value) in configs:  # most modules have the same one
+        if id(value) in configs:  # most modules share one config
             return configs[id(value)]
         if isinstance(value, PreTrainedConfig):
             configs[id(value)] = len(configs)
             return kind(vars(value))
-        if isinstance(value, _FUNCTIONS):  # weakly: what is bound to the model would keep it alive
+        if isinstance(value, _FUNCTIONS):  # weakly: methods bound to the model would keep it alive
             return weakref.ref(value)
         return type(value)
 
@@ -74,8 +74,8 @@ def parts_of(model: PreTrainedModel) -> Parts:
 
 
 def _places(tensor: Tensor) -> list[object]:
-    """The addresses of what a tensor consists of; of one that does not tell, something that equals nothing else."""
-    flatten: Any = getattr(tensor, "__tensor_flatten__", None)  # of a subclass that is made of other tensors
+    """The addresses of a tensor's storage; where there is no address, an object that equals nothing else."""
+    flatten: Any = getattr(tensor, "__tensor_flatten__", None)  # subclasses that consist of other tensors
     if flatten is not None:
         inner = (getattr(tensor, name) for name in flatten()[0])  # a mesh of devices may be among them
         return [place for part in inner if isinstance(part, Tensor) for place in _places(part)]
@@ -84,7 +84,7 @@ def _places(tensor: Tensor) -> list[object]:
 
 
 def _modes(device_type: str) -> object:
-    """What decides how PyTorch multiplies: autocast, and float32 products in lower precision."""
+    """The modes that change matrix products: autocast, and lower precision for float32."""
     matmul = torch.backends.cuda.matmul
     precision = matmul.fp32_precision if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
     return torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type), precision

@@ -1,9 +1,9 @@
-"""A rehearsal: a model is led through what decoding does to it, with a few tokens, and must say what vanilla says.
+"""Probes: decode a few tokens as the loop does, and compare every logit with vanilla's.
 
-Not every modeling file can continue a cache or a state over several tokens, follow 4-D masks, or take rows of different
-lengths; some keep state where no cache holds it. None of that can be read off a config. So rows of different lengths go
-through prompts, drafts that are accepted in part, rollback, and tokens that are pending, on the caches that decoding
-uses, and every logit is compared with what the same row gets alone.
+Not every modeling file can continue a cache or a recurrent state over several tokens, follow 4-D masks, or take rows of
+different lengths; some keep state outside any cache. No config shows that. So rows of different lengths go through
+prompts, partly accepted drafts, rollback and pending tokens, on the caches that decoding uses, and every logit is
+compared with that of the same row alone.
 """
 
 import contextlib
@@ -28,17 +28,17 @@ from .layout import Layout
 from .masks import hands_positions_on, looks_ahead, probe_inputs, ragged_mask, takes_position_ids
 from .sharding import OwnLayersCache
 
-# Tokens of the rows' prompts. They differ by more than a block, and the first row is longer than most small windows.
+# Prompt lengths by row. They differ by more than a block, and the first row is longer than most small windows.
 _LENGTHS = (23, 6, 14)
 _DRAFTS = 3
-_BLOCKS = "gives several tokens on a filled cache other logits than one after the other"
-_ROWS = "gives rows of different lengths other logits together than alone"
-_PADDING = "gives a row that is padded on the left other logits than alone"
-_SHAKEN = 1e-6  # of a number
-# Tokens that a row comes to after its prompt, at most.
+_BLOCKS = "returns different logits for a block on a filled cache than token by token"
+_ROWS = "returns different logits for rows of different lengths together than alone"
+_PADDING = "returns different logits for a left-padded row than for the row alone"
+_SHAKEN = 1e-6  # relative change
+# The most tokens that a row gets after its prompt.
 _NEW = 13
 LONGEST = max(_LENGTHS) + _NEW
-# Round by round, how many drafts each row accepts.
+# By round, how many drafts each row accepts.
 _ACCEPTED = ((0, 3, 1), (2, 0, 1), (3, 1, 0), (0, 2, 3))
 
 
@@ -55,15 +55,15 @@ def rehearse(
 
     Args:
         rows: at most three, of different lengths.
-        at_once: over how many tokens a state must go on in one forward; `None` for as many as there are.
-        drafts: the model only drafts: what it says of a row alone is enough, padded as vanilla would or not.
-        past: tokens that the first prompt has at least.
-        longest: tokens that a row may come to.
+        at_once: how many tokens one forward must continue a state over; `None` for as many as there are.
+        drafts: the model only drafts: it must match each row alone, but not vanilla's padded batch.
+        past: the least number of tokens in the first prompt.
+        longest: the most tokens that a row may reach.
         seed: of the text.
 
     Raises:
         Differs: if a logit is not vanilla's.
-        CannotBeAsked: if the model gives no finite logits for a text.
+        CannotBeAsked: if the model returns logits that are not finite for a text.
     """
     vanilla = Vanilla(model)
     lengths = [max(_LENGTHS[0], past), *_LENGTHS[1:]][:rows]
@@ -81,7 +81,7 @@ def rehearse(
     context = Context(ids, first, max_length=max(lengths) + 24, pad_token_id=0)
     cached = make_cached_model(model, context, ragged=not _states(model), drafts=drafts)
     cached.at_once = at_once
-    if vanilla.looks_ahead:  # prompts are read by vanilla's own forward
+    if vanilla.looks_ahead:  # vanilla's own forward reads prompts
         cached.cache.load(vanilla.read(ids, first), first)
         cached.commit(context)
     else:
@@ -93,7 +93,7 @@ def rehearse(
         truth = vanilla.of_rows(texts, prompts, ids, first)
         for row, pending in enumerate(missing):
             got = logits[row, pending - 1 :]
-            expected = truth[row][-len(got) :]  # of prompts that are read ahead nothing is said before they end
+            expected = truth[row][-len(got) :]  # there are no logits from before the end of look-ahead prompts
             check_same(model, got[-len(expected) :], expected, vanilla.noise, _BLOCKS if rows == 1 else _ROWS)
         context.clear_drafts()
         if accepted is None:
@@ -105,7 +105,7 @@ def rehearse(
 
 
 class _CacheOfOtherRows(DynamicCache):
-    """An empty cache that tells the length of a longer row, which must mean nothing to the others."""
+    """An empty cache that reports the length of a longer row, which must not affect the other rows."""
 
     def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
         return super().get_seq_length(*args, **kwargs) + 2**20
@@ -115,28 +115,28 @@ class _CacheOfOtherRows(DynamicCache):
 
 
 def compare_beside_longer_rows(model: PreTrainedModel, seed: int) -> None:
-    """Raise `Differs` if what a row is told by mask and positions depends on how long the cache says that others are.
+    """Raise `Differs` if the length of the cache affects a row whose mask and positions do not depend on it.
 
-    Of four tokens the first one is hidden by the mask: the others are told that they are alone.
+    The mask hides the first of four tokens; mask and positions of the others are as if they were alone.
     """
     vanilla = Vanilla(model)
     if vanilla.looks_ahead or model.config.is_encoder_decoder or not takes_position_ids(model):
-        return  # these know a prompt by its length, or are not told
+        return  # these recognise a prompt by its length, or take no positions
     text = ordinary_tokens(model, 4, seed)
     vanilla.check_asked(ordinary_tokens(model, 12, seed), closely=seed > 0)
     device = model_device(model)
     mask = ragged_mask(model, torch.arange(3, device=device)[None], 3)
     masks = {key: _moved(m) for key, m in mask.items()} if isinstance(mask, dict) else _moved(mask)
     cache = _CacheOfOtherRows(config=model.config.get_text_config(decoder=True))
-    told = {"attention_mask": masks, "position_ids": torch.tensor([[0, 0, 1, 2]], device=device)}
+    inputs = {"attention_mask": masks, "position_ids": torch.tensor([[0, 0, 1, 2]], device=device)}
     kwargs = {**probe_inputs(model), "past_key_values": cache, "use_cache": True}
-    logits = model(input_ids=vanilla.ids(text), **told, **kwargs).logits[0, 1:]
+    logits = model(input_ids=vanilla.ids(text), **inputs, **kwargs).logits[0, 1:]
     expected = vanilla.logits(text[1:], 1)
-    check_same(model, logits, expected, vanilla.noise, "goes by the length of the longest row")
+    check_same(model, logits, expected, vanilla.noise, "depends on the length of the longest row")
 
 
 def _moved(mask: Tensor | None) -> Tensor | None:
-    """A causal mask `[1, 1, 3, 3]` moved right and down by one; the first token sees itself alone."""
+    """A causal mask `[1, 1, 3, 3]` moved right and down by one; the first token attends only to itself."""
     if mask is None:
         return None
     seen, unseen = mask[:, :, :1, :1], mask[:, :, :1, 1:2]
@@ -145,7 +145,7 @@ def _moved(mask: Tensor | None) -> Tensor | None:
 
 
 def compare_padded_blocks(model: PreTrainedModel, longest: int | None, seed: int) -> None:
-    """Raise `Differs` unless blocks of tokens after prompts padded on the left are what they are token by token."""
+    """Raise `Differs` unless blocks after left-padded prompts get the same logits as token by token."""
     vanilla = Vanilla(model)
     lengths = _LENGTHS[:2] if longest is None else (longest - _DRAFTS, 2)
     tokens = ordinary_tokens(model, sum(lengths) + 2 * _DRAFTS, seed)
@@ -156,20 +156,20 @@ def compare_padded_blocks(model: PreTrainedModel, longest: int | None, seed: int
     ids = torch.tensor([[0] * gap + prompt for gap, prompt in zip(first, prompts)], device=model_device(model))
     steps, block = (vanilla.padded(ids, first, own, width) for width in (1, _DRAFTS))
     for row in range(len(lengths)):
-        check_same(model, block[row], steps[row], vanilla.noise, f"{_BLOCKS}, in a batch that is padded on the left")
+        check_same(model, block[row], steps[row], vanilla.noise, f"{_BLOCKS}, in a left-padded batch")
 
 
 def _next_block(
     model: PreTrainedModel, context: Context, cached: CachedModel, seed: int
 ) -> tuple[list[list[int]], list[int], int]:
-    """Drafts by row, put after the committed tokens; how many of these each row is fed with them; tokens in all."""
+    """Write drafts after the committed tokens. Returns: drafts by row, uncached tokens by row, the forward's width."""
     if cached.at_once is not None:
         cached.prefill(context)
     missing = cached.missing(context)
     reads_prompt = any(cached.prompt_left(context))
     count = 0 if cached.at_once is not None or reads_prompt else _DRAFTS
     width = max(missing) + count
-    if cached.cache.states:  # rows are fed equally many tokens of their own
+    if cached.cache.states:  # all rows are fed equally many tokens
         width = max(max(missing), min(missing) + count)
     longest = width - min(missing)
     drafts = [ordinary_tokens(model, longest, seed + 100 * row + context.ends[row]) for row in context.rows]
@@ -179,41 +179,41 @@ def _next_block(
 
 
 class Vanilla:
-    """What a model says of single rows in vanilla: a text at once, or its prompt and then token by token."""
+    """A model's vanilla logits for single rows: a text in one forward, or its prompt and then token by token."""
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
-        # Cross-attention looks ahead too, and a decoder made for it takes no positions.
+        # Cross-attention also looks ahead, and a decoder made for it takes no positions.
         self.looks_ahead = looks_ahead(model) and not model.config.is_encoder_decoder and takes_position_ids(model)
         self.noise: float | None = None
 
     def check_asked(self, text: list[int], closely: bool = False) -> None:
-        """Raise `CannotBeAsked` if a text alone has no finite logits; else measure how much the model rounds.
+        """Raise `CannotBeAsked` if a text alone gets logits that are not finite; else measure the model's rounding.
 
         Args:
-            closely: look for rounding that few texts show, too.
+            closely: also look for rounding that few texts show.
         """
         try:
             whole = self._whole(text)
         except Differs:
             raise
         except Exception as error:
-            raise CannotBeAsked(f"{type(self.model).__name__} must be fed more than text") from error
+            raise CannotBeAsked(f"{type(self.model).__name__} needs more inputs than text") from error
         if not whole.isfinite().all():
-            raise CannotBeAsked(f"{type(self.model).__name__} gives logits that are not finite")
+            raise CannotBeAsked(f"{type(self.model).__name__} returns logits that are not finite")
         if not self.looks_ahead:
             self.noise = measured_noise(self.model, lambda: self._measure(text, whole))
         if self.noise is not None and closely and whole.dtype == self.model.dtype == torch.float32:
             self.noise = max(self.noise, self._measure_shaken(text))
 
     def _measure(self, text: list[int], whole: Tensor) -> float:
-        """How far apart answers are that vanilla gets token by token, and in a batch of rows of equal length.
+        """How far vanilla's logits token by token, and in a batch of equally long rows, are from those of one forward.
 
-        Infinite where a token sees those after it: then the two ways differ by more than rounding, however little.
+        Infinite where a token attends to later tokens: then even a small difference is more than rounding.
         """
         begin = max(len(text) - 6, 1)
         found = apart(self._steps(text, begin), whole[begin - 1 :])
-        with contextlib.suppress(Exception):  # of models that are set for one row
+        with contextlib.suppress(Exception):  # models that are fixed to one row
             ids = self.ids(text).repeat(2, 1)
             ids[1, -1] = ids[1, 0]
             batch = self._forward(ids, None)
@@ -225,11 +225,11 @@ class Vanilla:
     def _measure_shaken(self, text: list[int]) -> float:
         """How far logits move when embeddings move in their last digits.
 
-        Products in TF32 round their inputs to ten bits. Most differences in the last digits are lost by that, and a few
-        of them move a number by a thousandth.
+        Products in TF32 round their inputs to ten bits. That removes most differences in the last digits, but a few of
+        them move a number by a thousandth.
         """
         found = 0.0
-        with contextlib.suppress(Exception):  # of models that must be given ids
+        with contextlib.suppress(Exception):  # models that require ids
             embeds = self.model.get_input_embeddings()(self.ids(text))
             generator = torch.Generator().manual_seed(0)
             still = self.model(inputs_embeds=embeds, return_dict=True).logits[0]
@@ -240,15 +240,15 @@ class Vanilla:
         return found
 
     def logits(self, text: Sequence[int], prompt: int) -> Tensor:
-        """`[tokens, vocab]`: of the tokens from the last one of the prompt on."""
+        """`[tokens, vocab]`: logits from the last prompt token on."""
         if self.noise is not None and is_rounding(self.model, self.noise):
             return self._whole(text)[prompt - 1 :]
         return self._steps(text, prompt)
 
     def of_rows(self, texts: list[list[int]], prompts: list[list[int]], ids: Tensor, first: list[int]) -> list[Tensor]:
-        """By row `[tokens, vocab]`: of the tokens of its text from the last one of the prompt on.
+        """By row `[tokens, vocab]`: logits of its text from the last prompt token on.
 
-        Rows that look ahead in their prompts are read as vanilla reads them, padded; then nothing is said of that one.
+        Models that look ahead in prompts read them padded, as in vanilla; then that token's logits are left out.
         """
         if not self.looks_ahead or len(texts) == 1:
             return [self.logits(text, len(prompt)) for text, prompt in zip(texts, prompts)]
@@ -259,12 +259,12 @@ class Vanilla:
         return [logits[: len(row)] for logits, row in zip(together, own)]
 
     def check_padding(self, ids: Tensor, first: list[int], prompts: list[list[int]]) -> None:
-        """Raise `Differs` if a row means something else to vanilla when it is padded on the left beside others.
+        """Raise `Differs` if vanilla's logits of a row change when it is left-padded beside others.
 
         Such rows cannot be decoded as if they were alone.
         """
         if self.model.config.is_encoder_decoder or _states(self.model):
-            return  # padding is the encoder's, or kept as it is
+            return  # only the encoder has padding, or the layout keeps it
         own = torch.tensor([[prompt[0], prompt[-1]] for prompt in prompts], device=ids.device)
         together = self.padded(ids, first, own, width=1)
         for row, prompt in enumerate(prompts):
@@ -272,7 +272,7 @@ class Vanilla:
             check_same(self.model, together[row], alone, self.noise, _PADDING)
 
     def padded(self, ids: Tensor, first: list[int], own: Tensor, width: int) -> Tensor:
-        """`[rows, tokens, vocab]`: of `own` `[rows, tokens]`, fed by `width` after prompts padded on the left."""
+        """`[rows, tokens, vocab]`: logits of `own` `[rows, tokens]`, fed by `width` after left-padded prompts."""
         cache, logits = self.read(ids, first), []
         mask = _real(ids.shape[1], first, ids.device)
         for tokens in own.split(width, dim=1):
@@ -281,14 +281,14 @@ class Vanilla:
         return torch.cat(logits, dim=1)
 
     def read(self, ids: Tensor, first: list[int]) -> Cache:
-        """A cache that holds prompts padded on the left."""
+        """A cache that holds left-padded prompts."""
         cache = self.cache()
         mask = _real(ids.shape[1], first, ids.device)
         self._forward(ids, cache, mask.long() if any(first) else None)
         return cache
 
     def continued(self, text: Sequence[int], more: Sequence[int]) -> Tensor:
-        """`[tokens, vocab]`: of `more` tokens in one forward after a text that is cached; of the text if none."""
+        """`[tokens, vocab]`: logits of `more` tokens in one forward after a cached text; of the text if none."""
         if not more:
             return self._whole(text)
         cache = self.cache()
@@ -298,7 +298,7 @@ class Vanilla:
     def _whole(self, text: Sequence[int]) -> Tensor:
         logits = self._forward(self.ids(text), None)[0]
         if len(logits) != len(text):
-            raise Differs(f"returns the logits of {len(logits)} of {len(text)} tokens")
+            raise Differs(f"returns logits for {len(logits)} of {len(text)} tokens")
         return logits
 
     def _steps(self, text: Sequence[int], prompt: int) -> Tensor:
@@ -321,10 +321,10 @@ class Vanilla:
         return logits
 
     def output(self, ids: Tensor, cache: Cache | None, mask: Tensor | None = None, past: int = 0) -> ModelOutput:
-        """Of a forward over `[rows, tokens]` ids.
+        """The output of a forward over `[rows, tokens]` ids.
 
         Args:
-            cache: holds what came before; `None` for a forward without one.
+            cache: holds the earlier tokens; `None` for a forward without one.
             mask: `[rows, columns]`, which are real; `None` for all.
             past: tokens that the cache holds, where there is no mask.
         """
@@ -346,11 +346,11 @@ class Vanilla:
 
 
 def make_cached_model(model: PreTrainedModel, context: Context, ragged: bool, drafts: bool = False) -> CachedModel:
-    """A model with an empty cache, for prompts that may be padded on the left.
+    """A model with an empty cache, for prompts that may be left-padded.
 
     Args:
         ragged: rows hold no padding; else slots are columns.
-        drafts: positions are told though the forward does not name them.
+        drafts: position ids are passed although the forward has no such parameter.
     """
     rows, device = context.batch_size, model_device(model)
     like: Cache = DynamicCache(config=model.config.get_text_config(decoder=True))
@@ -369,12 +369,12 @@ def make_cached_model(model: PreTrainedModel, context: Context, ragged: bool, dr
 
 
 def _real(columns: int, first: list[int], device: torch.device) -> Tensor:
-    """`[rows, columns]` bool: what is not left padding, given each row's first real column."""
+    """`[rows, columns]` bool: which columns are not left padding, given each row's first real column."""
     return torch.arange(columns, device=device) >= torch.tensor(first, device=device)[:, None]
 
 
 def _positions(model: PreTrainedModel) -> int | None:
-    """How many positions there are, or after how many rotary embeddings change, where the config says it."""
+    """The number of positions, or the length at which rotary embeddings change; `None` if the config does not say."""
     config = model.config.get_text_config(decoder=True)
     names = ("max_position_embeddings", "max_target_positions", "n_positions", "original_max_position_embeddings")
     rope = getattr(config, "rope_parameters", None) or {}

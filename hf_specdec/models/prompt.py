@@ -1,5 +1,6 @@
-"""Prompt: where the tokens of a prompt are, read off what `generate()` has prepared: ids, mask, positions, and a cache
-that holds the beginning already. What does not fit together is refused here.
+"""Prompt: where the tokens of a prompt are, read from the inputs that `generate()` has prepared.
+
+These are ids, mask, positions, and a cache that may already hold the beginning. Inconsistent inputs raise errors here.
 """
 
 from dataclasses import dataclass
@@ -23,11 +24,11 @@ class Prompt:
     Attributes:
         mask: `[batch, columns]` bool, which columns are real.
         first: by row, the first real column.
-        holes: some row has masked columns behind its first real one (right padding, masked-out tokens).
-        past: columns that a cache given by the user holds.
+        holes: some row has masked columns after its first real one (right padding, masked-out tokens).
+        past: columns in the user's cache.
         position_offset: by row, the position id of the last column, minus that column.
         positions: `[batch, columns]` position ids, where they are not that offset plus the column; else `None`.
-        axes: `[axes, batch, 1]`, where a token has a position on each of several axes: what to add for an axis.
+        axes: `[axes, batch, 1]`, an offset for each axis, where a token has a position on several axes.
         first_forward: reads the prompt, where it is more than tokens.
     """
 
@@ -45,7 +46,7 @@ class Prompt:
 
 
 def check_not_empty(input_ids: Tensor) -> None:
-    """Refuse a prompt without tokens."""
+    """Raise a ValueError for a prompt without tokens."""
     if input_ids.numel() == 0:
         raise ValueError(
             f"The prompt is empty: `input_ids` has the shape {tuple(input_ids.shape)}. Pass at least one token per "
@@ -54,7 +55,7 @@ def check_not_empty(input_ids: Tensor) -> None:
 
 
 def whole_numbers(input_ids: Tensor) -> Tensor:
-    """Ids as int64, which all new tokens are. Vanilla turns the prompt's into it when it appends the first of them."""
+    """Ids as int64, the type of all new tokens. Vanilla converts the prompt when it appends the first new token."""
     if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
         raise TypeError(
             f"`input_ids` must hold token ids, but their dtype is {input_ids.dtype}: pass integers, for instance "
@@ -71,10 +72,10 @@ def read_prompt(
     model_kwargs: dict[str, Any],
     vocab_size: int,
 ) -> Prompt:
-    """Sort out ids, embeddings, mask, positions and what is cached already.
+    """Check ids, embeddings, mask, positions and cached columns, and locate the prompt's tokens.
 
     Args:
-        cache: `None` where the model's own code reads the prompt, whatever it is.
+        cache: `None` where the model's own code reads the prompt, of whatever kind.
     """
     embeds: Tensor | None = model_kwargs.get("inputs_embeds")
     mask: Tensor | None = model_kwargs.get("attention_mask")
@@ -86,7 +87,7 @@ def read_prompt(
         columns = embeds.shape[1]
     else:
         check_not_empty(input_ids)
-        # As in `GenerationMixin._prefill`: ids as wide as the mask are the whole text, else only what is new.
+        # As in `GenerationMixin._prefill`: ids as wide as the mask are the whole text, else only the new tokens.
         unknown = -1 if model.config.is_encoder_decoder else width
         known_width = mask.shape[1] if mask is not None else getattr(generation_config, "_mask_length", unknown)
         columns = width if known_width == width else past + width
@@ -113,7 +114,7 @@ def read_prompt(
     outside = (input_ids < 0) | (input_ids >= vocab_size)
     if embeds is None and first_forward is None:
         outside &= mask[:, columns - width :]
-    else:  # the ids are not fed: placeholders of images, or as many as the user likes
+    else:  # the ids are not fed: they may be placeholders of images, or any number beside embeddings
         outside = torch.zeros_like(outside)
     first, real, wrong = torch.stack([mask.long().argmax(dim=1), mask.sum(dim=1), outside.sum(dim=1)]).tolist()
     if 0 in real:
@@ -141,7 +142,7 @@ def read_prompt(
 
 
 def _read_positions(position_ids: Tensor | None, mask: Tensor, first: list[int]) -> tuple[list[int], Tensor | None]:
-    """Position ids as an offset per row, and in full where an offset does not say it all."""
+    """Position ids as an offset per row, and in full where an offset is not enough."""
     if position_ids is None:
         return [-f for f in first], None
     columns = torch.arange(mask.shape[1], device=mask.device)

@@ -1,18 +1,18 @@
-"""Rotary embeddings that change with the length of the text, beyond which what is cached no longer counts."""
+"""Rotary embeddings that change with the length of the text, which invalidates cached keys."""
 
 from transformers import PreTrainedModel
 
 
 def check_lengths(model: PreTrainedModel, shortest: int, longest: int) -> None:
-    """Refuse texts over which a model changes what a position means to it.
+    """Raise a ValueError for texts over which a model changes the embedding of a position.
 
-    "dynamic" embeddings do so with every token beyond the original positions, "longrope" once: vanilla then goes on
-    with frequencies of the moment, which depend on how many tokens are in a forward.
+    "dynamic" embeddings change with every token beyond the original positions, "longrope" once. Vanilla then continues
+    with the current frequencies, which depend on how many tokens are in a forward.
 
     Args:
         model: the target.
-        shortest: tokens in the shortest forward over the beginning of a row; each later one ends beyond.
-        longest: how many tokens a row may come to.
+        shortest: tokens in the shortest forward over the beginning of a row; each later forward ends after it.
+        longest: the most tokens that a row may reach.
     """
     config = model.config.get_text_config(decoder=True)
     given = getattr(config, "rope_parameters", None) or {}
@@ -28,7 +28,7 @@ def check_lengths(model: PreTrainedModel, shortest: int, longest: int) -> None:
             continue
         if changes:
             raise ValueError(
-                f"The rotary embeddings of {type(model).__name__} ({kind!r}) change behind {limit} tokens, and this "
-                f"call may come to {longest}: strategy='spec' does not support that. Lower `max_new_tokens`, or drop "
+                f"The rotary embeddings of {type(model).__name__} ({kind!r}) change after {limit} tokens, and this "
+                f"call may reach {longest}: strategy='spec' does not support that. Lower `max_new_tokens`, or drop "
                 "the strategy"
             )

@@ -1,12 +1,12 @@
-"""SelfFedModel: a model that its own code feeds, as in vanilla `generate()`, for what our cache cannot stand for.
+"""SelfFedModel: a model that its own code feeds, as in vanilla `generate()`, where our cache cannot hold its state.
 
-Most models keep keys and values for each token, or states in a cache of transformers: `cached.py` drives these. Some
-carry something else from one forward to the next, under a name and in a class of their own (RWKV's `state`), or nothing
-at all (the whole text is read each time), or more entries than there are tokens (an image that is no part of the text).
-Of these only this is asked: that the steps of vanilla can be taken several tokens at a time, from a copy of what was
-carried. So the model's own code prepares each forward (`prepare_inputs_for_generation`), it runs on a copy, and going
-back to committed tokens is dropping the copy. That costs O(context) per forward where entries are carried, and rows
-advance together; what it saves are forwards.
+Most models keep keys and values for each token, or recurrent states in a transformers cache: `cached.py` runs these.
+Some carry custom state from one forward to the next, under another name and in another class (RWKV's `state`), or
+nothing at all (each forward reads the whole text), or more entries than tokens (an image that is not part of the text).
+They only need to take several of vanilla's steps at once, from a copy of the carried state. So the model's own code
+prepares each forward (`prepare_inputs_for_generation`), the forward runs on a copy, and rollback to the committed
+tokens drops the copy. That costs O(context) per forward where entries are carried, and rows advance in lockstep; it
+saves forwards.
 """
 
 import contextlib
@@ -37,16 +37,16 @@ from .graphs import StaticForwards
 from .multimodal_prompt import FirstForward, prepared_call
 from .target import Verified, check_logits, room_after
 
-_BY_TOKEN = {"loss", "logits", "hidden_states", "attentions"}  # of an output: nothing that is carried on
+_BY_TOKEN = {"loss", "logits", "hidden_states", "attentions"}  # output values that are not carried on
 
 
 @dataclass(frozen=True)
 class _Carried:
-    """Where a model is after so many columns. It never changes: forwards run on copies of it.
+    """The state of a model after `columns` columns. It never changes: forwards run on copies of it.
 
     Attributes:
-        output: what the last forward returned, but for what is by token.
-        kwargs: what that forward was prepared from.
+        output: the last forward's output, without values by token.
+        kwargs: the model kwargs that the forward was prepared from.
     """
 
     columns: int
@@ -63,14 +63,14 @@ class SelfFedModel:
 
     Args:
         model: a decoder-only model.
-        input_ids: `[batch, columns]`, the prompt as `generate()` hands it over.
-        generation_config, model_kwargs: what `generate()` has prepared.
+        input_ids: `[batch, columns]`, the prompt as `generate()` passes it.
+        generation_config, model_kwargs: prepared by `generate()`.
     """
 
     encoded: Encoded | None = None
     static: StaticForwards | None = None
     at_once: int | None = None
-    has_states = True  # what is committed may have to be fed again
+    has_states = True  # committed tokens may have to be fed again
 
     def __init__(
         self,
@@ -81,35 +81,35 @@ class SelfFedModel:
     ):
         if model_kwargs.get("inputs_embeds") is not None:
             raise ValueError(
-                f"The prompt of {type(model).__name__} comes as `inputs_embeds` (given, or made by its own "
-                "`generate()`), but what the model carries from step to step is its own, so strategy='spec' can only "
-                "read tokens: pass `input_ids`, or drop the strategy"
+                f"The prompt of {type(model).__name__} is `inputs_embeds` (passed, or made by its own `generate()`), "
+                "but the model carries custom state from step to step, so strategy='spec' can only read tokens: pass "
+                "`input_ids`, or drop the strategy"
             )
         if any(isinstance(value, Iterator) for value in model_kwargs.values()):
             raise ValueError(
-                f"{type(model).__name__} is given its input bit by bit, which strategy='spec' does not support: pass "
+                f"{type(model).__name__} is given its input in pieces, which strategy='spec' does not support: pass "
                 "all of it at once"
             )
         self.model = model
         self.device = model_device(model)
         self.no_bookkeeping = no_bookkeeping(model, self.device)
         self.held = 0  # columns, the same for all rows
-        self.forwards = 0  # whose logits were wanted
+        self.forwards = 0  # those whose logits were needed
         self.prefill_forwards = 0
-        self._history: list[_Carried] = []  # the last one stands for all that is held, unless nothing is carried
+        self._history: list[_Carried] = []  # the last one covers all held columns, unless nothing is carried
         self._vocab_size: int = model.config.get_text_config(decoder=True).vocab_size
-        self._text = input_ids.to(self.device)  # `[batch, columns]`, what is held
+        self._text = input_ids.to(self.device)  # `[batch, columns]`, the held text
         self._prompt = input_ids
         self._config = generation_config
         self._kwargs = model_kwargs
 
     @classmethod
     def going_on(cls, first_forward: FirstForward, output: ModelOutput) -> "SelfFedModel":
-        """From a first forward whose outcome our cache cannot hold."""
+        """Start after a first forward whose state our cache cannot hold."""
         if getattr(first_forward.given, "_is_user_defined", False):
             raise ValueError(
-                "strategy='spec' cannot go on from the given `past_key_values` with images or audio that are no part "
-                f"of the text of {type(first_forward.model).__name__}: pass the whole prompt without it"
+                "strategy='spec' cannot continue the given `past_key_values` with images or audio that are not part of "
+                f"the text of {type(first_forward.model).__name__}: pass the whole prompt without it"
             )
         prepared = cls(first_forward.model, first_forward.ids, first_forward.config, first_forward.kwargs)
         prepared._begin(output)
@@ -126,15 +126,15 @@ class SelfFedModel:
         return self.held > 0
 
     def forget(self, rows: list[int], counts: list[int]) -> None:
-        """Never needed: all rows are fed equally many tokens of their own."""
-        raise RuntimeError("rows that advance together have different lengths: a bug in hf_specdec")
+        """Never needed: all rows are fed equally many tokens."""
+        raise RuntimeError("rows that advance in lockstep have different lengths: a bug in hf_specdec")
 
     def missing(self, context: Context) -> list[int]:
         """How many committed tokens of each active row are not held yet."""
         return [context.ends[row] - self.held for row in context.rows]
 
     def prompt_left(self, context: Context) -> list[int]:
-        """Nothing: `read_prompt` reads the prompt whole."""
+        """Nothing: `read_prompt` reads the whole prompt."""
         return [0] * len(context.rows)
 
     def room(self, context: Context, most: int) -> list[int]:
@@ -151,7 +151,7 @@ class SelfFedModel:
     def prefill(
         self, context: Context, chunk_size: int | None = None, **kwargs: Any
     ) -> list[tuple[list[int], ModelOutput]]:
-        """Feed all committed tokens but the last one. An unread prompt waits for the first `forward`."""
+        """Feed all committed tokens except the last one. An unread prompt waits for the first `forward`."""
         outputs: list[tuple[list[int], ModelOutput]] = []
         while not self.prompt_is_unread and (left := max(self.missing(context)) - 1) > 0:
             width = min(chunk_size or left, left)
@@ -162,14 +162,14 @@ class SelfFedModel:
         return outputs
 
     def verify(self, context: Context, draft_tokens: Tensor, lengths: list[int], **kwargs: Any) -> Verified:
-        """One forward over the uncached tokens of all rows, as many in each, and their drafts."""
+        """One forward over the uncached tokens of all rows, equally many in each, and their drafts."""
         missing = self.missing(context)
         width = max(missing) + max(lengths)
         output = self.forward(context, width, keep=width - min(missing) + 1)
         return Verified(output, [n - 1 for n in missing], [])
 
     def forward(self, context: Context, width: int, keep: int | None = None, ids: Tensor | None = None) -> ModelOutput:
-        """Feed each active row its uncached tokens and what stands after them, `width` in all; see `CachedModel`."""
+        """Feed each active row its uncached tokens and the tokens after them, `width` in all; see `CachedModel`."""
         keep = keep or width
         self.forwards += 1
         with self.no_bookkeeping():
@@ -179,7 +179,7 @@ class SelfFedModel:
         return output
 
     def commit(self, context: Context) -> None:
-        """Go back to the last place that is not beyond what was committed, but the last token."""
+        """Roll back to the last state that is not beyond the committed tokens, the last one excluded."""
         if self.prompt_is_unread:
             return
         held = min(self.held, *(max(context.ends[row] - 1, 0) for row in context.rows), self.held)
@@ -190,14 +190,14 @@ class SelfFedModel:
             held = self._history[0].columns
         self.held = held
         at = self._history[-1]
-        if at.is_stateless and held > at.columns:  # else each forward would go over all columns again
+        if at.is_stateless and held > at.columns:  # else `_next` would repeat all columns in each forward
             self._history = [_Carried(held, at.output, self._next(at, held - at.columns))]
 
     def release(self) -> None:
-        """Nothing is kept for the next call."""
+        """Nothing to do: nothing is kept for the next call."""
 
     def hand_back(self, context: Context, width: int) -> Any:
-        """What vanilla would leave behind: something that stands for all columns but the last."""
+        """The cache or state that vanilla would return: it covers all columns except the last."""
         context.rows = list(range(context.batch_size))
         context.ends = [width] * context.batch_size
         self.prefill(context)
@@ -232,7 +232,7 @@ class SelfFedModel:
         self._check()
 
     def _next(self, carried: _Carried, width: int) -> dict[str, Any]:
-        """What vanilla prepares a forward over `width` tokens more from, with a copy of what is carried."""
+        """The model kwargs from which vanilla prepares a forward over `width` more tokens, with a copy of the state."""
         kwargs, output = dict(carried.kwargs), _rebuilt(carried.output, copy.deepcopy)
         for _ in range(width):
             kwargs = self.model._update_model_kwargs_for_generation(output, kwargs, is_encoder_decoder=False)
@@ -248,9 +248,9 @@ class SelfFedModel:
         return output, _Carried(text.shape[1], _carried(output), kwargs)
 
     def _check(self) -> None:
-        """Raise a ValueError unless several tokens at once, from a copy, get the logits that they get one by one."""
+        """Raise a ValueError unless a block of tokens, fed from a copy, gets the same logits as token by token."""
         if self.model.training:
-            return  # with dropout all answers differ
+            return  # dropout makes all answers differ
         mask, start = self._kwargs.get("attention_mask"), self._history[-1]
         windows = [w for w in _windows(start.output) if start.columns + w < self._config.max_length]
         padded = mask is not None and not bool(mask.all())
@@ -264,10 +264,10 @@ class SelfFedModel:
             raise answer.refusal(f"{name} {answer.reason}, so strategy='spec' cannot be used with it here")
 
     def _rehearse(self, start: _Carried, window: int, seed: int) -> None:
-        """Raise `Differs` if blocks of tokens cannot be verified; asked with a few tokens.
+        """Raise `Differs` if the model cannot verify blocks of tokens; probed with a few tokens.
 
         Args:
-            window: asked once more after so many tokens, unless 0.
+            window: probed again after so many tokens, unless 0.
         """
         try:
             self._compare(start, self._text, seed)
@@ -276,11 +276,11 @@ class SelfFedModel:
                 self._compare(self._step(start, text, window, 1)[1], text, seed, f" beyond a window of {window}")
         except Differs:
             raise
-        except Exception as error:  # whatever a model does that was not made for this: it cannot do it
+        except Exception as error:  # a model may fail in any way where it was not made for this: the answer is no
             raise Differs(f"cannot be fed several tokens after a text ({first_line(error)})") from error
 
     def _compare(self, start: _Carried, text: Tensor, seed: int, where: str = "") -> None:
-        """The same of three tokens after `text`, for which `start` stands."""
+        """The same for three tokens after `text`, whose state is `start`."""
         columns = [(seed + i) % text.shape[1] for i in (-1, 0, -1)]
         text = torch.cat([text, text[:, columns]], dim=1)
         ends = [start.columns + 1 + i for i in range(3)]
@@ -291,20 +291,20 @@ class SelfFedModel:
             steps.append(output.logits[:, -1:])
         expected = torch.cat(steps, dim=1)
         if not expected.isfinite().all():
-            raise CannotBeAsked("its logits are not finite")  # which is told where its tokens are chosen
+            raise CannotBeAsked("its logits are not finite")  # the choice of tokens raises an error about it
         noise = self._noise()
         again = self._step(start, text[:, : ends[0]], 1, 1)[0].logits[:, -1:]
-        hidden = "keeps state where it is not seen, so that rejected drafts cannot be taken out again"
+        hidden = "keeps state outside its outputs, so rejected drafts cannot be rolled back"
         check_same(self.model, again, steps[0], noise, hidden + where)
         block = self._step(start, text, 3, 3)[0].logits[:, -3:]
         if block.shape != expected.shape:
-            raise Differs(f"returns the logits of {block.shape[1]} of 3 tokens{where}")
-        several = "gives several tokens other logits than one after the other"
-        check_same(self.model, block, expected, noise, several + where)
+            raise Differs(f"returns logits for {block.shape[1]} of 3 tokens{where}")
+        differing = "returns different logits for a block than token by token"
+        check_same(self.model, block, expected, noise, differing + where)
 
     def _noise(self) -> float | None:
-        """How much the model rounds: texts read at once beside the same texts step by step; `None` if not known."""
-        with contextlib.suppress(Exception):  # of models that read more than text
+        """The model's rounding: texts in one forward, compared with the same texts step by step; `None` if unknown."""
+        with contextlib.suppress(Exception):  # models that read more than text
             return measured_noise(self.model, self._measure)
         return None
 
@@ -325,7 +325,7 @@ class SelfFedModel:
 
 
 def _windows(output: ModelOutput) -> set[int]:
-    """How many tokens layers of caches in an output see of those behind a prompt, where that is not all."""
+    """The sliding windows of the cache layers in an output."""
     layers = [layer for value in output.values() for layer in getattr(value, "layers", ())]
     return {layer.sliding_window for layer in layers if getattr(layer, "sliding_window", None)}
 
@@ -335,5 +335,5 @@ def _carried(output: ModelOutput) -> ModelOutput:
 
 
 def _rebuilt(output: ModelOutput, change: Callable[[Any], Any], without: Set[str] = frozenset()) -> ModelOutput:
-    """An output of the same class without some of its values, the others changed."""
+    """An output of the same class, without some values and with the others changed."""
     return type(output)(**{name: change(value) for name, value in output.items() if name not in without})

@@ -1,10 +1,10 @@
-"""Models that several processes compute together: which model is one, and what follows from it.
+"""Sharded models, which several processes compute together: how to detect them, and which ones are unsupported.
 
-Asked of the model itself and of its parameters. There are two kinds:
+The model and its parameters show it. There are two kinds:
 
 - Tensor, expert and pipeline parallel models. All ranks decode the same prompts and must feed the same tokens in the
-  same forwards. So nothing may go by the clock of one of them; then each rank comes to the same decisions.
-- Models whose weights FSDP or DeepSpeed ZeRO-3 shards. Each rank has prompts of its own, and each forward gathers
+  same forwards. So no decision may depend on a local clock; then all ranks decide alike.
+- Models whose weights FSDP or DeepSpeed ZeRO-3 shards. Each rank has different prompts, and each forward gathers
   weights from all ranks, so all must make equally many forwards. They accept different drafts, so they do not.
 """
 
@@ -18,7 +18,7 @@ from transformers.integrations.fsdp import is_fsdp_managed_module
 
 
 def sharded(target: nn.Module, assistant_model: object) -> str | None:
-    """Who is computed by several processes together, and how, for messages; `None` where nobody is.
+    """Which model is sharded over processes, and how, for messages; `None` where no model is.
 
     Args:
         assistant_model: as given: a model, a drafter with a `model`, or anything else.
@@ -35,12 +35,12 @@ def sharded(target: nn.Module, assistant_model: object) -> str | None:
 
 
 def check_synced_gpus(synced_gpus: bool | None) -> None:
-    """Raise a ValueError where a call asks for equal numbers of forwards on all ranks."""
+    """Raise a ValueError if a call requires equal numbers of forwards on all ranks."""
     if synced_gpus:
         raise ValueError(
-            "`synced_gpus` is not supported by strategy='spec': it asks that all ranks make equally many forwards, but "
-            "how many a rank needs depends on the drafts that it accepts. Leave it out where each rank has all weights "
-            "or all ranks decode the same prompts (tensor parallel), or drop strategy='spec'"
+            "`synced_gpus` is not supported by strategy='spec': it requires that all ranks make equally many forwards, "
+            "but a rank's number of forwards depends on the drafts that it accepts. Leave it out where each rank has "
+            "all weights or all ranks decode the same prompts (tensor parallel), or drop strategy='spec'"
         )
 
 
@@ -57,19 +57,19 @@ def _models(target: nn.Module, assistant_model: object) -> Iterator[tuple[str, n
 
 
 def _check_not_gathered(name: str, model: nn.Module) -> None:
-    """Where `generate()` would switch `synced_gpus` on by itself, and also where only a part of a model is sharded."""
+    """Raise a ValueError where `generate()` would switch `synced_gpus` on, or where a part of a model is sharded."""
     if is_deepspeed_zero3_enabled():
-        found = "DeepSpeed ZeRO-3 is enabled in this process, so that weights are"
+        found = "DeepSpeed ZeRO-3 is enabled in this process, so weights are"
         way_out = "generate in a process without it"
     elif any(is_fsdp_managed_module(module) for module in model.modules()):
-        found = "FSDP manages it, so that its weights are"
+        found = "FSDP manages it, so its weights are"
         way_out = "pass a copy that FSDP does not manage"
     else:
         return
     raise ValueError(
         f"strategy='spec' cannot be used with {name} ({type(model).__name__}): {found} gathered from all ranks in each "
-        "forward. All ranks must then make equally many forwards, but how many a rank needs depends on the drafts "
-        f"that it accepts. For generating, {way_out}, or drop strategy='spec'"
+        "forward. All ranks must then make equally many forwards, but a rank's number of forwards depends on the "
+        f"drafts that it accepts. To generate, {way_out}, or drop strategy='spec'"
     )
 
 
@@ -80,18 +80,18 @@ def _how(model: nn.Module) -> str | None:
         return f"is one of {stage.pp_size} pipeline stages"
     if tp_size > 1:
         return f"is tensor parallel over {tp_size} processes"
-    from torch.distributed.tensor import DTensor  # heavy, and only of use in a process that has others
+    from torch.distributed.tensor import DTensor  # heavy, and only needed with several processes
 
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        return "has parameters that are sharded over processes"
+        return "has parameters sharded over processes"
     return None
 
 
 class OwnLayersCache(DynamicCache):
-    """A cache of transformers for one pipeline stage: how long it is says a layer that the stage owns.
+    """A transformers cache for one pipeline stage, which takes its length from a layer that the stage owns.
 
-    Models ask the first layer of its kind, which is empty on stages that do not own it; their masks of several tokens
-    are then wrong.
+    Models read the length of the first layer of a kind. On stages that do not own that layer it is empty, and masks for
+    several tokens would be wrong.
     """
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -104,7 +104,7 @@ class OwnLayersCache(DynamicCache):
         return super().get_mask_sizes(query_length, self._owned(layer_idx))
 
     def _owned(self, layer_idx: int) -> int:
-        """The layer that is asked if it holds anything, else the first one of its kind that does."""
+        """The requested layer if it holds anything, else the first layer of its kind that does."""
         asked = self.layers[layer_idx : layer_idx + 1]
         if any(layer.is_initialized for layer in asked):
             return layer_idx

@@ -1,4 +1,4 @@
-"""What the loop asks of a target, fed by our forwards (`cached.py`) or by the model's own code (`self_fed.py`)."""
+"""Target: the loop's interface to a target model, which `cached.py` or the model's own code (`self_fed.py`) feeds."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,10 +18,10 @@ class Verified:
     """The outcome of one target forward over committed tokens and drafts.
 
     Attributes:
-        output: of the model; `logits` `[rows, γ + 1, vocab]` are those of each row's last committed token, and of its
+        output: of the model; `logits` `[rows, γ + 1, vocab]` are those of each row's last committed token and its
             drafts.
         pending: by active row, how many queries of the forward were committed tokens before the last one.
-        of_prompt: by active row, how many of these are the prompt's and are recorded as such.
+        of_prompt: by active row, how many of these belong to the prompt and are recorded as such.
     """
 
     output: ModelOutput
@@ -30,13 +30,13 @@ class Verified:
 
 
 class Target(Protocol):
-    """A model that verifies drafts of the active rows of a context. It holds what was committed, but the last token.
+    """A model that verifies drafts of a context's active rows. It holds all committed tokens except the last one.
 
     Attributes:
-        model: whose forwards these are.
-        encoded: what its decoder is given of an encoder, where it has one.
-        forwards: made since it was made, in which logits were wanted.
-        prefill_forwards: made since then that only filled a cache.
+        model: the model that runs the forwards.
+        encoded: its decoder's encoder inputs, where it has an encoder.
+        forwards: number of forwards so far whose logits were needed.
+        prefill_forwards: number of forwards so far that only filled a cache.
     """
 
     model: PreTrainedModel
@@ -46,7 +46,7 @@ class Target(Protocol):
 
     @property
     def has_states(self) -> bool:
-        """Whether rows are fed equally many tokens, and committed ones may have to be fed again."""
+        """Whether all rows are fed equally many tokens, and committed tokens may have to be fed again."""
         ...
 
     @property
@@ -59,13 +59,16 @@ class Target(Protocol):
         ...
 
     def prompt_left(self, context: Context) -> list[int]:
-        """How many columns of a prompt that needs forwards of its own are not held yet, by active row."""
+        """By active row, the columns not held yet of a prompt that needs separate forwards."""
         ...
 
     def prefill(
         self, context: Context, chunk_size: int | None = None, **kwargs: Any
     ) -> list[tuple[list[int], ModelOutput]]:
-        """Feed all committed tokens but the last one. Returns: by forward, how many were each row's, and the output."""
+        """Feed all committed tokens except the last one.
+
+        Returns: for each forward, how many of its tokens belong to each row, and the output.
+        """
         ...
 
     def read_prompt(self, **kwargs: Any) -> ModelOutput:
@@ -73,20 +76,20 @@ class Target(Protocol):
         ...
 
     def room(self, context: Context, most: int) -> list[int]:
-        """How many drafts, at most `most`, the next forward can take after what each active row has pending."""
+        """How many drafts, at most `most`, the next forward can take after each active row's pending tokens."""
         ...
 
     def verify(self, context: Context, draft_tokens: Tensor, lengths: list[int], **kwargs: Any) -> Verified:
-        """One forward over each row's uncached tokens and its drafts, which stand after them in the context.
+        """One forward over each row's uncached tokens and its drafts, which follow them in the context.
 
         Args:
             draft_tokens: `[active rows, γ]`.
-            lengths: how many of them are each row's.
+            lengths: how many of them each row proposes.
         """
         ...
 
     def commit(self, context: Context) -> None:
-        """Forget what was not committed."""
+        """Roll back everything that was not committed."""
         ...
 
     def release(self) -> None:
@@ -97,8 +100,8 @@ class Target(Protocol):
 def room_after(pending: list[int], most: int) -> list[int]:
     """How many drafts fit after the pending tokens of each row, where all rows are fed equally many tokens.
 
-    A row with more of them gets fewer drafts, and at times none, after which nothing is pending any more. So a forward
-    is never over more than 2γ + 1 tokens per row, and each row gets a token from each.
+    A row with more pending tokens gets fewer drafts, and at times none; after that nothing is pending. So a forward
+    never covers more than 2γ + 1 tokens per row, and each row gets a token from each forward.
 
     Args:
         pending: by row, how many committed tokens the next forward feeds.
@@ -109,25 +112,25 @@ def room_after(pending: list[int], most: int) -> list[int]:
 
 
 def aligned(logits: Tensor, pending: list[int], count: int) -> Tensor:
-    """`[rows, count, vocab]`: of the `count` queries of each row from its last committed token on.
+    """`[rows, count, vocab]`: the logits of each row's `count` queries from its last committed token on.
 
     Args:
         logits: `[rows, queries, vocab]`, of the queries from that token on in the row with the fewest pending tokens.
-        pending: by row, the queries before that token.
+        pending: by row, the number of queries before that token.
     """
     first = min(pending)
     if first == max(pending) and logits.shape[1] == count:
         return logits
     at = to_device(pending, logits.device)[:, None] - first + torch.arange(count, device=logits.device)
-    at = at.clamp(max=logits.shape[1] - 1)  # of fill: rows with fewer drafts than others
+    at = at.clamp(max=logits.shape[1] - 1)  # fill, in rows with fewer drafts than others
     return logits.gather(1, at[..., None].expand(-1, -1, logits.shape[2]))
 
 
 def check_logits(model: PreTrainedModel, output: ModelOutput, wanted: int) -> None:
-    """Raise a ValueError if a model has returned the logits of fewer tokens than it was asked about."""
+    """Raise a ValueError if a model has returned logits for fewer tokens than requested."""
     if output.logits.shape[1] < wanted:
         raise ValueError(
-            f"{type(model).__name__} returned the logits of {output.logits.shape[1]} of the {wanted} tokens that it "
-            "was asked about, so strategy='spec' cannot verify drafts with it: let its forward return the logits of "
-            "every token, or of as many as `logits_to_keep` says"
+            f"{type(model).__name__} returned logits for {output.logits.shape[1]} of the {wanted} requested tokens, so "
+            "strategy='spec' cannot verify drafts with it: let its forward return the logits of every token, or of as "
+            "many as `logits_to_keep` says"
         )

@@ -374,7 +374,7 @@ def test_an_adapter_for_each_row_is_refused():
     target = with_adapter(pair()[0], seed=5)
     names = ["default", "__base__", "default", "__base__"]
     assert generate(target, pair()[1], 1, adapter_names=names[:1]).equal(generate(target, None, 1))
-    with pytest.raises(ValueError, match="`adapter_names` tells adapters apart by where rows"):
+    with pytest.raises(ValueError, match="`adapter_names` chooses adapters by the index of rows"):
         generate(target, pair()[1], adapter_names=names)
 
 
@@ -388,7 +388,7 @@ def int8(model: PreTrainedModel) -> Any:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_a_target_whose_logits_depend_on_the_tokens_fed_with_it_is_refused():
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM is quantized such that .* quantize weights only"):
+    with pytest.raises(ValueError, match=r"quantization of LlamaForCausalLM makes .* quantize weights only"):
         generate(int8(pair()[0]), pair()[1])
 
 

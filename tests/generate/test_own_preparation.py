@@ -156,7 +156,7 @@ def test_what_the_model_adds_or_changes_at_each_step(cls: type[PreTrainedModel],
 @pytest.mark.parametrize("cls", [GainByStep, GainFromTheSecondStepOn])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_numbers_that_differ_within_a_block_are_refused(cls: type[PreTrainedModel], batch: int) -> None:
-    with pytest.raises(ValueError, match=rf"{cls.__name__} gives several tokens other logits than one after the other"):
+    with pytest.raises(ValueError, match=rf"{cls.__name__} returns different logits for a block than token by token"):
         build(cls).generate(**make_prompts(batch), strategy="spec", assistant_model=draft(), max_new_tokens=8)
 
 
@@ -168,7 +168,7 @@ def test_preparation_that_was_set_on_one_object() -> None:
 
 
 def test_a_forward_that_returns_too_few_logits_is_an_error() -> None:
-    with pytest.raises(ValueError, match="OnlyTheLastLogit returns the logits of 1 of 23 tokens"):
+    with pytest.raises(ValueError, match="OnlyTheLastLogit returns logits for 1 of 23 tokens"):
         build(OnlyTheLastLogit).generate(**make_prompts(1), strategy="spec", assistant_model=draft(), max_new_tokens=8)
     check(build(Reads))
     drafter = {"strategy": "spec", "assistant_model": build(OnlyTheLastLogit), "num_assistant_tokens": 3}
@@ -182,7 +182,7 @@ def test_a_forward_that_comes_to_return_too_few_logits_is_an_error() -> None:
     target = build(Limited)
     check(target)
     target.limit = 1
-    with pytest.raises(ValueError, match=r"Limited returned the logits of 1 of the \d+ tokens that it was asked about"):
+    with pytest.raises(ValueError, match=r"Limited returned logits for 1 of the \d+ requested tokens"):
         target.generate(**make_prompts(1), strategy="spec", assistant_model=draft(), max_new_tokens=8)
 
 
@@ -320,5 +320,5 @@ def test_decoders_with_an_encoder(added: dict[str, Any], batch: int) -> None:
 
 @pytest.mark.parametrize("cls", [BartByStep, BartAfterThePrompt])
 def test_decoders_with_an_encoder_whose_inputs_change_are_refused(cls: type[Bart]) -> None:
-    with pytest.raises(ValueError, match=rf"{cls.__name__} prepares another `gain` for its forwards at each step"):
+    with pytest.raises(ValueError, match=rf"{cls.__name__} prepares a different `gain` at each step"):
         bart(cls).generate(**make_prompts(2), strategy="spec", assistant_model=bart(), max_new_tokens=8)

@@ -144,7 +144,7 @@ def test_kernels_that_align_queries_with_the_first_keys_are_refused():
         for batch in (1, 4):
             with pytest.raises(
                 ValueError,
-                match=r"'flash_attention_2', LlamaForCausalLM gives several tokens .*use `attn_implementation='sdpa'`",
+                match=r"'flash_attention_2', LlamaForCausalLM returns different .*use `attn_implementation='sdpa'`",
             ):
                 generate(target, draft, batch)
     check_identical(target, draft)  # only that implementation raises the error
@@ -162,7 +162,7 @@ def test_flash_attention_in_a_decoder_with_an_encoder():
         check_identical(target, draft)
     with (
         flash_attention(draft, aligned_to="start"),
-        pytest.raises(ValueError, match="BartForConditionalGeneration gives"),
+        pytest.raises(ValueError, match="BartForConditionalGeneration returns different"),
     ):
         generate(draft, target)
 
@@ -224,7 +224,9 @@ def test_a_function_of_the_naive_kind_is_refused(register):
     """`is_causal=True` of PyTorch's SDPA aligns with the first keys: right for an empty cache, else wrong."""
     register("naive", functools.partial(causal, aligned_to="start"))
     target, draft = pair("llama", "naive")
-    with pytest.raises(ValueError, match=r"'naive', LlamaForCausalLM gives several tokens on a filled cache other"):
+    with pytest.raises(
+        ValueError, match=r"'naive', LlamaForCausalLM returns different logits for a block on a filled cache"
+    ):
         generate(target, draft)
     check_identical(pair("llama")[0], pair("llama")[1])
 

@@ -449,7 +449,7 @@ def test_encoder_outputs_of_the_user() -> None:
 
     assert generate(input_ids=given["input_ids"], **spec(draft)).equal(expected)
     assert generate(strategy="spec", prompt_lookup_num_tokens=3).equal(expected)
-    message = "has an encoder of its own, but `encoder_outputs` were given without .*pass `input_ids` as well"
+    message = "has its own encoder, but `encoder_outputs` were given without .*pass `input_ids` as well"
     with pytest.raises(ValueError, match=message):
         generate(**spec(draft))
     draft.model.encoder = target.model.encoder
@@ -484,7 +484,7 @@ def test_decoders_without_a_causal_mask_on_a_cache_are_refused() -> None:
     )  # fmt: skip
     torch.manual_seed(0)
     target = FSMTForConditionalGeneration(config).eval()
-    message = r"decoder of the target \(FSMT.*\) lets a token see those after it .*so drafts cannot be verified"
+    message = r"decoder of the target \(FSMT.*\) lets a token attend to later tokens .*so drafts cannot be verified"
     with pytest.raises(ValueError, match=message):
         target.generate(**inputs("bart", 1), **GREEDY, strategy="spec", num_beams=1)
 

@@ -281,7 +281,7 @@ def test_a_torch_that_cannot_leave_out_guards_is_named_and_nothing_is_compiled(w
     graphs.logger.warning_once.cache_clear()
     Calls(make_target())(cache_implementation=None, speculation_compile=what)
     assert not compilations
-    assert f"could not be compiled (PyTorch {torch.__version__} cannot leave out guards" in caplog.text
+    assert f"could not be compiled (PyTorch {torch.__version__} cannot drop guards" in caplog.text
 
 
 def test_compiled_code_goes_on_with_other_weights_and_not_with_another_kind(compilations):

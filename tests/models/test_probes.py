@@ -72,7 +72,7 @@ def test_models_to_which_padding_means_something_decode_in_lockstep() -> None:
     torch.manual_seed(0)
     target = CountsColumns(ARCHITECTURES["gpt2"]()).eval()
     target.generation_config.pad_token_id = 0
-    assert "padded on the left" in Abilities.of(target).ragged.reason
+    assert "left-padded" in Abilities.of(target).ragged.reason
     for seed in (1, 2):
         assert_lossless(
             (target, perturbed(target, 0.1)),
@@ -118,7 +118,7 @@ class Scaled(LlamaForCausalLM):
 @pytest.mark.parametrize("length", ["get_seq_length", "get_query_offset"])
 def test_lengths_are_found_out_to_matter_before_a_text_is_so_long(monkeypatch: pytest.MonkeyPatch, length: str) -> None:
     monkeypatch.setattr(Scaled, "length", length)
-    assert "goes by the length of the longest row" in Abilities.of(build(Scaled)).ragged.reason
+    assert "depends on the length of the longest row" in Abilities.of(build(Scaled)).ragged.reason
 
 
 def test_windows_that_no_cache_knows_of_keep_rows_in_lockstep(caplog: pytest.LogCaptureFixture) -> None:

@@ -40,12 +40,12 @@ def test_on_either_side_of_the_change_all_is_as_usual(name: str, width: int, new
 @pytest.mark.parametrize(("name", "width"), [("phi3", 14), ("longrope", 14), ("dynamic", 14), ("dynamic", 40)])
 def test_texts_that_cross_it_are_refused(name: str, width: int) -> None:
     target, draft = pair(name)
-    with pytest.raises(ValueError, match=rf"change behind {LIMIT} tokens.* may come to {width + 12}.*max_new_tokens"):
+    with pytest.raises(ValueError, match=rf"change after {LIMIT} tokens.* may reach {width + 12}.*max_new_tokens"):
         target.generate(**make_prompts(1, width=width), max_new_tokens=12, assistant_model=draft, strategy="spec")
 
 
 def test_a_row_that_has_not_crossed_it_counts() -> None:
     """Alone it would continue with the short embeddings, whereas vanilla uses those of the longest row."""
     target, draft = pair("phi3")
-    with pytest.raises(ValueError, match=f"change behind {LIMIT} tokens"):
+    with pytest.raises(ValueError, match=f"change after {LIMIT} tokens"):
         target.generate(**make_prompts(4, width=40), max_new_tokens=4, assistant_model=draft, strategy="spec")

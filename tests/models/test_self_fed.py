@@ -210,7 +210,7 @@ def test_a_window_that_misplaces_padding_is_refused() -> None:
     """The limits of such a model only show past its window, so it is probed there."""
     target = tiny_models.build(ENTRIES["UnlimitedOcrForConditionalGeneration"])
     inputs = inputs_of(target)["text"](target, 4, 0)
-    with pytest.raises(ValueError, match="other logits than one after the other beyond a window of 12"):
+    with pytest.raises(ValueError, match="for a block than token by token beyond a window of 12"):
         speculate(target, inputs, None, prompt_lookup_num_tokens=3)
     even = {"input_ids": inputs["input_ids"].clamp(min=3), "attention_mask": torch.ones_like(inputs["attention_mask"])}
     expected = target.generate(**even, max_new_tokens=NEW_TOKENS, do_sample=False)
@@ -219,7 +219,7 @@ def test_a_window_that_misplaces_padding_is_refused() -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[], PreTrainedConfig], int, str]] = {
-    "mixes rows": (KINDS["a list of states"], 2, "RwkvForCausalLM gives several tokens other logits than one"),
+    "mixes rows": (KINDS["a list of states"], 2, "RwkvForCausalLM returns different logits for a block"),
     "one token at a time": (
         lambda: ReformerConfig(
             **SMALL, hidden_size=32, num_attention_heads=2, attention_head_size=16, feed_forward_size=32,
@@ -227,12 +227,12 @@ REFUSED: dict[str, tuple[Callable[[], PreTrainedConfig], int, str]] = {
             num_buckets=4,
         ),
         1,
-        "ReformerModelWithLMHead (gives several tokens other|cannot be fed|returns the logits of 1 of 3 tokens)",
+        "ReformerModelWithLMHead (returns different logits|cannot be fed|returns logits for 1 of 3 tokens)",
     ),
     "a query of its own": (
         lambda: XLNetConfig(**SMALL, d_model=32, n_layer=2, n_head=2, d_inner=32),
         1,
-        r"XLNetLMHeadModel (gives several tokens other|cannot be fed several|returns the logits of 1 of 3 tokens)",
+        r"XLNetLMHeadModel (returns different logits|cannot be fed several|returns logits for 1 of 3 tokens)",
     ),
 }  # fmt: skip
 
@@ -251,7 +251,7 @@ def test_rows_alone_do_not_speak_for_rows_together() -> None:
     alone = make_prompts(1)
     speculate(target, alone, draft)
     together = {name: value.expand(3, -1).contiguous() for name, value in alone.items()}
-    with pytest.raises(ValueError, match="RwkvForCausalLM gives several tokens other logits"):
+    with pytest.raises(ValueError, match="RwkvForCausalLM returns different logits for a block"):
         speculate(target, together, draft)
 
 
@@ -272,13 +272,13 @@ def test_state_on_modules_is_refused() -> None:
     lookup = {"max_new_tokens": 8, "strategy": "spec", "prompt_lookup_num_tokens": 3}
     with pytest.raises(ValueError, match="RecurrentGemmaForCausalLM"):
         make_model(RecurrentGemmaConfig(**sizes)).generate(**make_prompts(1), **lookup)
-    with pytest.raises(ValueError, match="Remembering keeps state where it is not seen"):
+    with pytest.raises(ValueError, match="Remembering keeps state outside its outputs"):
         Remembering(KINDS["nothing"]()).eval().generate(**make_prompts(1), **lookup)
 
 
 def test_input_that_comes_bit_by_bit_is_refused() -> None:
     target, _ = pair("nothing")
-    with pytest.raises(ValueError, match=r"given its input bit by bit.*pass all of it at once"):
+    with pytest.raises(ValueError, match=r"given its input in pieces.*pass all of it at once"):
         SelfFedModel(target, make_prompts(1)["input_ids"], target.generation_config, {"chunks": iter([1, 2])})
 
 

@@ -54,16 +54,16 @@ FAMILIES: dict[str, list[str]] = {
         "IdeficsForVisionText2Text", "Mistral3ForConditionalGeneration", "VoxtralForConditionalGeneration",
     ],
 }  # fmt: skip
-# Their own code gives other logits for several tokens than one by one: an error with the reason.
+# Their own code returns different logits for a block than token by token: an error with the reason.
 REFUSED_CLASSES = {
     "CpmAntForCausalLM": "fails when it is tried",
     "DogeForCausalLM": "cannot be used beyond 12 tokens",
     "JambaForCausalLM": "does not continue a recurrent state over several tokens",
     "MambaForCausalLM": "does not continue a recurrent state over several tokens",
-    "MoshiForCausalLM": "masks know of no window",
+    "MoshiForCausalLM": "masks have no window",
     "ProphetNetForCausalLM": "`use_cache` is only supported for `decoder_input_ids` of length 1",
-    "RecurrentGemmaForCausalLM": "keeps state where no cache of transformers holds it",
-    "ReformerModelWithLMHead": "returns the logits of 1 of 3 tokens",
+    "RecurrentGemmaForCausalLM": "keeps state",
+    "ReformerModelWithLMHead": "returns logits for 1 of 3 tokens",
 }
 # The same by accident if rows are as long, or texts as short, as in a simple probe.
 DECEIVERS = {
