@@ -199,7 +199,8 @@ def _check(call: PreparedCall) -> _Checked:
     if self_fed:
         check_given(model, call.cache, config)
         prompt = _read_prompt(call, None)
-    columns = call.max_length + prompt.column_offset
+    longest = max(call.max_length, call.input_ids.shape[1] + 1)  # one token is always generated
+    columns = longest + prompt.column_offset
     fed_at_once = 0 if config.prefill_chunk_size else prompt.mask.shape[1] - max(prompt.first) - 1
     check_lengths(model, fed_at_once, columns - min(prompt.first))
     if not self_fed:

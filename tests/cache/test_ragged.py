@@ -14,7 +14,7 @@ from transformers import DynamicCache, QuantizedCache, StaticCache, StoppingCrit
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from hf_specdec import SpeculationStats
-from hf_specdec.cache import ragged as cache_module
+from hf_specdec.cache import storage as storage_module
 from hf_specdec.cache.ragged import RaggedCache
 
 CPU = torch.device("cpu")
@@ -502,13 +502,13 @@ def test_layers_grow_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> Non
     cache, _ = filled([40, 60])
     old = [weakref.ref(states) for layer in cache.layers for states in (layer.keys, layer.values)]
     alive: list[int] = []
-    storage = cache_module._storage
+    storage = storage_module._storage
 
     def counted(*args: Any) -> Tensor:
         alive.append(sum(states() is not None for states in old))
         return storage(*args)
 
-    monkeypatch.setattr(cache_module, "_storage", counted)
+    monkeypatch.setattr(storage_module, "_storage", counted)
     cache.prepare(100)
     assert alive == list(range(2 * LAYERS, 0, -1))
     assert not any(states() is not None for states in old)

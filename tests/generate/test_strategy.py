@@ -228,7 +228,7 @@ def test_a_decoding_method_refuses_options_that_it_does_not_know():
 def test_a_decoding_method_says_so_when_generate_keeps_an_argument_from_it(name):
     target, draft = pair()
     argument = {"streamer": TextIteratorStreamer(make_tokenizer()), "assistant_model": draft}[name]
-    with pytest.raises(ValueError, match=rf"pass it as speculative\({name}=\.\.\.\)"):
+    with pytest.raises(ValueError, match=rf"give it as speculative\({name}=\.\.\.\)"):
         target.generate(**prompts(1), **GREEDY, custom_generate=hf_specdec.speculative(draft), **{name: argument})
 
 

@@ -198,7 +198,7 @@ def test_what_rounding_may_explain() -> None:
     assert tolerance(model, 1e-3) == pytest.approx(6e-3)
     assert tolerance(model, 0.5) == pytest.approx(1e-5), "two ways so far apart are no rounding"
     half = tolerance(model.to(torch.bfloat16), 0.0)
-    assert 0.01 < half < 0.04
+    assert 0.03 < half < 0.06, "half of what a model shows that does not continue its state"
     assert tolerance(model, 0.05) == pytest.approx(0.3)
 
 
