@@ -299,7 +299,7 @@ def test_images_apart_from_the_text_with_attentions_are_refused() -> None:
     target = tiny_models.build(ENTRIES["GitForCausalLM"])
     inputs = inputs_of(target)["image"](target, 1, 0)
     more = {"return_dict_in_generate": True, "output_attentions": True, "max_new_tokens": 8}
-    with pytest.raises(ValueError, match=r"entries for .* tokens, and then strategy='spec' does not record `output_"):
+    with pytest.raises(ValueError, match=r"entries for .* tokens, and then strategy='spec' does not record `output_a"):
         target.generate(**inputs, **more, strategy="spec", prompt_lookup_num_tokens=3)
 
 
