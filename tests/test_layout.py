@@ -127,3 +127,13 @@ def test_tests_mirror_the_package() -> None:
     tests = {path.name for path in Path(__file__).parent.iterdir() if path.is_dir() and list(path.glob("test_*.py"))}
     assert tests <= folders
     assert folders - tests == set()
+
+
+def test_all_files_are_packaged() -> None:
+    """Wheels hold the modules, and other files as far as the patterns of pyproject.toml match them."""
+    tomllib = pytest.importorskip("tomllib")
+    settings = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    patterns = settings["tool"]["setuptools"]["package-data"]["hf_specdec"]
+    packaged = {path for pattern in patterns for path in PACKAGE.glob(pattern)}
+    others = {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert others <= packaged, sorted(map(str, others - packaged))
