@@ -154,7 +154,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_range(content, headers | {"ETag": f'"{blob_id(content)}"'})
 
     def large_file(self, repo_id: str, commit: str, path: str) -> None:
-        """The content behind signed URLs: no authentication, and faults occur."""
+        """The content that signed URLs lead to: no authentication, and faults occur."""
         repo = self.server.repos[repo_id]
         fault = repo.faults.pop(0) if repo.faults and self.command == "GET" else None
         if fault == "drop":

@@ -29,7 +29,7 @@ Returns:
     acceptance_by_position (list of float): entry i is the share of (i + 1)-th drafts that were accepted, which needs
         all drafts before them accepted too.
     accepted_length_histogram (list of int): entry k counts the blocks in which k drafts were accepted.
-    blocks, drafted_tokens, accepted_tokens (int): the counts behind the rates.
+    blocks, drafted_tokens, accepted_tokens (int): the counts from which the rates are computed.
 Examples:
     >>> import evaluate
     >>> metric = evaluate.load("hf_specdec/metrics/acceptance_rate")
