@@ -33,7 +33,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from hf_specdec import options
+from hf_specdec import SpeculationStats, options
 from hf_specdec.generate import strategy
 from hf_specdec.kernels import packing
 from hf_specdec.loop.optimal import Optimal
@@ -341,3 +341,14 @@ def assert_same_but_for_ties(target: PreTrainedModel, inputs: dict[str, torch.Te
     for number, rows in enumerate(zip(expected, given, strict=True)):
         verdict, why = lossless.compare(number, *rows, target.dtype).judge(rounding.noise)
         assert verdict != lossless.BUG, f"row {number}: {why}"
+
+
+def generate_with(target: Any, draft: Any = None, **kwargs: Any) -> Any:
+    """Greedy `generate()`: vanilla without a draft, else with strategy='spec', which must really have run."""
+    kwargs = {"do_sample": False, "max_new_tokens": 14, **kwargs}
+    if draft is None:
+        return target.generate(**kwargs)
+    stats = SpeculationStats()
+    out = target.generate(**{"strategy": "spec", **kwargs}, assistant_model=draft, speculation_stats=stats)
+    assert 0 < stats.accepted_tokens < stats.drafted_tokens
+    return out

@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, VOCAB, make_model, make_pair, make_prompts, perturbed
+from conftest import ARCHITECTURES, VOCAB, generate_with, make_model, make_pair, make_prompts, perturbed
 from torch import Tensor
 from transformers import DynamicCache, QuantizedCache, StaticCache, StoppingCriteria
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from hf_specdec import SpeculationStats
 from hf_specdec.cache import storage as storage_module
 from hf_specdec.cache.ragged import RaggedCache
 
@@ -187,15 +186,7 @@ def prompts(batch: int, width: int = 14) -> dict[str, Tensor]:
     return make_prompts(batch, width, seed=3)
 
 
-def generate(target: Any, draft: Any = None, **kwargs: Any) -> Any:
-    """Greedy `generate()`: vanilla without a draft, else with strategy='spec', which must really have run."""
-    kwargs = {"do_sample": False, "max_new_tokens": 16, **kwargs}
-    if draft is None:
-        return target.generate(**kwargs)
-    stats = SpeculationStats()
-    out = target.generate(**kwargs, assistant_model=draft, strategy="spec", speculation_stats=stats)
-    assert 0 < stats.accepted_tokens < stats.drafted_tokens
-    return out
+generate = functools.partial(generate_with, max_new_tokens=16)
 
 
 def check_same_cache(ours: Any, theirs: Any, first: list[int]) -> None:

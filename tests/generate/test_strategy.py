@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import VOCAB, make_pair, make_prompts
+from conftest import generate_with as generate
 from tokenizers import Tokenizer, decoders, models
 from transformers import (
     GenerationConfig,
@@ -34,15 +35,6 @@ def pair() -> tuple[Any, Any]:
 
 def prompts(batch: int) -> dict[str, torch.Tensor]:
     return make_prompts(batch, seed=3)
-
-
-def generate(target: Any, draft: Any, **kwargs: Any) -> Any:
-    """With strategy='spec', which must really have run."""
-    stats = SpeculationStats()
-    kwargs = {**GREEDY, "strategy": "spec", **kwargs}
-    out = target.generate(assistant_model=draft, speculation_stats=stats, **kwargs)
-    assert 0 < stats.accepted_tokens < stats.drafted_tokens
-    return out
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

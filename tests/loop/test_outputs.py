@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ARCHITECTURES, make_model, make_prompts, perturbed
+from conftest import generate_with as generate
 from torch import Tensor
 from transformers import CLIPVisionConfig, DynamicCache, LlavaConfig, LlavaForConditionalGeneration
 from transformers.generation.utils import GenerateDecoderOnlyOutput
@@ -33,17 +34,6 @@ def pair(name: str = "llama", attention: str = "sdpa") -> tuple[Any, Any]:
         config.tie_word_embeddings = False
     target = make_model(config, attn_implementation="eager" if name == "bloom" else attention)
     return target, perturbed(target, {"gpt2": 0.15, "gemma2": 0.08, "bloom": 0.05}.get(name, 0.04))
-
-
-def generate(target: Any, draft: Any = None, **kwargs: Any) -> Any:
-    """Greedy unless told otherwise; with a draft, by strategy='spec', which must really have run."""
-    kwargs = {"do_sample": False, "max_new_tokens": 14, **kwargs}
-    if draft is None:
-        return target.generate(**kwargs)
-    stats = SpeculationStats()
-    out = target.generate(**kwargs, assistant_model=draft, strategy="spec", speculation_stats=stats)
-    assert 0 < stats.accepted_tokens < stats.drafted_tokens
-    return out
 
 
 def prompts(batch: int) -> dict[str, Tensor]:

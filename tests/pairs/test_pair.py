@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import VOCAB, Fragment, make_pair, make_prompts, perturbed
+from conftest import generate_with as generate
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
@@ -29,14 +30,6 @@ def pair() -> tuple[Any, Any]:
 
 def prompts(batch: int) -> dict[str, torch.Tensor]:
     return make_prompts(batch, seed=3)
-
-
-def generate(target: Any, draft: Any, **kwargs: Any) -> Any:
-    """With strategy='spec', which must really have run."""
-    stats = SpeculationStats()
-    out = target.generate(**GREEDY | kwargs, assistant_model=draft, strategy="spec", speculation_stats=stats)
-    assert 0 < stats.accepted_tokens < stats.drafted_tokens
-    return out
 
 
 @pytest.fixture(autouse=True)
