@@ -85,9 +85,9 @@ class PreparedCall:
 
     @property
     def max_length(self) -> int:
-        """How many columns the output may have."""
+        """How many columns the output may have: one token is generated even if the prompt reaches the limit."""
         limits = [c.max_length for c in self.criteria if type(c) is MaxLengthCriteria]
-        return min(limits, default=self.config.max_length)
+        return max(min(limits, default=self.config.max_length), self.input_ids.shape[1] + 1)
 
     @property
     def is_static(self) -> bool:
@@ -199,8 +199,7 @@ def _check(call: PreparedCall) -> _Checked:
     if self_fed:
         check_given(model, call.cache, config)
         prompt = _read_prompt(call, None)
-    longest = max(call.max_length, call.input_ids.shape[1] + 1)  # one token is always generated
-    columns = longest + prompt.column_offset
+    columns = call.max_length + prompt.column_offset
     fed_at_once = 0 if config.prefill_chunk_size else prompt.mask.shape[1] - max(prompt.first) - 1
     check_lengths(model, fed_at_once, columns - min(prompt.first))
     if not self_fed:

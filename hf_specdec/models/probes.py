@@ -20,7 +20,7 @@ from ..cache.layers import cache_layers
 from ..cache.ragged import RaggedCache
 from ..cache.states import has_states
 from ..device import forward_parameters, model_device
-from ..sampling.context import Context
+from ..sampling.context import Context, real_columns
 from .answers import CannotBeAsked, Differs, apart, check_same, is_rounding, measured_noise, ordinary_tokens, tolerance
 from .cached import CachedModel
 from .encoded import Encoded
@@ -274,7 +274,7 @@ class Vanilla:
     def padded(self, ids: Tensor, first: list[int], own: Tensor, width: int) -> Tensor:
         """`[rows, tokens, vocab]`: logits of `own` `[rows, tokens]`, fed by `width` after left-padded prompts."""
         cache, logits = self.read(ids, first), []
-        mask = _real(ids.shape[1], first, ids.device)
+        mask = real_columns(ids.shape[1], first, ids.device)
         for tokens in own.split(width, dim=1):
             mask = torch.cat([mask, mask.new_ones(tokens.shape)], dim=1)
             logits.append(self._forward(tokens.contiguous(), cache, mask.long()))
@@ -283,7 +283,7 @@ class Vanilla:
     def read(self, ids: Tensor, first: list[int]) -> Cache:
         """A cache that holds left-padded prompts."""
         cache = self.cache()
-        mask = _real(ids.shape[1], first, ids.device)
+        mask = real_columns(ids.shape[1], first, ids.device)
         self._forward(ids, cache, mask.long() if any(first) else None)
         return cache
 
@@ -366,11 +366,6 @@ def make_cached_model(model: PreTrainedModel, context: Context, ragged: bool, dr
         position_offset=None if ragged else [-first for first in context.first],
     )
     return CachedModel(model, cache, layout, encoded=encoded, unnamed_positions=drafts and hands_positions_on(model))
-
-
-def _real(columns: int, first: list[int], device: torch.device) -> Tensor:
-    """`[rows, columns]` bool: which columns are not left padding, given each row's first real column."""
-    return torch.arange(columns, device=device) >= torch.tensor(first, device=device)[:, None]
 
 
 def _positions(model: PreTrainedModel) -> int | None:

@@ -62,8 +62,8 @@ class Context:
 
     @property
     def prompt_mask(self) -> Tensor:
-        """`[batch, prompt_width]` bool: True where the prompt is not left padding."""
-        return self._arange(self.prompt_width) >= to_device(self.first, self.tokens.device)[:, None]
+        """`[batch, prompt_width]` bool: which columns of the prompt are not left padding."""
+        return real_columns(self.prompt_width, self.first, self.tokens.device)
 
     def row(self, row: int) -> Tensor:
         """The committed tokens of one row of the batch, without padding: `[length]`."""
@@ -133,3 +133,8 @@ class Context:
 
     def _arange(self, width: int) -> Tensor:
         return torch.arange(width, device=self.tokens.device)
+
+
+def real_columns(columns: int, first: list[int], device: torch.device) -> Tensor:
+    """`[rows, columns]` bool: which columns are not left padding, given each row's first real column."""
+    return torch.arange(columns, device=device) >= to_device(first, device)[:, None]
