@@ -3,6 +3,7 @@
 Also answers which inputs a model takes, and on which device.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -12,10 +13,42 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+CPU = torch.device("cpu")
+
 
 def to_device(values: Sequence[int] | Sequence[bool], device: torch.device) -> Tensor:
     """A 1-D tensor of `values`; `torch.tensor(values, device=device)` would wait for work queued on the device."""
     return torch.tensor(values).to(device, non_blocking=True)
+
+
+def row_index(rows: Sequence[int], device: torch.device) -> Tensor:
+    """`rows` as an index; made once for as long as rows stay the same. It must not be modified."""
+    return _row_index(tuple(rows), device)
+
+
+@functools.lru_cache(maxsize=64)
+def _row_index(rows: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # it is used both in and outside inference mode
+        return to_device(rows, device)
+
+
+def has_events(device: torch.device) -> bool:
+    """Whether the host can wait for events on this device, and read their times."""
+    return device.type == "cuda" and torch.cuda.is_available()
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """The values on the host, where they can be read without waiting: on CUDA, the host waits here, on an event.
+
+    `torch.cuda.set_sync_debug_mode("error")` allows this wait, unlike `.cpu()` and all those that happen by accident.
+    """
+    if not has_events(tensor.device):
+        return tensor.to(CPU)
+    copied = tensor.to(CPU, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record(torch.cuda.current_stream(tensor.device))
+    done.synchronize()
+    return copied
 
 
 def no_bookkeeping(model: torch.nn.Module, device: torch.device) -> Callable[[], AbstractContextManager[object]]:

@@ -80,5 +80,5 @@ def test_a_context_that_grows_in_inference_mode_is_written_outside_of_it() -> No
     context = Context(torch.ones(2, 400, dtype=torch.int64), [0, 0], max_length=5000, pad_token_id=0)
     with torch.inference_mode():
         context.write_drafts(torch.ones(2, 9, dtype=torch.int64), offset=1000)
-    context.append(0, [7])
+    context.append([[7], [8]])
     assert context.row(0)[-1] == 7

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import cache_utils
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
-from ..device import to_device
+from ..device import CPU, row_index, to_device
 
 _BY_ROW = ("conv_states", "recurrent_states")
 
@@ -135,7 +135,7 @@ class States:
         self.settle()
         for layer in (*self._recurrent, *self.whole):
             reorder = getattr(layer, "select_rows", layer.reorder_cache)
-            reorder(torch.tensor(index))  # each layer moves the index to its own device
+            reorder(row_index(index, _device(layer)))
 
     def _by_row(self) -> list[Tensor]:
         return [states for layer in self._recurrent for states in states_of(layer)]
@@ -160,6 +160,18 @@ def states_of(layer: Any) -> list[Tensor]:
     """A recurrent layer's states that exist so far, each `[rows, ...]`; there may be several of a kind."""
     found = [state for name in _BY_ROW for state in getattr(layer, name).values()]
     return [state for state in found if state is not None]
+
+
+def _device(layer: Any) -> torch.device:
+    """Where a layer's tensors are."""
+    found = (value for attribute in vars(layer).values() for value in _tensors(attribute))
+    return next((tensor.device for tensor in found), CPU)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, dict):
+        return [tensor for item in value.values() for tensor in _tensors(item)]
+    return [value] if isinstance(value, Tensor) else []
 
 
 def _copied(value: Any) -> Any:

@@ -39,7 +39,7 @@ class RaggedLayer(CacheLayerMixin):
     def swap(self, i: int, j: int, used: int) -> None:
         """Exchange the first `used` slots of two rows."""
         for states in (self.keys, self.values):
-            states[[i, j], :, :used] = states[[j, i], :, :used]
+            swap_rows(states[:, :, :used], i, j)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         raise NotImplementedError("layers are updated through RaggedCache.update")
@@ -52,6 +52,13 @@ class RaggedLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return -1
+
+
+def swap_rows(states: Tensor, i: int, j: int) -> None:
+    """Exchange two rows in place. An index made of a list would wait for the device."""
+    row = states[i].clone()
+    states[i] = states[j]
+    states[j] = row
 
 
 def _storage(like: Tensor, *shape: int) -> Tensor:

@@ -2,13 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 
+from ..device import to_device
 from ..models.encoder_side import EncoderSide
 from ..sampling.context import Context
 
@@ -26,23 +27,46 @@ class Draft:
             acceptance test); `None` if the tokens were not drawn at all (argmax, look-up): then q is one-hot.
         lengths: how many of the k tokens each row proposes; `None` means all of them.
         valid: `[rows]` bool, False where the draft model gave no distribution (NaN, or all -inf).
+        limits: `[rows]` int64, the same as `lengths` where only the device knows: of the two, the smaller one counts.
+        given: the tokens before they were cut to the vocabulary, if they may be outside it.
     """
 
     tokens: Tensor
     probs: Tensor | None = None
     lengths: list[int] | None = None
     valid: Tensor | None = None
+    limits: Tensor | None = None
+    given: Tensor | None = None
 
     @property
     def row_lengths(self) -> list[int]:
-        """How many tokens each row proposes."""
+        """How many tokens each row proposes at most."""
         return [self.tokens.shape[1]] * len(self.tokens) if self.lengths is None else self.lengths
+
+    @property
+    def proposed(self) -> Tensor:
+        """`[rows, k]`: the tokens as the drafter proposed them."""
+        return self.tokens if self.given is None else self.given
+
+    def lengths_on(self, device: torch.device) -> Tensor:
+        """`[rows]`: how many tokens each row proposes."""
+        lengths = to_device(self.row_lengths, device)
+        return lengths if self.limits is None else lengths.minimum(self.limits.to(device))
 
     def cut(self, lengths: list[int]) -> "Draft":
         """The first so many tokens of each row."""
         longest = max(lengths)
-        probs = None if self.probs is None else self.probs[:, :longest]
-        return Draft(self.tokens[:, :longest], probs, lengths, self.valid)
+        return replace(
+            self,
+            tokens=self.tokens[:, :longest],
+            probs=None if self.probs is None else self.probs[:, :longest],
+            lengths=lengths,
+            given=None if self.given is None else self.given[:, :longest],
+        )
+
+    def up_to(self, limits: Tensor) -> "Draft":
+        """At most so many tokens of each row, `[rows]` on the device."""
+        return replace(self, limits=limits if self.limits is None else limits.minimum(self.limits))
 
 
 def no_draft(context: Context) -> Draft:
@@ -140,8 +164,18 @@ def check_draft(draft: Draft, rows: int, max_tokens: int, vocab_size: int, draft
     expected = (*tokens.shape, vocab_size)
     if draft.probs is not None and tuple(draft.probs.shape) != expected:
         raise ValueError(f"{name} gave probs of shape {tuple(draft.probs.shape)}, expected {list(expected)}")
-    if not drafter.in_vocabulary and tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
+
+
+def within_vocabulary(draft: Draft, vocab_size: int) -> Draft:
+    """The same with tokens that can be fed to a model. `check_proposed` sees the given ones, later and on the host."""
+    return replace(draft, tokens=draft.tokens.clamp(0, vocab_size - 1), given=draft.tokens)
+
+
+def check_proposed(drafted: list[list[int]], vocab_size: int, drafter: Drafter) -> None:
+    """Raise a ValueError for proposals, by row, that are not tokens of the target."""
+    ids = [] if drafter.in_vocabulary else [token for tokens in drafted for token in tokens]
+    if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
         raise ValueError(
-            f"{name} proposed token ids from {int(tokens.min())} to {int(tokens.max())}, but the target's vocabulary "
+            f"{type(drafter).__name__} proposed token ids from {min(ids)} to {max(ids)}, but the target's vocabulary "
             f"has ids 0 to {vocab_size - 1}"
         )

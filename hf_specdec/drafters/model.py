@@ -35,7 +35,8 @@ class ModelDrafter(Drafter):
     Args:
         model: the draft model (`assistant_model` in `generate()`).
         confidence_threshold: a row stops after a token to which the draft gave a probability below this
-            (`assistant_confidence_threshold`); 0 never stops. That token itself is still proposed.
+            (`assistant_confidence_threshold`); 0 never stops. That token itself is still proposed. On accelerators all
+            γ tokens are drafted, because reading a probability waits, and those after it are not proposed.
         compiles: compile its steps with `torch.compile` (`speculation_compile`). Drafts need not be exact.
     """
 
@@ -87,6 +88,7 @@ class ModelDrafter(Drafter):
             padding_mask=context.prompt_mask.to(device) if padded else None,
             position_offset=[-f for f in context.first] if padded else None,
             max_slot=[self._max_positions - 1] * rows,
+            own_masks=padded and Abilities.of(self.model).masks_padding(drafts=True),
         )
         unnamed = Abilities.of(self.model).positions
         self.cached = CachedModel(self.model, cache, layout, static=static, encoded=encoded, unnamed_positions=unnamed)
@@ -125,6 +127,7 @@ class ModelDrafter(Drafter):
         tokens: list[Tensor] = []  # each [rows, 1]
         best: list[Tensor] = []  # each [rows, 1], the score of the likeliest token
         probs: list[Tensor] = []  # each [rows, 1, vocab]
+        sure: list[Tensor] = []  # each [rows, 1], whether another one may follow
         lengths = [max_tokens] * len(context.rows)
         for step in range(max_tokens):
             scores = self._next_scores(context, step, tokens[-1] if tokens else None)
@@ -139,6 +142,8 @@ class ModelDrafter(Drafter):
             tokens.append(drawn)
             if self._call.processors:
                 context.write_drafts(drawn, offset=step)  # processors see them
+            if self.confidence_threshold and not self.shows_confidence:  # reading it would wait for the device
+                sure.append(self._confidence(scores, drawn) >= self.confidence_threshold)
             lengths, done = self._stop(step, lengths, scores, drawn)
             if done:
                 break
@@ -146,21 +151,27 @@ class ModelDrafter(Drafter):
             return Draft(context.tokens.new_empty(len(context.rows), 0))
         lengths = [min(n, len(tokens)) for n in lengths]
         valid = torch.cat(best, dim=1).isfinite().all(dim=1)
-        return Draft(torch.cat(tokens, dim=1), torch.cat(probs, dim=1) if probs else None, lengths, valid)
+        draft = Draft(torch.cat(tokens, dim=1), torch.cat(probs, dim=1) if probs else None, lengths, valid)
+        if not sure:
+            return draft
+        return draft.up_to(1 + torch.cat(sure, dim=1)[:, :-1].long().cumprod(dim=1).sum(dim=1))
 
     def _stop(self, step: int, lengths: list[int], scores: Tensor, drawn: Tensor) -> tuple[list[int], bool]:
         """The draft length of each row as known after a step, and whether that was the last step."""
         go_on, last = self._call.go_on, step + 1 >= max(lengths)
-        if self.confidence_threshold == 0 and (go_on is None or last):
+        if not self.shows_confidence or (self.confidence_threshold == 0 and (go_on is None or last)):
             return lengths, last
-        chosen = scores[:, 0].gather(-1, drawn) - scores[:, 0].logsumexp(dim=-1, keepdim=True)
-        confidence: list[float] = chosen.exp().squeeze(-1).tolist()
+        confidence: list[float] = self._confidence(scores, drawn).squeeze(-1).tolist()
         if any(map(math.isnan, confidence)):
             return lengths, True  # no distribution: the loop raises an error
         unsure = [p < self.confidence_threshold for p in confidence]
         lengths = [min(n, step + 1) if stop else n for n, stop in zip(lengths, unsure)]
         last = step + 1 >= max(lengths)
         return lengths, last or (go_on is not None and not go_on(confidence))
+
+    def _confidence(self, scores: Tensor, drawn: Tensor) -> Tensor:
+        """`[rows, 1]`: the probabilities of the drawn tokens."""
+        return (scores[:, 0].gather(-1, drawn) - scores[:, 0].logsumexp(dim=-1, keepdim=True)).exp()
 
     def commit(self, context: Context) -> None:
         # The cache holds the previous context and all drafts but the last; the committed ones stay.

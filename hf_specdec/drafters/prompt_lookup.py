@@ -1,12 +1,12 @@
 """Prompt look-up: propose the tokens that followed an earlier occurrence of the last n-gram (Saxena 2023; transformers
 has it as `PromptLookupCandidateGenerator`). It needs no model and costs next to nothing; it suits outputs that repeat
-their context.
+their context. It reads the host's copy of the context, so it never waits for a device.
 """
 
 import torch
 from torch import Tensor
 
-from ..device import to_device
+from ..device import CPU
 from ..sampling.context import Context
 from .base import Draft, Drafter, DraftRequest
 
@@ -29,17 +29,17 @@ class PromptLookupDrafter(Drafter):
 
     def start(self, call: DraftRequest, context: Context) -> None:
         self._vocab_size = call.vocab_size
-        self._encoded = None if call.encoder is None else call.encoder.token_ids()
+        encoded = None if call.encoder is None else call.encoder.token_ids()
+        self._encoded = None if encoded is None else encoded.to(CPU)
 
     def propose(self, context: Context, max_tokens: int) -> Draft:
-        ends = context.first_free
-        first = to_device([context.first[row] for row in context.rows], ends.device)
-        tokens = context.tokens[context.row_index, : max(context.active_ends)]  # [rows, width]
+        ends, rows = torch.tensor(context.active_ends), torch.tensor(context.rows)
+        first = torch.tensor([context.first[row] for row in context.rows])
+        tokens = context.host[rows, : max(context.active_ends)]  # [rows, width]
         if self._encoded is not None:  # comes first; -1 stands for ids that are not tokens, and matches nothing
-            padding = torch.arange(tokens.shape[1], device=ends.device) < first[:, None]
-            encoded = self._encoded[context.row_index.to(self._encoded.device)].to(ends.device)
-            tokens = torch.cat([encoded, tokens.masked_fill(padding, -1)], dim=1)
-            first, ends = torch.zeros_like(first), ends + encoded.shape[1]
+            padding = torch.arange(tokens.shape[1]) < first[:, None]
+            tokens = torch.cat([self._encoded[rows], tokens.masked_fill(padding, -1)], dim=1)
+            first, ends = torch.zeros_like(first), ends + self._encoded.shape[1]
 
         source = torch.zeros_like(ends)  # the column after the chosen occurrence
         found = torch.zeros_like(ends)  # how many tokens to copy from there
@@ -48,19 +48,20 @@ class PromptLookupDrafter(Drafter):
             better = (found == 0) & (count > 0)
             source, found = torch.where(better, column, source), torch.where(better, count, found)
 
-        offsets = torch.arange(max_tokens, device=ends.device)
+        offsets = torch.arange(max_tokens)
         drafts = tokens.gather(1, (source[:, None] + offsets).clamp(max=tokens.shape[1] - 1))
         # A source may contain ids that are not tokens (image placeholders, padding): copy only up to the first of them.
         copied = (offsets < found[:, None]) & (drafts >= 0) & (drafts < self._vocab_size)
         lengths: list[int] = copied.long().cumprod(dim=1).sum(dim=1).tolist()
-        return Draft(drafts[:, : max(lengths)].clamp(0, self._vocab_size - 1), lengths=lengths)
+        drafts = drafts[:, : max(lengths)].clamp(0, self._vocab_size - 1)
+        return Draft(drafts.to(context.tokens.device, non_blocking=True), lengths=lengths)
 
 
 def _best_match(tokens: Tensor, first: Tensor, ends: Tensor, size: int, max_tokens: int) -> tuple[Tensor, Tensor]:
     """Per row, the column after the best earlier occurrence of the last `size` tokens, and how many tokens follow."""
     windows = tokens.unfold(1, size, 1)  # [rows, starts, size]
-    starts = torch.arange(windows.shape[1], device=tokens.device)
-    tail_columns = (ends[:, None] - size + torch.arange(size, device=tokens.device)).clamp(min=0)
+    starts = torch.arange(windows.shape[1])
+    tail_columns = (ends[:, None] - size + torch.arange(size)).clamp(min=0)
     matches = (windows == tokens.gather(1, tail_columns)[:, None]).all(dim=-1)
     following = (ends[:, None] - (starts + size)).clamp(max=max_tokens)  # tokens after each window
     usable = matches & (starts >= first[:, None]) & (following > 0)

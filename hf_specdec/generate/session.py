@@ -132,8 +132,8 @@ def prepare(
     """
     checked = _check(call)
     stopping = Stopping(call.criteria, call.max_length)
-    unknown = [*unknown_names(call.processors), *stopping.unknown]
-    lockstep = _needs_lockstep(checked, drafter, unknown)
+    sequential = unknown_names(call.processors)
+    lockstep = _needs_lockstep(checked, drafter, [*sequential, *stopping.unknown])
     feeding = _feeding(checked, lockstep)
     prompt, pad = checked.prompt, call.config._pad_token_tensor
     first = [max(f - prompt.column_offset, 0) for f in prompt.first]
@@ -169,7 +169,7 @@ def prepare(
         stopping=stopping,
         recorder=_make_recorder(checked, context, feeding),
         streamer=StepStreamer(streamer, context),
-        sequential=bool(unknown),
+        sequential=bool(sequential),
         lockstep=lockstep,
         prefill_chunk_size=call.config.prefill_chunk_size,
         stats=stats,
@@ -340,6 +340,7 @@ def _make_target(checked: _Checked, feeding: Feeding, unbounded: bool, compiles:
         prompt_positions=prompt.positions,
         axes=prompt.axes,
         max_slot=[columns - 2 - f for f in first],
+        own_masks=padded and not prompt.holes and Abilities.of(model).masks_padding(),
     )
     encoded = None if checked.encoder is None else checked.encoder.for_target(model)
     return CachedModel(model, cache, layout, prompt.embeds, prompt.first_forward, static, encoded)

@@ -6,7 +6,6 @@ is the only one that appends to the context.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -14,9 +13,9 @@ from transformers import LogitsProcessorList
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput, logging
 
-from ..device import to_device
+from ..device import to_device, to_host
 from ..drafters import Draft, Drafter, DraftRequest
-from ..drafters.base import check_draft, no_draft
+from ..drafters.base import check_draft, check_proposed, no_draft, within_vocabulary
 from ..models.multimodal_prompt import DoesNotFit
 from ..models.self_fed import SelfFedModel
 from ..models.target import Target
@@ -26,6 +25,7 @@ from ..sampling.acceptance import Verdict, accept_greedy, accept_sampled
 from ..sampling.context import Context
 from ..sampling.processors import BlockProcessors
 from . import invariants
+from .clock import Clock
 from .outputs import Recorder
 from .schedule import Schedule
 from .stopping import Stopping
@@ -35,23 +35,6 @@ logger = logging.get_logger(__name__)
 
 # Above this many prompt tokens, one more forward is cheap beside reading the prompt.
 _LONG = 512
-
-
-class Clock:
-    """Wall time in laps: each begins where the previous one ended."""
-
-    def __init__(self) -> None:
-        self._began = perf_counter()
-
-    @property
-    def seconds(self) -> float:
-        """The current lap so far."""
-        return perf_counter() - self._began
-
-    def lap(self) -> float:
-        """End the lap and return its seconds."""
-        began, self._began = self._began, perf_counter()
-        return self._began - began
 
 
 @dataclass
@@ -76,7 +59,7 @@ class SpeculativeDecoding:
     """One prepared `generate()` call (see `generate/session.py`), ready to run.
 
     Attributes:
-        sequential: logits processors and stopping criteria are called step by step, as vanilla calls them.
+        sequential: logits processors are called step by step, as vanilla calls them.
         lockstep: all rows commit equally many tokens per iteration.
         make_target: makes the target anew, with nothing fed to it.
     """
@@ -103,36 +86,47 @@ class SpeculativeDecoding:
         default_factory=list
     )  # by active row, queries in the last forward before its last committed token
     _finished: set[int] = field(default_factory=set)  # rows that leave the batch after this iteration
+    _prefilled: int | None = None  # forwards of the prefill, as long as its time is not known
+    _clock: Clock = field(init=False)
 
     def run(self) -> int:
         """Decode all rows to their end. Returns the width of the output in columns."""
+        self._clock = Clock(self.context.tokens.device)
         self.prefill()
         while self.context.rows:
-            clock, forwards = Clock(), self.drafter.forwards
-            draft = self.draft()
-            draft_seconds = clock.lap()
-            output = self.verify(draft)
-            committed = self.accept(draft, output.logits)
-            verify_seconds = clock.lap()
-            iteration = self.describe(committed, draft_seconds, verify_seconds, self.drafter.forwards - forwards)
-            try:
-                self.commit(committed, output)
-                self.roll_back()
-                # A streamer's time does not depend on how many tokens are drafted, so the schedule does not see it.
-                self.schedule.update(replace(iteration, other_seconds=clock.seconds))
-                self.streamer.advance(self.context, self.output_width)
-            finally:  # if the streamer raises, the tokens are committed already
-                self.record(replace(iteration, other_seconds=clock.seconds))
+            self.iterate()
         self.stats.draft_prefill_forwards += self.drafter.prefill_forwards
         self.drafter.end()
         return self.output_width
+
+    def iterate(self) -> None:
+        """One cycle. On CUDA the host waits once, in `accept`; everything before and after is only queued."""
+        if self._prefilled is None:
+            self._clock.begin()
+        forwards = self.drafter.forwards
+        draft = self.draft()
+        self._clock.lap()
+        output = self.verify(draft)
+        committed = self.accept(draft, output.logits)
+        *prefill, draft_seconds, verify_seconds = self._clock.read()
+        if self._prefilled is not None:
+            self.stats.add_prefill(sum(prefill), self._prefilled, self.drafter.compile_seconds)
+            self._prefilled = None
+        iteration = self.describe(committed, draft_seconds, verify_seconds, self.drafter.forwards - forwards)
+        try:
+            self.commit(committed, output)
+            self.roll_back()
+            # A streamer's time does not depend on how many tokens are drafted, so the schedule does not see it.
+            self.schedule.update(replace(iteration, other_seconds=self._clock.seconds))
+            self.streamer.advance(self.context, self.output_width)
+        finally:  # if the streamer raises, the tokens are committed already
+            self.record(replace(iteration, other_seconds=self._clock.seconds))
 
     def prefill(self) -> None:
         """Feed the prompts to both models, except for the last token, which the first verification feeds.
 
         If all prompts have the same length, that verification feeds them whole: one forward fewer.
         """
-        clock = Clock()
         self.drafter.start(self.request, self.context)
         chunks: list[tuple[list[int], ModelOutput]] = []
         unlike = len(set(self.target.missing(self.context))) > 1 or any(self.target.prompt_left(self.context))
@@ -143,7 +137,8 @@ class SpeculativeDecoding:
             chunks = self.target.prefill(self.context, self.prefill_chunk_size, **self.recorder.forward_kwargs)
         for counts, output in chunks:
             self.recorder.layers(output, counts)
-        self.stats.add_prefill(clock.lap(), len(chunks), self.drafter.compile_seconds)
+        self._clock.lap()
+        self._prefilled = len(chunks)
 
     def draft(self) -> Draft:
         """Up to γ tokens for each active row, always leaving room for the target's own token."""
@@ -158,9 +153,14 @@ class SpeculativeDecoding:
             return no_draft(context)
         draft = self.drafter.propose(context, max_tokens)
         check_draft(draft, rows, max_tokens, self.request.vocab_size, self.drafter)
+        if not self.drafter.in_vocabulary:
+            draft = within_vocabulary(draft, self.request.vocab_size)
         lengths = [min(length, space) for length, space in zip(draft.row_lengths, room)]
-        if self.target.encoded is not None:
-            lengths = self.target.encoded.up_to_uncounted(context, self.target.missing(context), draft.tokens, lengths)
+        encoded = self.target.encoded
+        if encoded is not None and encoded.uncounted is not None:
+            draft = draft.up_to(encoded.until_uncounted(draft.tokens))
+            counted = encoded.all_counted(context, self.target.missing(context))
+            lengths = [n if all_counted else 0 for n, all_counted in zip(lengths, counted)]
         return draft.cut(lengths)
 
     def _is_first_of_long(self) -> bool:
@@ -204,11 +204,14 @@ class SpeculativeDecoding:
         """Accept all positions at once: processors are functions of a prefix, and each position's prefix is known."""
         context = self.context
         scores = BlockProcessors(self.processors)(logits, context)
-        verdict = self._judge(draft.tokens, to_device(draft.row_lengths, scores.device), draft.probs, scores)
-        tokens, accepted, drafted = self._to_host(verdict, draft, logits, scores)
+        lengths = draft.lengths_on(scores.device)
+        verdict = self._judge(draft.tokens, lengths, draft.probs, scores)
+        tokens, accepted, drafted = self._to_host(verdict, draft, lengths, logits, scores)
         count = [n + 1 for n in accepted]
         if self.lockstep:
             count = [min(count)] * len(count)
+        if self.stopping.unknown:
+            return self._commit_by_step([t[:n] for t, n in zip(tokens, count)], accepted, drafted, logits, scores)
         committed = Committed([t[:n] for t, n in zip(tokens, count)], accepted, [None] * len(count), drafted)
         for slot, row in enumerate(context.rows):
             new = committed.tokens[slot]
@@ -232,49 +235,86 @@ class SpeculativeDecoding:
         del tokens[max(self.context.max_length - end, 0) :]
         return "max_length" if end + len(tokens) >= self.context.max_length else None
 
+    def _commit_by_step(
+        self,
+        tokens: list[list[int]],
+        accepted: list[int],
+        drafted: list[list[int]],
+        logits: Tensor,
+        scores: Tensor,
+    ) -> Committed:
+        """Commit accepted tokens step by step, all rows together, as long as vanilla's criteria let it go on."""
+        rows = len(tokens)
+        committed = Committed([[] for _ in tokens], [0] * rows, [None] * rows, drafted)
+        for i in range(len(tokens[0])):
+            step = [row[i] for row in tokens]
+            if not self._take_step(committed, step, [i < n for n in accepted], logits[:, i], scores[:, i]):
+                break
+        return committed
+
     def _accept_sequential(self, draft: Draft, logits: Tensor) -> Committed:
-        """Accept position by position, as vanilla does: processors, choice, criteria, on committed tokens only."""
+        """Accept position by position, as vanilla does: processors, choice, criteria, on committed tokens only.
+
+        Processors that may keep state must not see a prefix that is never committed, so each waits for the last choice.
+        """
         context, rows = self.context, self.context.rows
         index = context.row_index
         end = context.ends[rows[0]]
         context.clear_drafts()
-        drafted = [tokens[:n] for tokens, n in zip(draft.tokens.tolist(), draft.row_lengths)]
-        committed = Committed([[] for _ in rows], [0] * len(rows), [None] * len(rows), drafted)
+        lengths = draft.lengths_on(logits.device)
+        committed = Committed([[] for _ in rows], [0] * len(rows), [None] * len(rows), [])
         for i in range(draft.tokens.shape[1] + 1):
             view = context.view(end + i)
             full = logits.new_zeros(context.batch_size, logits.shape[2])
             full[index] = logits[:, i]
             raw = full.clone() if self.recorder.wants_logits else full
             scores = self.processors(view, full)
-            has_draft = to_device([i < n for n in draft.row_lengths], scores.device).long()
             probs = None if draft.probs is None else draft.probs[:, i : i + 1]
             here = scores[index][:, None].expand(-1, 1 + (i < draft.tokens.shape[1]), -1)
-            verdict = self._judge(draft.tokens[:, i : i + 1], has_draft, probs, here)
+            verdict = self._judge(draft.tokens[:, i : i + 1], (lengths > i).long(), probs, here)
             # The scores of a row that has ended in this block do not matter.
             ended = to_device([why is not None for why in committed.finished], scores.device)
             verdict = verdict._replace(valid=verdict.valid | ended)
-            tokens, accepted, _ = self._to_host(verdict, draft, logits[:, i : i + 1], here)
-            going = [slot for slot in range(len(rows)) if committed.finished[slot] is None]
-            for slot in going:
-                row = rows[slot]
-                committed.tokens[slot].append(tokens[slot][0])
-                committed.accepted[slot] += accepted[slot]
-                context.write_row(row, committed.tokens[slot])
-                self.recorder.token(row, end + i, raw[row], scores[row])
-            steps = end + i + 1 - context.prompt_width
-            done = self.stopping.criteria(context.view(end + i + 1), self.recorder.scores(steps)).tolist()
-            for slot in going:
-                row = rows[slot]
-                if done[row]:
-                    self._stop_column.setdefault(row, end + i + 1)
-                    if self.stopping.pads_finished_rows or end + i + 1 >= context.max_length:
-                        reason = self.stopping.reason(context, row, tokens[slot][0], end + i + 1)
-                        committed.finished[slot] = reason or "stopping_criteria"
-            going = [slot for slot in going if committed.finished[slot] is None]
-            all_done = len(self._stop_column) == context.batch_size
-            if all_done or not going or any(accepted[slot] == 0 for slot in going):
+            tokens, accepted, committed.drafted = self._to_host(verdict, draft, lengths, logits[:, i : i + 1], here)
+            context.write_drafts(verdict.tokens[:, :1].masked_fill(ended[:, None], context.pad_token_id), offset=i)
+            going = self._take_step(
+                committed, [row[0] for row in tokens], [n > 0 for n in accepted], raw[index], scores[index]
+            )
+            if not going or any(accepted[slot] == 0 for slot in going):
                 break
         return committed
+
+    def _take_step(
+        self, committed: Committed, tokens: list[int], accepted: list[bool], logits: Tensor, scores: Tensor
+    ) -> list[int]:
+        """Add one token to each row that goes on, and ask all criteria as vanilla does after a step.
+
+        Args:
+            tokens: one per active row.
+            accepted: whether each is an accepted draft.
+            logits, scores: `[active rows, vocab]`, from which they were chosen.
+
+        Returns: the active rows that take part in vanilla's next step.
+        """
+        context, rows = self.context, self.context.rows
+        going = [slot for slot in range(len(rows)) if committed.finished[slot] is None]
+        column = context.ends[rows[0]] + len(committed.tokens[going[0]])
+        for slot in going:
+            committed.tokens[slot].append(tokens[slot])
+            committed.accepted[slot] += accepted[slot]
+            context.write_on_host(rows[slot], committed.tokens[slot])
+            self.recorder.token(rows[slot], column, logits[slot], scores[slot])
+        end = column + 1
+        done = self.stopping.after_step(context, end, self.recorder.scores(end - context.prompt_width))
+        for slot in going:
+            row = rows[slot]
+            if done[row]:
+                self._stop_column.setdefault(row, end)
+                if self.stopping.pads_finished_rows or end >= context.max_length:
+                    reason = self.stopping.reason(context, row, tokens[slot], end)
+                    committed.finished[slot] = reason or "stopping_criteria"
+        all_done = len(self._stop_column) == context.batch_size
+        return [] if all_done else [slot for slot in going if committed.finished[slot] is None]
 
     def _judge(self, tokens: Tensor, lengths: Tensor, probs: Tensor | None, scores: Tensor) -> Verdict:
         if self.request.do_sample:
@@ -282,22 +322,23 @@ class SpeculativeDecoding:
         return accept_greedy(tokens, lengths, scores)
 
     def _to_host(
-        self, verdict: Verdict, draft: Draft, logits: Tensor, scores: Tensor
+        self, verdict: Verdict, draft: Draft, lengths: Tensor, logits: Tensor, scores: Tensor
     ) -> tuple[list[list[int]], list[int], list[list[int]]]:
         """The one synchronisation of an iteration: new tokens, accepted lengths and drafts as Python numbers."""
         draft_valid = torch.ones_like(verdict.valid) if draft.valid is None else draft.valid
-        flags = torch.stack([verdict.accepted, verdict.valid, draft_valid], dim=1)
-        packed = torch.cat([flags, verdict.tokens, draft.tokens], dim=1).tolist()
-        width = verdict.tokens.shape[1]
-        for slot, (row, (accepted, valid, valid_draft, *_)) in enumerate(zip(self.context.rows, packed)):
+        flags = torch.stack([verdict.accepted, lengths, verdict.valid, draft_valid], dim=1)
+        packed = to_host(torch.cat([flags, verdict.tokens, draft.proposed], dim=1)).tolist()
+        first, last = flags.shape[1], flags.shape[1] + verdict.tokens.shape[1]
+        drafted = [row[last:][: row[1]] for row in packed]
+        check_proposed(drafted, self.request.vocab_size, self.drafter)
+        for slot, (row, (accepted, _, valid, valid_draft, *_)) in enumerate(zip(self.context.rows, packed)):
             if not valid_draft:
                 owner = getattr(self.drafter, "model", self.drafter)
                 self._raise_no_distribution(f"draft model ({type(owner).__name__})", row)
             used = slice(accepted + 1)
             if not valid and not self._vanilla_would_choose(logits[slot, used], scores[slot, used]):
                 self._raise_no_distribution(f"target model ({type(self.target.model).__name__})", row)
-        drafted = [row[3 + width :][:n] for row, n in zip(packed, draft.row_lengths)]
-        return [row[3 : 3 + width] for row in packed], [row[0] for row in packed], drafted
+        return [row[first:last] for row in packed], [row[0] for row in packed], drafted
 
     def _vanilla_would_choose(self, logits: Tensor, scores: Tensor) -> bool:
         """Processors may turn finite logits into inf or NaN: vanilla's argmax accepts that, sampling cannot."""
@@ -337,10 +378,8 @@ class SpeculativeDecoding:
 
     def commit(self, committed: Committed, output: ModelOutput) -> None:
         """Append each row's committed set."""
-        self.context.clear_drafts()
         self.recorder.layers(output, [len(tokens) for tokens in committed.tokens], self._pending)
-        for row, tokens in zip(self.context.rows, committed.tokens):
-            self.context.append(row, tokens)
+        self.context.append(committed.tokens)
         self._finished = {row for row, why in zip(self.context.rows, committed.finished) if why is not None}
 
     def roll_back(self) -> None:

@@ -3,8 +3,15 @@
 Criteria of transformers that depend only on one row's tokens (or on the clock) are evaluated per row on the committed
 block. Any other criterion may count calls or look at other rows, so it is called exactly as vanilla calls it: once per
 step, on the whole batch, with all rows at the same step (`decoding.py` then advances the rows in lockstep).
+
+All of them read the host's copy of the tokens, so they do not wait for a device.
 """
 
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import (
     EosTokenCriteria,
     MaxLengthCriteria,
@@ -53,7 +60,7 @@ class Stopping:
         Returns: `(count, reason)` when the row ends within them, else `None`.
         """
         if self._by_call:
-            context.write_row(row, tokens)
+            context.write_on_host(row, tokens)
         for i, token in enumerate(tokens):
             end = context.ends[row] + i + 1
             reason = self.reason(context, row, token, end)
@@ -67,8 +74,38 @@ class Stopping:
             return "eos"
         if end >= self.max_length:
             return "max_length"
-        view = context.tokens[row : row + 1, :end]
+        view = context.host[row : row + 1, :end]
         for criterion in self._limits:
             if end > criterion.max_position_embeddings:
                 criterion(view, None)  # for its warning
         return next((_KNOWN[type(c)] for c in self._by_call if bool(c(view, None).any())), None)
+
+    def after_step(self, context: Context, end: int, scores: tuple[Tensor, ...] | None) -> list[bool]:
+        """By row of the batch, whether any criterion ends it, as vanilla asks after the step of column `end - 1`."""
+        view = context.host[:, :end]
+        if context.host is not context.tokens:
+            view = view.as_subclass(HostIds)
+        done = [False] * context.batch_size
+        for criterion in self.criteria:
+            answer = criterion(view, scores)
+            answers = answer.expand(context.batch_size).tolist() if isinstance(answer, Tensor) else [answer] * len(done)
+            done = [bool(before or now) for before, now in zip(done, answers)]
+        return done
+
+
+class HostIds(Tensor):
+    """Token ids on the host, for criteria that expect them on the model's device.
+
+    What is computed from ids alone stays on the host. Where other tensors take part, the ids move to these' device.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inputs = args, kwargs or {}
+        others = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and not isinstance(leaf, cls)]
+        device = next((other.device for other in others if other.device.type != "cpu"), None)
+        if device is None:
+            return super().__torch_function__(func, types, *inputs)
+        with torch._C.DisableTorchFunctionSubclass():
+            args, kwargs = tree_map_only(cls, lambda ids: ids.as_subclass(Tensor).to(device, non_blocking=True), inputs)
+            return func(*args, **kwargs)

@@ -15,14 +15,14 @@ class StepStreamer:
         self._streamer = streamer
         self._streamed = context.prompt_width
         if streamer is not None:
-            streamer.put(context.view(context.prompt_width).cpu())
+            streamer.put(context.host[:, : context.prompt_width].clone())
 
     def advance(self, context: Context, output_width: int) -> None:
         """Pass on the steps that are complete."""
         if self._streamer is None:
             return
         complete = min([output_width, *context.active_ends])
-        columns = context.tokens[:, self._streamed : complete].to("cpu", copy=True)  # a streamer may modify it
+        columns = context.host[:, self._streamed : complete].clone()  # a streamer may modify it
         for column in columns.unbind(dim=1):
             self._streamer.put(column)
         self._streamed = max(complete, self._streamed)

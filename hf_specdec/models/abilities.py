@@ -74,6 +74,10 @@ class Abilities:
         """The same for a draft, whose tokens need not be vanilla's."""
         return self._ragged(drafts=True)
 
+    def masks_padding(self, drafts: bool = False) -> bool:
+        """Whether it gets our 4-D masks for padded rows too: where transformers waits for a device to make its own."""
+        return model_device(self.model).type != "cpu" and bool(self._ragged(drafts))
+
     @property
     def positions(self) -> bool:
         """Whether position ids reach the decoder although its model's forward has no such parameter."""

@@ -13,7 +13,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
 from ..cache.ragged import RaggedCache
-from ..device import forward_parameters, no_bookkeeping
+from ..device import forward_parameters, no_bookkeeping, row_index
 from ..sampling.context import Context
 from .encoded import Encoded
 from .graphs import StaticForwards, give_back
@@ -260,9 +260,8 @@ class CachedModel:
         embeds = self.prompt_embeds
         if embeds is not None and any(self.prompt_left(context)):
             columns = self.layout.columns(slots, rows).clamp(max=embeds.shape[1] - 1)
-            inputs["inputs_embeds"] = (
-                embeds[rows].to(self.device).gather(1, columns[..., None].expand(-1, -1, embeds.shape[2]))
-            )
+            embeds = embeds[row_index(rows, embeds.device)].to(self.device)
+            inputs["inputs_embeds"] = embeds.gather(1, columns[..., None].expand(-1, -1, embeds.shape[2]))
         else:
             inputs["input_ids"] = self._tokens(context, starts, width, ids)
         if self._takes_position_ids:

@@ -5,6 +5,7 @@ cross-attention, which the decoder computes from them in its first forward. Owns
 of the active rows. `encoder_side.py` reads them from the call and decides which ones a target or draft gets.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from transformers import DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
+from ..cache.storage import swap_rows
+from ..device import row_index
 from ..sampling.context import Context
 
 # Where the model also has an encoder, the decoder's inputs have this prefix.
@@ -48,28 +51,23 @@ class Encoded:
         inputs["past_key_values"] = EncoderDecoderCache(inputs["past_key_values"], self._cross)
         return inputs | self._selected
 
-    def up_to_uncounted(
-        self, context: Context, missing: list[int], draft_tokens: Tensor, lengths: list[int]
-    ) -> list[int]:
-        """Shorten drafts so that nothing is fed after an uncounted token in one forward: vanilla feeds it a step later.
+    def until_uncounted(self, draft_tokens: Tensor) -> Tensor:
+        """`[active rows]`: how many of these drafts `[active rows, k]` may be accepted together.
 
-        Args:
-            missing: how many committed tokens of each active row are fed with its drafts.
-            draft_tokens: `[active rows, k]`.
-            lengths: how many of them each row proposes.
+        Nothing may follow an uncounted token in one forward, because vanilla feeds it a step later.
         """
-        if self.uncounted is None:
-            return lengths
-        shorter = []
-        for row, n, tokens, length in zip(context.rows, missing, draft_tokens.tolist(), lengths):
-            tail = context.tokens[row, context.ends[row] - n : context.ends[row]].tolist()
-            until = tokens.index(self.uncounted) + 1 if self.uncounted in tokens else length
-            shorter.append(0 if self.uncounted in tail else min(length, until))
-        return shorter
+        uncounted = (draft_tokens == self.uncounted).long()
+        return (uncounted.cumsum(dim=1) == uncounted).sum(dim=1)
+
+    def all_counted(self, context: Context, missing: list[int]) -> list[bool]:
+        """By active row, whether drafts may follow its last `missing` tokens in one forward: none is uncounted."""
+        ends = [(row, context.ends[row]) for row in context.rows]
+        tails = [context.host[row, end - n : end].tolist() for (row, end), n in zip(ends, missing)]
+        return [self.uncounted not in tail for tail in tails]
 
     def of_row(self, row: int) -> "Encoded":
         """The same for a single row of the batch, with nothing cached."""
-        inputs = {name: select(value, torch.tensor([row]), self._batch_size) for name, value in self._inputs.items()}
+        inputs = {name: select(value, [row], self._batch_size) for name, value in self._inputs.items()}
         return Encoded(inputs, 1, self.prefix)
 
     def load(self, cross: Cache) -> None:
@@ -89,8 +87,7 @@ class Encoded:
         """Later forwards are over these rows, in this order; rows only move when some have finished."""
         if rows == self._rows:
             return
-        index = torch.tensor(rows)
-        self._selected = {name: select(value, index, self._batch_size) for name, value in self._inputs.items()}
+        self._selected = {name: select(value, rows, self._batch_size) for name, value in self._inputs.items()}
         layers = self._cross.layers
         if layers and not self._storage:
             self._storage = [(layer.keys, layer.values) for layer in layers]
@@ -100,17 +97,17 @@ class Encoded:
             if i != j:
                 with torch.inference_mode():  # they may have been made in inference mode
                     for states in (states for layer in self._storage for states in layer):
-                        states[[i, j]] = states[[j, i]]
+                        swap_rows(states, i, j)
                 self._order[i], self._order[j] = self._order[j], self._order[i]
         for layer, (keys, values) in zip(layers, self._storage):
             layer.keys, layer.values = keys[: len(rows)], values[: len(rows)]
         self._rows = list(rows)
 
 
-def select(value: Any, rows: Tensor, batch_size: int) -> Any:
+def select(value: Any, rows: Sequence[int], batch_size: int) -> Any:
     """`value` with only these `rows` of each tensor in it that has one entry for each row of the batch."""
     if isinstance(value, Tensor):
-        return value[rows.to(value.device)] if value.shape[:1] == (batch_size,) else value
+        return value[row_index(rows, value.device)] if value.shape[:1] == (batch_size,) else value
     if isinstance(value, ModelOutput):
         return type(value)(**{name: select(part, rows, batch_size) for name, part in value.items()})
     if isinstance(value, (tuple, list)):

@@ -127,7 +127,7 @@ class EncoderSide:
         copies = self.batch_size // len(self.inputs)
         given = {**self.more, "attention_mask": self.mask}
         taken = {name: value for name, value in given.items() if name in inspect.signature(encoder.forward).parameters}
-        originals = torch.arange(0, self.batch_size, copies)
+        originals = range(0, self.batch_size, copies)
         inputs = {name: select(value, originals, self.batch_size) for name, value in taken.items()}
         try:
             outputs = encoder(**inputs, **{self.input_name: self.inputs}, return_dict=True)
@@ -140,7 +140,7 @@ class EncoderSide:
                 f"({type(error).__name__}: {reason}). {_differing_inputs(encoder, self.module)}Use a draft that was "
                 "made for the same inputs, or one that shares the target's encoder"
             ) from error
-        rows = torch.arange(len(self.inputs)).repeat_interleave(copies)
+        rows = [row // copies for row in range(self.batch_size)]
         return outputs if copies == 1 else select(outputs, rows, len(self.inputs))
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..cache.ragged import RaggedCache
-from ..device import to_device
+from ..device import row_index, to_device
 from .masks import Mask, ragged_mask
 
 
@@ -34,6 +34,7 @@ class Layout:
         prompt_positions: `[batch, columns]` position ids of the first columns, where that offset does not give them.
         axes: `[axes, batch, 1]`, an offset for each axis, where a token has a position on several axes.
         max_slot: by row of the batch, the last slot that will ever be committed; no later slot gets a later position.
+        own_masks: the model takes our 4-D masks. To make one from a padding mask, transformers waits for the device.
     """
 
     first: Sequence[int]
@@ -43,6 +44,7 @@ class Layout:
     prompt_positions: Tensor | None = None
     axes: Tensor | None = None
     max_slot: Sequence[int] | None = None
+    own_masks: bool = False
 
     def on(self, device: torch.device) -> "Layout":
         """The same layout with its tensors on a device."""
@@ -90,11 +92,11 @@ class Layout:
         if self.position_offset is not None and any(self.position_offset[row] for row in rows):
             positions = (positions + by_row(self.position_offset)).clamp(min=0)
         if self.axes is not None:
-            positions = positions + self.axes[:, rows]
+            positions = positions + self.axes[:, row_index(rows, slots.device)]
         if self.prompt_positions is None:
             return positions
         columns = self.columns(slots, rows)
-        known = self.prompt_positions[rows]
+        known = self.prompt_positions[row_index(rows, slots.device)]
         given = known.gather(1, columns.clamp(max=known.shape[1] - 1))
         return torch.where(columns < known.shape[1], given, positions)
 
@@ -109,8 +111,9 @@ class Layout:
         if not cache.has_entries:  # recurrent layers only: which of these tokens are real
             mask = self._padding_up_to(rows, used)
             return None if mask is None or past >= self._prompt_columns else mask[:, past:]
-        if not cache.sees_one_span:
-            first = None if self._first_real is None else self._first_real[rows]
+        decodes_padded = self.padding_mask is not None and past >= self._prompt_columns
+        if not cache.sees_one_span or (decodes_padded and self.own_masks):
+            first = None if self._first_real is None else self._first_real[row_index(rows, slots.device)]
             held = {window.layer_type: window.slots(slots.device) for window in cache.windows}
             return ragged_mask(model, slots, used, held, first)
         return self._padding_up_to(rows, used)
@@ -119,5 +122,5 @@ class Layout:
         """`[rows, used]`, which of the first `used` columns are real, as in vanilla; `None` where all are."""
         if self.padding_mask is None:
             return None
-        prompt = self.padding_mask[rows, :used]
+        prompt = self.padding_mask[row_index(rows, self.padding_mask.device), :used]
         return torch.cat([prompt, prompt.new_ones(len(prompt), used - prompt.shape[1])], dim=1).long()

@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput, logging
 
 from ..cache.layers import cached_length
-from ..device import model_device
+from ..device import model_device, row_index
 from .answers import remembered
 from .later import difference, equal, extra_inputs, is_usual, later_steps, only_limits_logits, prepares_inputs_itself
 from .masks import looks_ahead
@@ -34,7 +34,7 @@ class OfRow:
     value: Tensor
 
     def fed(self, rows: list[int], width: int) -> Tensor:
-        return self.value[rows]
+        return self.value[row_index(rows, self.value.device)]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class OfToken:
     value: Tensor
 
     def fed(self, rows: list[int], width: int) -> Tensor:
-        return self.value[rows].expand(-1, width, *self.value.shape[2:]).contiguous()
+        return self.value[row_index(rows, self.value.device)].expand(-1, width, *self.value.shape[2:]).contiguous()
 
 
 class DoesNotFit(ValueError):

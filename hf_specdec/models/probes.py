@@ -98,9 +98,8 @@ def rehearse(
         context.clear_drafts()
         if accepted is None:
             return
-        for row, count in enumerate(accepted[:rows]):
-            kept = draft_tokens[row][: min(count, width - missing[row])]
-            context.append(row, [*kept, *ordinary_tokens(model, 1, seed + 7 + row)])
+        kept = [draft_tokens[row][: min(count, width - missing[row])] for row, count in enumerate(accepted[:rows])]
+        context.append([[*tokens, *ordinary_tokens(model, 1, seed + 7 + row)] for row, tokens in enumerate(kept)])
         cached.commit(context)
 
 

@@ -21,7 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.utils import ALL_CACHE_NAMES
 from transformers.utils import ModelOutput
 
-from ..device import first_line, model_device, no_bookkeeping
+from ..device import first_line, model_device, no_bookkeeping, row_index
 from ..sampling.context import Context
 from .answers import (
     CannotBeAsked,
@@ -213,7 +213,7 @@ class SelfFedModel:
         if width:
             new = context.tokens[:, begin : begin + width].to(self.device, copy=True)
             if ids is not None:
-                new[rows] = ids.to(self.device)
+                new[row_index(rows, self.device)] = ids.to(self.device)
             new = new.clamp(0, self._vocab_size - 1)
             self._text = torch.cat([self._text[:, :begin], new], dim=1)
             before = self._history[-1]
@@ -222,7 +222,7 @@ class SelfFedModel:
                 self._history.append(after)
             self.held = begin + width
         if rows != list(range(len(self._text))):
-            output.logits = output.logits[rows]
+            output.logits = output.logits[row_index(rows, output.logits.device)]
         return output
 
     def _begin(self, output: ModelOutput) -> None:

@@ -2,12 +2,14 @@
 
 Owns the tokens and where each row begins and ends. Drafters read it, logits processors and stopping criteria see slices
 of it, and only `loop/decoding.py` appends to it.
+
+On an accelerator there is a second copy on the host, so that reading committed tokens does not wait for the device.
 """
 
 import torch
 from torch import Tensor
 
-from ..device import to_device
+from ..device import CPU, row_index, to_device
 
 
 class Context:
@@ -23,6 +25,7 @@ class Context:
 
     Attributes:
         tokens: `[batch, room + 1]` int64, growing up to `max_length`; the last column takes tokens past that.
+        host: the same on the host, without drafts; `tokens` itself where that is on the host.
         prompt_width: number of columns of the prompt.
         first: by row of the batch, the first column that is not left padding.
         ends: by row of the batch, one past its last committed token.
@@ -34,12 +37,15 @@ class Context:
         self.pad_token_id = pad_token_id
         self.max_length = max(max_length, self.prompt_width + 1)
         self.tokens = prompt.new_full((batch, 1), pad_token_id)
-        self._make_room(self.prompt_width + 1)
-        self.tokens[:, : self.prompt_width] = prompt
+        self.host = self.tokens.to(CPU)
         self.first = first
         self.ends = [self.prompt_width] * batch
         self.rows = list(range(batch))
         self._draft_width = 0  # columns after the ends that may hold drafts
+        self._make_room(self.prompt_width + 1)
+        self.tokens[:, : self.prompt_width] = prompt
+        if self.host is not self.tokens:
+            self.host[:, : self.prompt_width] = prompt.to(CPU)
 
     @property
     def batch_size(self) -> int:
@@ -58,7 +64,7 @@ class Context:
     @property
     def row_index(self) -> Tensor:
         """`[active rows]`: the active rows as an index into `tokens`."""
-        return to_device(self.rows, self.tokens.device)
+        return row_index(self.rows, self.tokens.device)
 
     @property
     def prompt_mask(self) -> Tensor:
@@ -66,8 +72,8 @@ class Context:
         return real_columns(self.prompt_width, self.first, self.tokens.device)
 
     def row(self, row: int) -> Tensor:
-        """The committed tokens of one row of the batch, without padding: `[length]`."""
-        return self.tokens[row, self.first[row] : self.ends[row]]
+        """The committed tokens of one row of the batch, on the host and without padding: `[length]`."""
+        return self.host[row, self.first[row] : self.ends[row]]
 
     def view(self, end: int) -> Tensor:
         """`[batch, end]`: the tokens of vanilla `generate()` when it chooses the token of column `end`."""
@@ -81,7 +87,7 @@ class Context:
         return self.tokens[self.row_index[:, None], columns.clamp(0, self.tokens.shape[1] - 1)]
 
     def write_drafts(self, draft_tokens: Tensor, offset: int = 0) -> None:
-        """Put drafts `[active rows, k]` at `offset` after the committed tokens, where processors and criteria see them.
+        """Put drafts `[active rows, k]` at `offset` after the committed tokens, where processors see them.
 
         Drafts past the last column are dropped: they could never be committed.
         """
@@ -89,47 +95,66 @@ class Context:
             return
         self._draft_width = max(self._draft_width, offset + draft_tokens.shape[1])
         self._make_room(max(self.active_ends) + offset + draft_tokens.shape[1])
-        if len(self.rows) == 1:
-            columns = self.tokens[self.rows[0], self.ends[self.rows[0]] + offset :][: draft_tokens.shape[1]]
-            columns.copy_(draft_tokens[0, : len(columns)])
-            return
-        columns = self.first_free[:, None] + offset + self._arange(draft_tokens.shape[1])
-        self.tokens[self.row_index[:, None], columns.clamp(max=self.tokens.shape[1] - 1)] = draft_tokens
+        self._put(draft_tokens, offset)
 
     def clear_drafts(self) -> None:
         """Restore the padding after the committed tokens of the active rows."""
         if self._draft_width:
-            self.write_drafts(self.tokens.new_full((len(self.rows), self._draft_width), self.pad_token_id))
+            self._put(self.tokens.new_full((len(self.rows), self._draft_width), self.pad_token_id))
         self._draft_width = 0
+
+    def _put(self, block: Tensor, offset: int = 0) -> None:
+        """Write `[active rows, k]` on the device, at `offset` after each row's committed tokens."""
+        if len(self.rows) == 1:
+            columns = self.tokens[self.rows[0], self.ends[self.rows[0]] + offset :][: block.shape[1]]
+            columns.copy_(block[0, : len(columns)], non_blocking=True)
+            return
+        columns = self.first_free[:, None] + offset + self._arange(block.shape[1])
+        block = block.to(self.tokens.device, non_blocking=True)
+        self.tokens[self.row_index[:, None], columns.clamp(max=self.tokens.shape[1] - 1)] = block
 
     @property
     def first_free(self) -> Tensor:
         """`[active rows]`: the column of each active row's next token."""
         return to_device(self.active_ends, self.tokens.device)
 
-    def append(self, row: int, tokens: list[int]) -> None:
-        """Commit `tokens` to a row of the batch."""
-        self._write(row, tokens)
-        self.ends[row] += len(tokens)
+    def append(self, tokens: list[list[int]]) -> None:
+        """Commit to each active row its `tokens`; drafts that were written after its end are gone."""
+        width = max(self._draft_width, *map(len, tokens))
+        self._make_room(max(self.active_ends) + width)
+        block = torch.tensor([row + [self.pad_token_id] * (width - len(row)) for row in tokens])
+        self._put(block)
+        self._draft_width = 0
+        for row, new in zip(self.rows, tokens):
+            if self.host is not self.tokens:
+                self._write_on_host(row, new)
+            self.ends[row] += len(new)
 
-    def write_row(self, row: int, tokens: list[int]) -> None:
-        """Put `tokens` after a row's end, where criteria and processors see them, without committing them."""
-        self._write(row, tokens)
-        self._draft_width = max(self._draft_width, len(tokens))
+    def write_on_host(self, row: int, tokens: list[int]) -> None:
+        """Put `tokens` after a row's end, where criteria see them, without committing them."""
+        self._make_room(self.ends[row] + len(tokens))
+        self._write_on_host(row, tokens)
+        if self.host is self.tokens:
+            self._draft_width = max(self._draft_width, len(tokens))
 
-    def _write(self, row: int, tokens: list[int]) -> None:
+    def _write_on_host(self, row: int, tokens: list[int]) -> None:
         end = self.ends[row]
-        self._make_room(end + len(tokens))
-        self.tokens[row, end : end + len(tokens)] = to_device(tokens, self.tokens.device)
+        self.host[row, end : end + len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
 
     def _make_room(self, width: int) -> None:
         """Ensure at least `width` columns, or `max_length` if that is less."""
-        if min(width, self.max_length) >= self.tokens.shape[1]:
-            room = min(max(2 * width, 1024), self.max_length)
-            with torch.inference_mode(False):  # tokens are written both in and outside it
-                tokens = self.tokens.new_full((len(self.tokens), room + 1), self.pad_token_id)
-            tokens[:, : self.tokens.shape[1] - 1] = self.tokens[:, :-1]
-            self.tokens = tokens
+        if min(width, self.max_length) < self.tokens.shape[1]:
+            return
+        room = min(max(2 * width, 1024), self.max_length)
+        on_host = self.host is self.tokens
+        self.tokens = self._wider(self.tokens, room)
+        self.host = self.tokens if on_host else self._wider(self.host, room)
+
+    def _wider(self, old: Tensor, room: int) -> Tensor:
+        with torch.inference_mode(False):  # tokens are written both in and outside it
+            new = old.new_full((len(old), room + 1), self.pad_token_id)
+        new[:, : old.shape[1] - 1] = old[:, :-1]
+        return new
 
     def _arange(self, width: int) -> Tensor:
         return torch.arange(width, device=self.tokens.device)

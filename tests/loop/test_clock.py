@@ -12,8 +12,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from hf_specdec import SpeculationStats, Trace
 from hf_specdec.drafters.model import ModelDrafter
-from hf_specdec.loop import decoding
-from hf_specdec.loop.decoding import Clock, SpeculativeDecoding
+from hf_specdec.loop import clock as clocks
+from hf_specdec.loop.clock import Clock
+from hf_specdec.loop.decoding import SpeculativeDecoding
 from hf_specdec.loop.optimal import Estimates
 from hf_specdec.models.cached import CachedModel
 
@@ -40,7 +41,7 @@ class FakeTime:
 @pytest.fixture
 def time(monkeypatch: pytest.MonkeyPatch) -> FakeTime:
     fake = FakeTime()
-    monkeypatch.setattr(decoding, "perf_counter", fake)
+    monkeypatch.setattr(clocks, "perf_counter", fake)
     return fake
 
 
@@ -69,12 +70,18 @@ def spec(pair: Pair, rows: int = 2, **kwargs: Any) -> Tensor:
 
 
 def test_laps_follow_one_another(time: FakeTime) -> None:
-    clock = Clock()
+    clock = Clock(torch.device("cpu"))
     time.now = 3.0
     assert clock.seconds == 3.0
-    assert clock.lap() == 3.0
+    clock.lap()
     time.now = 8.0
-    assert (clock.seconds, clock.lap(), clock.seconds) == (5.0, 5.0, 0.0)
+    assert clock.seconds == 8.0
+    assert clock.read() == [3.0, 5.0]
+    time.now = 9.0
+    assert clock.seconds == 1.0
+    clock.begin()
+    time.now = 10.0
+    assert clock.read() == [1.0]
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -98,9 +105,9 @@ def test_nearly_all_of_a_real_call_is_told(small_pair: Pair, monkeypatch: pytest
     run = SpeculativeDecoding.run
 
     def timed(self: SpeculativeDecoding) -> int:
-        clock = Clock()
+        clock = Clock(self.context.tokens.device)
         width = run(self)
-        took.append(clock.lap())
+        took.append(clock.seconds)
         return width
 
     monkeypatch.setattr(SpeculativeDecoding, "run", timed)

@@ -40,7 +40,7 @@ from transformers import LlamaConfig, LogitsProcessorList, PreTrainedModel
 from hf_specdec import SpeculationStats, options
 from hf_specdec.drafters import ModelDrafter
 from hf_specdec.generate import session
-from hf_specdec.loop import decoding, invariants, optimal, schedule
+from hf_specdec.loop import clock, invariants, optimal, schedule
 from hf_specdec.loop.optimal import MAX_GAMMA, Costs, Estimates, Optimal, estimates_for
 from hf_specdec.loop.schedule import Constant
 from hf_specdec.records.stats import Iteration, RowStep
@@ -638,7 +638,7 @@ def wandering(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], dict[
     stats: list[SpeculationStats] = []
 
     def start(seed: int) -> dict[str, Any]:
-        monkeypatch.setattr(decoding, "perf_counter", wild_clock(seed))
+        monkeypatch.setattr(clock, "perf_counter", wild_clock(seed))
         stats.append(SpeculationStats())
         return {"num_assistant_tokens_schedule": "optimal", "speculation_stats": stats[-1]}
 
@@ -686,7 +686,7 @@ def test_continuations_follow_the_targets_law(way: str, monkeypatch: pytest.Monk
         new_tokens=4,
         options={"num_assistant_tokens_schedule": "optimal", "temperature": 1.2},
     )
-    monkeypatch.setattr(decoding, "perf_counter", wild_clock(3))
+    monkeypatch.setattr(clock, "perf_counter", wild_clock(3))
     counts, stats = samples(case, models)
     assert 0.05 < stats.acceptance_rate < 0.99
     drafted = {max(iteration["drafted"]) for iteration in stats.iterations}
