@@ -8,10 +8,17 @@
 Its tensors are in the CPU's memory and report the device "cuda:0". A capture records the calls of PyTorch's functions;
 a replay repeats them, on the same memory and without the surrounding Python code. Operations that would wait for the
 device are counted, and raise an error during a capture.
+
+Graphs of a pool destroy each other's memory at every replay, and their own that is older. A capture that has failed
+leaves its stream as the current one, and a pool without graphs is not accepted any more, as in PyTorch. Other threads
+use the device inside `with cuda:`.
 """
 
+import threading
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,6 +43,23 @@ class CudaTensor(Tensor):
     is_cuda = True  # type: ignore[assignment]
 
 
+class Stream:
+    def __init__(self, device: Any = None) -> None:
+        self.waited_for: list[Stream] = []
+
+    def wait_stream(self, stream: "Stream") -> None:
+        self.waited_for.append(stream)
+
+
+class Pool:
+    """The handle of a memory pool."""
+
+    def __init__(self) -> None:
+        self.graphs: weakref.WeakSet[Graph] = weakref.WeakSet()
+        self.was_used = False
+        self.lock = threading.Lock()
+
+
 class Graph:
     """Stands for `torch.cuda.CUDAGraph`."""
 
@@ -43,14 +67,38 @@ class Graph:
 
     def __init__(self) -> None:
         self.calls: list[tuple[Callable[..., Any], Any, Any, list[Any]]] = []
+        self.pool = Pool()
 
     def replay(self) -> None:
         self.current.replays += 1
-        with torch._C.DisableTorchFunction(), torch.no_grad():
-            for function, args, kwargs, before in self.calls:
-                for old, new in zip(before, tree_leaves(function(*args, **kwargs))):
-                    if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
-                        old.copy_(new)
+        self.current.replayed.append(self)
+        if not self.pool.lock.acquire(blocking=False):
+            self.current.overlaps += 1
+            self.pool.lock.acquire()
+        try:
+            with torch._C.DisableTorchFunction(), torch.no_grad():
+                for graph in list(self.pool.graphs):
+                    graph.destroy_memory()
+                for function, args, kwargs, before in self.calls:
+                    for old, new in zip(before, tree_leaves(function(*args, **kwargs))):
+                        if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                            old.copy_(new)
+        finally:
+            self.pool.lock.release()
+
+    def destroy_memory(self) -> None:
+        """Overwrite what the capture has allocated, which is in the pool."""
+        for _, args, kwargs, after in self.calls:
+            given = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if _is_strided(leaf)}
+            for leaf in after:
+                if _is_strided(leaf) and leaf.untyped_storage().data_ptr() not in given and not _is_expanded(leaf):
+                    leaf.fill_(float("nan") if leaf.is_floating_point() else 1)
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.graph: Graph | None = None
+        self.streams: list[Stream] = []
 
 
 class Device(TorchFunctionMode):
@@ -58,25 +106,81 @@ class Device(TorchFunctionMode):
     Attributes:
         waits: names of the functions that made the host wait.
         captures: for each capture, the device that was the current one.
+        options: for each capture, its arguments, and whether autocast may cache casts of weights.
         replays: how many graphs were launched.
+        replayed: these graphs.
+        overlaps: how many replays began before another one of the same pool had ended.
+        events: "capture" and "replay" in their order, and what tests add.
+        total_memory: of the device, in bytes.
+        fail: called in each capture before it ends.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.waits: list[str] = []
         self.captures: list[Any] = []
+        self.options: list[dict[str, Any]] = []
         self.replays = 0
+        self.replayed: list[Graph] = []
+        self.overlaps = 0
+        self.total_memory = 1 << 40
+        self.fail: Callable[[], None] = lambda: None
         self.current: list[Any] = [None]
-        self._graph: Graph | None = None
+        self.default_stream = Stream()
+        self._thread = _Thread()
+        self._capturing: list[tuple[int, str]] = []  # threads, with their modes of errors
+
+    @property
+    def _graph(self) -> Graph | None:
+        """The graph that this thread captures."""
+        return self._thread.graph
+
+    @property
+    def _is_forbidden(self) -> bool:
+        """Whether waiting for the device would make a capture fail."""
+        me = threading.get_ident()
+        return any(thread == me or mode == "global" for thread, mode in self._capturing)
+
+    def stream(self, device: Any = None) -> Stream:
+        """The current stream of this thread."""
+        return self._thread.streams[-1] if self._thread.streams else self.default_stream
 
     @contextmanager
-    def capture(self, graph: Graph) -> Iterator[None]:
-        self.captures.append(self.current[-1])
-        self._graph = graph
+    def use_stream(self, stream: Stream) -> Iterator[None]:
+        before = self._thread.streams[:]
+        self._thread.streams.append(stream)
         try:
             yield
         finally:
-            self._graph = None
+            self._thread.streams = before
+
+    @contextmanager
+    def capture(
+        self, graph: Graph, pool: Pool | None = None, stream: Stream | None = None, capture_error_mode: str = "global"
+    ) -> Iterator[None]:
+        self.captures.append(self.current[-1])
+        casts = torch.is_autocast_cache_enabled()
+        self.options.append({"pool": pool, "stream": stream, "mode": capture_error_mode, "caches_casts": casts})
+        if self._capturing:
+            raise RuntimeError("another thread is capturing")
+        if pool is not None:
+            if pool.was_used and not pool.graphs:
+                raise RuntimeError("use_count > 0 INTERNAL ASSERT FAILED")
+            graph.pool, pool.was_used = pool, True
+            pool.graphs.add(graph)
+        self._thread.streams.append(stream or Stream())
+        self._thread.graph = graph
+        self._capturing.append((threading.get_ident(), capture_error_mode))
+        try:
+            yield
+            self.fail()
+        except BaseException as error:  # as in PyTorch, the stream stays the current one
+            raise RuntimeError("operation failed due to a previous error during capture") from error
+        else:
+            self._thread.streams.pop()
+        finally:
+            self._thread.graph = None
+            self._capturing.pop()
 
     @contextmanager
     def use(self, device: Any) -> Iterator[None]:
@@ -93,7 +197,7 @@ class Device(TorchFunctionMode):
         on_cuda = asked[-1].type == "cuda" if asked else given and func is not Tensor.cpu
         if given and (func in _WAITS or not on_cuda):
             self.waits.append(getattr(func, "__name__", str(func)))
-            if self._graph is not None:
+            if self._is_forbidden:
                 raise RuntimeError(f"operation not permitted when stream is capturing: {self.waits[-1]}")
         args, kwargs = tree_map(_on_cpu, (args, kwargs or {}))
         out = func(*args, **kwargs)
@@ -127,8 +231,13 @@ def move(model: nn.Module) -> nn.Module:
     return model
 
 
-class _Stream:
-    def wait_stream(self, stream: "_Stream") -> None: ...
+def _is_strided(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.layout is torch.strided
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    """Whether elements share memory, so that they cannot be written."""
+    return any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride()))
 
 
 @contextmanager
@@ -139,8 +248,11 @@ def device() -> Iterator[Device]:
         patch.setattr(Graph, "current", cuda, raising=False)
         patch.setattr(torch.cuda, "CUDAGraph", Graph)
         patch.setattr(torch.cuda, "graph", cuda.capture)
+        patch.setattr(torch.cuda, "graph_pool_handle", Pool)
         patch.setattr(torch.cuda, "device", cuda.use)
-        patch.setattr(torch.cuda, "Stream", _Stream)
-        patch.setattr(torch.cuda, "current_stream", lambda *_: _Stream())
-        patch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+        patch.setattr(torch.cuda, "Stream", Stream)
+        patch.setattr(torch.cuda, "current_stream", cuda.stream)
+        patch.setattr(torch.cuda, "stream", cuda.use_stream)
+        memory = SimpleNamespace(total_memory=cuda.total_memory)
+        patch.setattr(torch.cuda, "get_device_properties", lambda *_: memory)
         yield cuda

@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput, logging
 from ..device import to_device
 from ..drafters import Draft, Drafter, DraftRequest
 from ..drafters.base import check_draft, no_draft
+from ..models.capture import captured_seconds
 from ..models.multimodal_prompt import DoesNotFit
 from ..models.self_fed import SelfFedModel
 from ..models.target import Target
@@ -38,20 +39,21 @@ _LONG = 512
 
 
 class Clock:
-    """Wall time in laps: each begins where the previous one ended."""
+    """Wall time in laps: each begins where the previous one ended. It stands still while graphs are captured."""
 
     def __init__(self) -> None:
-        self._began = perf_counter()
+        self._began, self._captured = perf_counter(), captured_seconds()
 
     @property
     def seconds(self) -> float:
         """The current lap so far."""
-        return perf_counter() - self._began
+        return perf_counter() - self._began - (captured_seconds() - self._captured)
 
     def lap(self) -> float:
         """End the lap and return its seconds."""
-        began, self._began = self._began, perf_counter()
-        return self._began - began
+        (began, captured), now = (self._began, self._captured), perf_counter()
+        self._began, self._captured = now, captured_seconds()
+        return now - began - (self._captured - captured)
 
 
 @dataclass
@@ -103,6 +105,7 @@ class SpeculativeDecoding:
         default_factory=list
     )  # by active row, queries in the last forward before its last committed token
     _finished: set[int] = field(default_factory=set)  # rows that leave the batch after this iteration
+    _has_started: bool = False  # the drafter
 
     def run(self) -> int:
         """Decode all rows to their end. Returns the width of the output in columns."""
@@ -124,8 +127,13 @@ class SpeculativeDecoding:
             finally:  # if the streamer raises, the tokens are committed already
                 self.record(replace(iteration, other_seconds=clock.seconds))
         self.stats.draft_prefill_forwards += self.drafter.prefill_forwards
-        self.drafter.end()
         return self.output_width
+
+    def release(self) -> None:
+        """The call is over, or has raised an error: later ones may use what its models used."""
+        self.target.release()
+        if self._has_started:
+            self.drafter.end()
 
     def prefill(self) -> None:
         """Feed the prompts to both models, except for the last token, which the first verification feeds.
@@ -134,6 +142,7 @@ class SpeculativeDecoding:
         """
         clock = Clock()
         self.drafter.start(self.request, self.context)
+        self._has_started = True
         chunks: list[tuple[list[int], ModelOutput]] = []
         unlike = len(set(self.target.missing(self.context))) > 1 or any(self.target.prompt_left(self.context))
         is_special = self.prefill_chunk_size or self.recorder.forward_kwargs
