@@ -9,6 +9,7 @@ from . import metrics
 from .drafters import Draft, Drafter, DraftRequest, ModelDrafter, PromptLookupDrafter
 from .generate.method import speculative
 from .generate.strategy import register, unregister
+from .models.kept import release
 from .pairs.catalogue import Suggestion, suggest_draft
 from .pairs.pair import SpecPair, demo_pair
 from .pairs.pair_file import PairConfig
@@ -31,6 +32,7 @@ __all__ = [
     "demo_pair",
     "metrics",
     "register",
+    "release",
     "speculative",
     "suggest_draft",
     "unregister",

@@ -49,6 +49,7 @@ class RaggedCache(Cache):
         capacity: slots to allocate initially.
         max_capacity: the most slots that the call can need; growth is geometric up to it.
         layers: the model's layers (see `layers.py`); by default they are created on first use and hold every slot.
+        storage_rows: rows to store, where forwards of fixed shapes need more than the batch has.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class RaggedCache(Cache):
         capacity: int,
         max_capacity: int,
         layers: Sequence[Any] = (),
+        storage_rows: int | None = None,
     ):
         super().__init__(layers=list(layers))
         mine = [layer for layer in layers if isinstance(layer, RaggedLayer)]
@@ -70,6 +72,7 @@ class RaggedCache(Cache):
         self.device = device
         self.capacity = min(round_up(capacity), round_up(max_capacity))
         self.max_capacity = round_up(max_capacity)
+        self.storage_rows = storage_rows or batch_size
         self.lengths = [0] * batch_size  # by row of the batch
         self._storage = list(range(batch_size))  # storage index -> row of the batch
         self._active = batch_size
@@ -145,18 +148,22 @@ class RaggedCache(Cache):
             self.lengths[row] = length
 
     def prepare_slots(self, slots: Tensor) -> None:
-        """Announce a forward that writes to `slots` `[active rows, q]` and sees the whole capacity."""
+        """Announce a forward that writes to `slots` `[rows, q]` of the first rows stored and sees the whole capacity.
+
+        Rows after the active ones must be given slots that hold no entry of theirs.
+        """
         self._write = _Write(self.capacity, 0, slots)
 
-    def is_reusable(self, rows: int, device: torch.device, capacity: int) -> bool:
-        """Whether this storage suits a call with so many rows and slots on `device`."""
-        return len(self.lengths) == rows and self.device == device and self.capacity >= capacity
+    @property
+    def nbytes(self) -> int:
+        """Memory of the keys and values."""
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self._with_entries())
 
-    def clear(self) -> None:
-        """Discard all entries but keep the storage."""
-        self.lengths = [0] * len(self.lengths)
-        self._storage = list(range(len(self.lengths)))
-        self._active = len(self.lengths)
+    def clear(self, batch_size: int) -> None:
+        """Discard all entries but keep the storage, for another batch of at most as many rows as are stored."""
+        self.lengths = [0] * batch_size
+        self._storage = list(range(batch_size))
+        self._active = batch_size
         for layer in self._with_entries():
             layer.keys.zero_()
             layer.values.zero_()
@@ -175,9 +182,10 @@ class RaggedCache(Cache):
         return self._put(layer.keys, key_states, write), self._put(layer.values, value_states, write)
 
     def _put(self, storage: Tensor, states: Tensor, write: _Write) -> Tensor:
-        """Write into the active rows; return a view of their slots in use."""
-        if self._active < len(storage):
-            storage = storage.narrow(0, 0, self._active)
+        """Write into the active rows, or as many as were announced; return a view of their slots in use."""
+        rows = self._active if write.slots is None else len(write.slots)
+        if rows < len(storage):
+            storage = storage.narrow(0, 0, rows)
         if write.slots is None:
             storage.narrow(2, write.start, states.shape[2]).copy_(states)
         else:
@@ -212,7 +220,7 @@ class RaggedCache(Cache):
             self.layers.append(RaggedLayer())
         layer: Any = self.layers[layer_idx]
         if isinstance(layer, RaggedLayer) and not layer.is_initialized:
-            layer.allocate(len(self.lengths), self.capacity, key_states, value_states)
+            layer.allocate(self.storage_rows, self.capacity, key_states, value_states)
         return layer
 
     def _grow(self, needed: int) -> None:

@@ -128,7 +128,7 @@ class Drafter(ABC):
         """The committed tokens are in the context now; forget rejected drafts."""
 
     def end(self) -> None:
-        """The `generate()` call is over."""
+        """The `generate()` call is over, or has raised an error after `start`."""
 
     @property
     def forwards(self) -> int:

@@ -14,7 +14,7 @@ from ..device import model_device, to_device
 from ..models.abilities import Abilities
 from ..models.cached import CachedModel
 from ..models.compiled import STEPS, compilable
-from ..models.graphs import borrow
+from ..models.kept import borrow
 from ..models.layout import Layout
 from ..models.multimodal_prompt import FirstForward, prepared_call, show, split_axes
 from ..models.self_fed import SelfFedModel
@@ -81,7 +81,7 @@ class ModelDrafter(Drafter):
         fixed = (call.static or self.compiles) and not changing and self.takes_ragged_rows
         widths = compilable(self.model, STEPS, fixed, "drafts") if self.compiles else ()
         if fixed and (call.static or widths):
-            cache, static = borrow(self.model, rows, device, context.max_length, widths)
+            cache, static = borrow(self.model, rows, device, context.max_length, widths, STEPS)
             self.compile_seconds = static.compile_seconds
         layout = Layout(
             first=[0] * rows if padded else context.first,
@@ -178,7 +178,8 @@ class ModelDrafter(Drafter):
         self.cached.commit(context)
 
     def end(self) -> None:
-        self.cached.release()
+        if hasattr(self, "cached"):  # `start` may have raised an error
+            self.cached.release()
 
     def _room(self, context: Context) -> int:
         """How many tokens can be drafted before the draft model runs out of positions."""

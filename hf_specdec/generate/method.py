@@ -4,6 +4,7 @@ import copy
 import inspect
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 from transformers import (
     GenerationConfig,
@@ -18,9 +19,11 @@ from ..device import model_device
 from ..drafters import Drafter, ModelDrafter
 from ..kernels.attention import compile_attention, folded_attention
 from ..kernels.packing import packed_linears
+from ..models.capture import captured_seconds
+from ..models.kept import release
 from ..models.later import KNOWN_INPUTS
 from ..models.sharding import check_synced_gpus, sharded
-from ..options import OPTION_NAMES, check_generation_config, resolve_options
+from ..options import OPTION_NAMES, Options, check_generation_config, resolve_options
 from ..pairs.pair import make_drafter
 from ..records.stats import SpeculationStats
 from ..records.trace import Trace
@@ -135,19 +138,36 @@ class SpeculativeMethod:
             inputs_tensor,
             _given_inputs(model, self._call),
         )
+        try:
+            return self._decode(call, drafter, options, together)
+        except torch.OutOfMemoryError:
+            release()  # a smaller call may follow
+            raise
+
+    def _decode(self, call: PreparedCall, drafter: Drafter, options: Options, together: str | None) -> Any:
+        """The result of one call.
+
+        Args:
+            together: see `resolve_options`.
+        """
         stats = SpeculationStats() if self._stats is None else self._stats
+        captured = captured_seconds()
         decoding = prepare(call, drafter, options, self._streamer, stats, self._trace)
-        models = [model, drafter.model] if isinstance(drafter, ModelDrafter) else [model]
-        new_tokens = decoding.context.max_length - decoding.context.prompt_width
-        packed = packed_linears(models, options.speculation_pack_weights, new_tokens, by_clock=together is None)
-        compiles = options.compiles("attention") and model_device(model).type == "cpu"
-        if compiles:
-            decoding.stats.compile_seconds += compile_attention(models)
-        with folded_attention(compiles), packed as packing_seconds:
-            decoding.stats.packing_seconds += packing_seconds
-            width = decoding.run()
-            decoding.streamer.end()
-            return finish(decoding, width, call)
+        models = [call.model, drafter.model] if isinstance(drafter, ModelDrafter) else [call.model]
+        try:
+            new_tokens = decoding.context.max_length - decoding.context.prompt_width
+            packed = packed_linears(models, options.speculation_pack_weights, new_tokens, by_clock=together is None)
+            compiles = options.compiles("attention") and model_device(call.model).type == "cpu"
+            if compiles:
+                stats.compile_seconds += compile_attention(models)
+            with folded_attention(compiles), packed as packing_seconds:
+                stats.packing_seconds += packing_seconds
+                width = decoding.run()
+                decoding.streamer.end()
+                return finish(decoding, width, call)
+        finally:
+            decoding.release()
+            stats.capture_seconds += captured_seconds() - captured
 
 
 def check_handed_over(call: dict[str, Any]) -> None:

@@ -20,7 +20,6 @@ def finish(
         cache = target.hand_back(decoding.context, width) if wants_dict else None
     elif wants_dict or getattr(cache, "_is_user_defined", False):
         hand_back_cache(decoding, width, cache)
-    target.release()
     sequences = decoding.context.view(width).clone()
     if not wants_dict:
         return sequences

@@ -1,6 +1,7 @@
 """From `generate()` to the loop: the call that transformers has prepared becomes a `SpeculativeDecoding`."""
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
@@ -32,9 +33,10 @@ from ..loop.streaming import StepStreamer
 from ..models.abilities import Abilities, unexplained_windows
 from ..models.cached import CachedModel
 from ..models.checks import check_blocks, check_padded_blocks, check_states, check_target, check_windows
-from ..models.compiled import BLOCKS, compilable
+from ..models.compiled import BLOCKS, LONGEST, compilable
 from ..models.encoder_side import EncoderSide, decoder_kwargs, read_encoder, with_later_inputs
-from ..models.graphs import StaticForwards, borrow
+from ..models.graphs import StaticForwards
+from ..models.kept import borrow
 from ..models.layout import Layout
 from ..models.masks import takes_position_ids
 from ..models.prompt import Prompt, read_prompt, whole_numbers
@@ -139,14 +141,15 @@ def prepare(
     first = [max(f - prompt.column_offset, 0) for f in prompt.first]
     context = Context(prompt.input_ids, first, call.max_length, 0 if pad is None else int(pad))
     unbounded = _needs_unbounded_windows(checked, lockstep, stopping)
-    make_target = functools.partial(_make_target, checked, feeding, unbounded, options.compiles("target"))
+    draft_length = options.prompt_lookup_num_tokens or options.num_assistant_tokens
+    schedule = make_schedule(options.num_assistant_tokens_schedule, draft_length, call.model, drafter)
+    blocks = range(1, min((schedule.longest or LONGEST) + 1, LONGEST) + 1)
+    make_target = functools.partial(_make_target, checked, feeding, unbounded, options.compiles("target"), blocks)
     target = make_target()
     if target.static is not None:
         stats.compile_seconds += target.static.compile_seconds
     if target.encoded is not None and checked.cross is not None:
         target.encoded.load(checked.cross)
-    draft_length = options.prompt_lookup_num_tokens or options.num_assistant_tokens
-    schedule = make_schedule(options.num_assistant_tokens_schedule, draft_length, call.model, drafter)
     request = DraftRequest(
         do_sample=bool(call.config.do_sample),
         vocab_size=_vocab_size(call.model),
@@ -321,15 +324,21 @@ def _needs_unbounded_windows(checked: _Checked, lockstep: bool, stopping: Stoppi
     return bool(config.return_dict_in_generate and config.output_attentions) or bool(hands_back and uneven_ends)
 
 
-def _make_target(checked: _Checked, feeding: Feeding, unbounded: bool, compiles: bool) -> CachedModel | SelfFedModel:
-    """The target, with nothing fed to it yet."""
+def _make_target(
+    checked: _Checked, feeding: Feeding, unbounded: bool, compiles: bool, blocks: Sequence[int]
+) -> CachedModel | SelfFedModel:
+    """The target, with nothing fed to it yet.
+
+    Args:
+        blocks: the widths of the blocks that it will verify.
+    """
     call, prompt, columns = checked.call, checked.prompt, checked.columns
     model = call.model
     if feeding is Feeding.SELF_FED:
         return SelfFedModel(model, call.input_ids, call.config, call.kwargs)
     first = _slots_begin(checked, feeding)
     padded = feeding is Feeding.ALIGNED and not bool(prompt.mask.all())
-    cache, static = _make_cache(checked, padded, unbounded, compiles)
+    cache, static = _make_cache(checked, padded, unbounded, compiles, blocks)
     if prompt.past:
         cache.load(checked.cache, first)
     layout = Layout(
@@ -347,7 +356,7 @@ def _make_target(checked: _Checked, feeding: Feeding, unbounded: bool, compiles:
 
 
 def _make_cache(
-    checked: _Checked, padded: bool, unbounded: bool, compiles: bool
+    checked: _Checked, padded: bool, unbounded: bool, compiles: bool, blocks: Sequence[int]
 ) -> tuple[RaggedCache, StaticForwards | None]:
     """The cache, and forwards of fixed shapes on it if they are wanted and possible."""
     model, prompt, columns, is_static = checked.call.model, checked.prompt, checked.columns, checked.call.is_static
@@ -364,5 +373,5 @@ def _make_cache(
         cache = RaggedCache(rows, device, capacity=columns, max_capacity=columns, layers=layers)
     widths = compilable(model, BLOCKS, not moving, "verifies") if compiles else ()
     if not moving and (is_static or widths):
-        return borrow(model, rows, device, columns, widths)
+        return borrow(model, rows, device, columns, widths, blocks)
     return cache, None

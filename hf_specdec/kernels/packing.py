@@ -98,6 +98,16 @@ def packed_linears(
         _thread.layers, _thread.weights = before
 
 
+def forget(model: nn.Module | None = None) -> None:
+    """Free the packed weights of a model, or all; calls in progress keep theirs until they end."""
+    with _lock:
+        if model is None:
+            _kept.clear()
+        else:
+            for module in model.modules():
+                _kept.pop(module, None)
+
+
 def _packed_layers(model: nn.Module, wanted: bool, new_tokens: int, by_clock: bool) -> dict[nn.Module, _Pair]:
     """The original and packed weight of each packed linear layer; packs layers first where needed."""
     _new_tokens[model] = _new_tokens.get(model, 0) + new_tokens

@@ -2,13 +2,16 @@
 
 On CUDA a call that queues work returns at once, so the host's clock would count a draft's work as the verification's,
 during which the host waits. There, laps end with events on the device. They are read after the iteration's one wait.
+The clock stands still while graphs are captured, which is counted elsewhere.
 """
 
+from itertools import pairwise
 from time import perf_counter
 
 import torch
 
 from ..device import has_events
+from ..models.capture import captured_seconds
 
 
 class Clock:
@@ -24,41 +27,40 @@ class Clock:
     def __init__(self, device: torch.device):
         self._device = device
         self._has_events = has_events(device)
-        self._ends: list[torch.cuda.Event] = []
-        self._laps: list[float] = []
+        self._events: list[torch.cuda.Event] = []
         self.begin()
 
     def begin(self) -> None:
         """Begin a group of laps."""
-        self._began = self._last = perf_counter()
-        self._laps.clear()
-        self._ends = [self._event()] if self._has_events else []
+        self._times = [self._now()]
+        self._captured = [captured_seconds()]
+        self._events = [self._event()] if self._has_events else []
 
     @property
     def seconds(self) -> float:
         """The host's time since `begin` or `read`."""
-        return perf_counter() - self._began
+        return self._now() - self._times[0]
 
     def lap(self) -> None:
         """End a lap: with the work that was queued so far, on CUDA."""
-        if self._ends:
-            self._ends.append(self._event())
-            return
-        now = perf_counter()
-        self._laps.append(now - self._last)
-        self._last = now
+        self._times.append(self._now())
+        self._captured.append(captured_seconds())
+        if self._has_events:
+            self._events.append(self._event())
 
     def read(self) -> list[float]:
         """End the last lap, after a wait for the device. Returns: seconds of each lap of the group."""
-        now = perf_counter()
-        if self._ends:
-            pairs = zip(self._ends, self._ends[1:])
-            laps = [begin.elapsed_time(end) / 1000 for begin, end in pairs]
-            last = max(now - self._began - sum(laps), 0.0)
-        else:
-            laps, last = list(self._laps), now - self._last
+        total = self.seconds
+        laps = [end - begin for begin, end in pairwise(self._times)]
+        if self._has_events:
+            captured = [end - begin for begin, end in pairwise(self._captured)]
+            laps = [begin.elapsed_time(end) / 1000 for begin, end in pairwise(self._events)]
+            laps = [max(seconds - n, 0.0) for seconds, n in zip(laps, captured)]
         self.begin()
-        return [*laps, last]
+        return [*laps, max(total - sum(laps), 0.0)]
+
+    def _now(self) -> float:
+        return perf_counter() - captured_seconds()
 
     def _event(self) -> "torch.cuda.Event":
         event = torch.cuda.Event(enable_timing=True)

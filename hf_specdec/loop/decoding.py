@@ -88,6 +88,7 @@ class SpeculativeDecoding:
     _finished: set[int] = field(default_factory=set)  # rows that leave the batch after this iteration
     _prefilled: int | None = None  # forwards of the prefill, as long as its time is not known
     _clock: Clock = field(init=False)
+    _has_started: bool = False  # the drafter
 
     def run(self) -> int:
         """Decode all rows to their end. Returns the width of the output in columns."""
@@ -96,7 +97,6 @@ class SpeculativeDecoding:
         while self.context.rows:
             self.iterate()
         self.stats.draft_prefill_forwards += self.drafter.prefill_forwards
-        self.drafter.end()
         return self.output_width
 
     def iterate(self) -> None:
@@ -122,12 +122,19 @@ class SpeculativeDecoding:
         finally:  # if the streamer raises, the tokens are committed already
             self.record(replace(iteration, other_seconds=self._clock.seconds))
 
+    def release(self) -> None:
+        """The call is over, or has raised an error: later ones may use what its models used."""
+        self.target.release()
+        if self._has_started:
+            self.drafter.end()
+
     def prefill(self) -> None:
         """Feed the prompts to both models, except for the last token, which the first verification feeds.
 
         If all prompts have the same length, that verification feeds them whole: one forward fewer.
         """
         self.drafter.start(self.request, self.context)
+        self._has_started = True
         chunks: list[tuple[list[int], ModelOutput]] = []
         unlike = len(set(self.target.missing(self.context))) > 1 or any(self.target.prompt_left(self.context))
         is_special = self.prefill_chunk_size or self.recorder.forward_kwargs

@@ -156,6 +156,7 @@ class Optimal:
 
     def __init__(self, max_gamma: int, estimates: Estimates, reads_confidence: bool = False):
         self._max_gamma = max_gamma
+        self.longest: int | None = max_gamma
         self._estimates = estimates
         self._reads_confidence = reads_confidence
         self.go_on: GoOn | None = self._go_on if reads_confidence else None

@@ -19,9 +19,11 @@ class Schedule(Protocol):
 
     Attributes:
         go_on: decides token by token whether to draft another one (see `DraftRequest`); `None` to follow the plan.
+        longest: the largest γ that it can choose; `None` if there is no limit.
     """
 
     go_on: GoOn | None
+    longest: int | None
 
     def plan(self, rows: int) -> int:
         """The longest draft of the next iteration over this many active rows."""
@@ -37,6 +39,7 @@ class Constant:
 
     def __init__(self, gamma: int):
         self.gamma = gamma
+        self.longest: int | None = gamma
 
     def plan(self, rows: int) -> int:
         return self.gamma
@@ -57,6 +60,7 @@ class Heuristic:
     """
 
     go_on: GoOn | None = None
+    longest: int | None = None
 
     def __init__(self, gamma: int, owner: object | None):
         self._owner = owner

@@ -16,7 +16,8 @@ from ..cache.ragged import RaggedCache
 from ..device import forward_parameters, no_bookkeeping, row_index
 from ..sampling.context import Context
 from .encoded import Encoded
-from .graphs import StaticForwards, give_back
+from .graphs import StaticForwards
+from .kept import give_back
 from .layout import Layout
 from .masks import takes_position_ids
 from .multimodal_prompt import FirstForward, OfRow, OfToken
@@ -217,9 +218,10 @@ class CachedModel:
         )
 
     def release(self) -> None:
-        """The call is over: the next one may use the kept cache and forwards."""
-        if self.static is not None:
-            give_back(self.model, self.cache, self.static)
+        """The call is over: the next one may use the kept cache and forwards. Nothing may be fed any more."""
+        static, self.static = self.static, None
+        if static is not None:
+            give_back(self.model, static)
 
     def _feed_static(self, static: StaticForwards, context: Context, width: int, ids: Tensor | None) -> Tensor:
         rows = context.rows

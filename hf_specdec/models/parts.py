@@ -1,7 +1,17 @@
-"""Parts: a model's modules, their settings, and the addresses of their tensors.
+"""Parts: a model's modules, their settings, the addresses of their tensors, and the modes of PyTorch.
 
-Compiled code and captured graphs of a model may be reused as long as these stay the same. The values of weights do not
-matter, because each forward reads them again.
+Compiled code and captured graphs of a model may be reused as long as these stay the same. What a graph contains, and
+where a change of it shows:
+
+- addresses of weights (`.data =`, `.to`, `load_state_dict(assign=True)`, untied or exchanged weights), buffers and
+  plain tensors: `places`. Their values do not matter, because each forward reads them again;
+- what Python decided: train mode, settings, configs, attention implementation, exchanged modules and forwards, masks
+  by layer type: `kind`;
+- what PyTorch decided by its modes, such as autocast, precision of products, deterministic algorithms: `modes`;
+- hooks, which a replay would skip: `hooked`. Adapters are not all seen here; `kept.py` does not keep such models.
+
+Grad and inference mode do not change results. Random numbers come from the device's default generator, which replays
+advance. Not seen: code that is replaced in a class or a module of Python, and generators of a model's own.
 """
 
 import enum
@@ -26,14 +36,16 @@ class Parts(NamedTuple):
     """Compared with `==`.
 
     Attributes:
-        kind: modules with their settings; dtypes, shapes and devices of tensors; and PyTorch's current modes.
+        kind: modules with their settings; dtypes, shapes and devices of tensors.
         places: the addresses of parameters, buffers and other tensors, in the same order.
         hooked: whether hooks run other code in a forward.
+        modes: PyTorch's current modes.
     """
 
     kind: object = ()
     places: tuple[object, ...] = ()
     hooked: bool = False
+    modes: object = ()
 
 
 def parts_of(model: PreTrainedModel) -> Parts:
@@ -70,7 +82,10 @@ def parts_of(model: PreTrainedModel) -> Parts:
         )
         for module in numbers
     ]
-    return Parts((modules, _modes(model_device(model).type)), tuple(places), is_hooked(model))
+    for module in numbers:
+        private = (value for name, value in vars(module).items() if name[0] == "_" and isinstance(value, Tensor))
+        places.extend(place for tensor in private for place in _places(tensor))
+    return Parts(modules, tuple(places), is_hooked(model), _modes(model_device(model).type))
 
 
 def _places(tensor: Tensor) -> list[object]:
@@ -84,7 +99,17 @@ def _places(tensor: Tensor) -> list[object]:
 
 
 def _modes(device_type: str) -> object:
-    """The modes that change matrix products: autocast, and lower precision for float32."""
-    matmul = torch.backends.cuda.matmul
-    precision = matmul.fp32_precision if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
-    return torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type), precision
+    """The modes that decide how operations are computed: of this thread (autocast), or of the process."""
+    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    matmul = cuda.matmul
+    return (
+        torch.is_autocast_enabled(device_type),
+        torch.get_autocast_dtype(device_type),
+        torch.get_default_dtype(),
+        matmul.fp32_precision if hasattr(matmul, "fp32_precision") else matmul.allow_tf32,
+        matmul.allow_fp16_reduced_precision_reduction,
+        matmul.allow_bf16_reduced_precision_reduction,
+        torch.are_deterministic_algorithms_enabled(),
+        (cudnn.enabled, cudnn.deterministic, cudnn.benchmark),
+        (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled()),
+    )

@@ -163,8 +163,9 @@ class SpeculationStats(RowStats):
         target_prefill_forwards: forwards of the target over the prompt that verified nothing; 0 if the first
             verification includes the whole prompt.
         draft_prefill_forwards: forwards of the draft model over prompts, or tokens it had missed, that drafted nothing.
-        prefill_seconds: wall time before the first iteration, except compiling.
+        prefill_seconds: wall time before the first iteration, except compiling and capturing.
         compile_seconds: wall time of compiling (`speculation_compile`), not counted elsewhere.
+        capture_seconds: wall time of capturing CUDA graphs (`cache_implementation="static"`), not counted elsewhere.
         packing_seconds: wall time of packing weights (`speculation_pack_weights`), or of finding them already packed,
             not counted elsewhere.
         draft_seconds: wall time of drafting.
@@ -181,6 +182,7 @@ class SpeculationStats(RowStats):
     draft_prefill_forwards: int = 0
     prefill_seconds: float = 0.0
     compile_seconds: float = 0.0
+    capture_seconds: float = 0.0
     packing_seconds: float = 0.0
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
@@ -236,6 +238,8 @@ class SpeculationStats(RowStats):
             parts.append(f"{self.seconds:.2f} s ({shown})")
         if self.compile_seconds:
             parts.append(f"compiled in {self.compile_seconds:.1f} s")
+        if self.capture_seconds:
+            parts.append(f"CUDA graphs captured in {self.capture_seconds:.1f} s")
         return ", ".join(parts)
 
     __str__ = summary

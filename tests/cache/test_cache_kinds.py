@@ -28,7 +28,7 @@ import hf_specdec
 from hf_specdec.cache.ragged import RaggedCache
 from hf_specdec.device import forward_parameters
 from hf_specdec.kernels import attention
-from hf_specdec.models import graphs
+from hf_specdec.models import kept
 from hf_specdec.models.abilities import Abilities
 
 NEW_TOKENS = 16
@@ -350,7 +350,7 @@ def test_fixed_forwards_are_not_kept_where_adapters_may_be_switched():
     """A captured graph would keep using the adapter that it was captured with."""
     target = with_adapter(pair()[0], seed=5)
     check_identical(target, pair()[0], cache_implementation="static")
-    assert target.get_base_model() not in graphs._kept
+    assert target.get_base_model() not in kept._kept
     with target.disable_adapter():
         check_identical(target, pair()[1], cache_implementation="static")
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedModel
 
 import hf_specdec
-from hf_specdec.models import compiled, graphs
+from hf_specdec.models import compiled, graphs, kept
 from hf_specdec.models.parts import parts_of
 
 OPTIONS: dict[str, Any] = {"do_sample": False, "max_new_tokens": 9}
@@ -35,7 +35,8 @@ class Calls:
 
     def __call__(self, seed: int = 0, rows: int = 1, **options: Any) -> tuple[list[Any], hf_specdec.SpeculationStats]:
         """The tokens, checked against vanilla's, and the statistics."""
-        prompts = {name: tensor.to(self.target.device) for name, tensor in make_prompts(rows, seed=seed).items()}
+        prompts = make_prompts(rows, width=20, seed=seed)  # longer than the blocks that graphs are captured for
+        prompts = {name: tensor.to(self.target.device) for name, tensor in prompts.items()}
         expected = self.target.generate(**prompts, **OPTIONS).tolist()
         stats = hf_specdec.SpeculationStats()
         options = {"cache_implementation": "static", "num_assistant_tokens": 3, "speculation_stats": stats} | options
@@ -94,7 +95,7 @@ def change_dtype(target: PreTrainedModel, other: PreTrainedModel) -> None:
 
 
 def scale_scores(target: PreTrainedModel, other: PreTrainedModel) -> None:
-    target.model.layers[1].self_attn.scaling *= -9
+    target.model.layers[1].self_attn.scaling *= 9
 
 
 def change_the_activation(target: PreTrainedModel, other: PreTrainedModel) -> None:
@@ -123,12 +124,12 @@ def test_captured_forwards_are_the_models_after_each_change(cuda):
 def test_storage_of_another_dtype_is_not_used_again():
     call = Calls(make_target())
     call()
-    storage = graphs._kept[call.target][0]
+    storage = kept._kept[call.target][-1].forwards.cache
     for model in (call.target, call.draft):
         model.to(torch.float64)
     call()
-    assert graphs._kept[call.target][0] is not storage
-    assert {layer.keys.dtype for layer in graphs._kept[call.target][0].layers} == {torch.float64}
+    assert kept._kept[call.target][-1].forwards.cache is not storage
+    assert {layer.keys.dtype for layer in kept._kept[call.target][-1].forwards.cache.layers} == {torch.float64}
 
 
 def test_graphs_replay_with_new_tokens_and_other_rows_and_are_made_on_the_models_device(cuda):
@@ -245,7 +246,7 @@ def test_a_forward_that_was_exchanged_does_not_keep_its_model_alive():
     target.forward = types.MethodType(type(target).forward, target)
     gone, draft = weakref.ref(target), perturbed(target, 0.0)
     target.generate(**make_prompts(1), **OPTIONS, assistant_model=draft, strategy="spec", cache_implementation="static")
-    assert target in graphs._kept
+    assert target in kept._kept
     del target
     gc.collect()
     assert gone() is None

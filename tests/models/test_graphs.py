@@ -18,7 +18,7 @@ import hf_specdec
 from hf_specdec.cache.ragged import RaggedCache
 from hf_specdec.generate import session
 from hf_specdec.kernels import attention, compiled_attention, packing
-from hf_specdec.models import graphs
+from hf_specdec.models import graphs, kept
 from hf_specdec.models.compiled import BLOCKS
 
 RAGGED = sorted(ARCHITECTURES.keys() - {"bloom", "falcon-alibi"})
@@ -73,7 +73,7 @@ def test_a_longer_call_gets_a_larger_storage_and_a_shorter_one_the_same(llama_pa
     for new_tokens in (24, 20, 200, 24):
         expected = llama_pair[0].generate(**prompts, do_sample=False, max_new_tokens=new_tokens)
         assert generate(llama_pair, prompts, max_new_tokens=new_tokens).equal(expected)
-        storages.append(graphs._kept[llama_pair[0]][0])
+        storages.append(kept._kept[llama_pair[0]][-1].forwards.cache)
     assert storages[0] is storages[1] is not storages[2]
     assert storages[2] is storages[3]
 
@@ -105,7 +105,7 @@ def test_what_is_kept_does_not_keep_a_model_alive():
     pair = make_pair("llama", seed=5)
     generate(pair, make_prompts(1))
     gone = weakref.ref(pair[0])
-    assert pair[0] in graphs._kept
+    assert pair[0] in kept._kept
     del pair
     gc.collect()
     assert gone() is None
