@@ -111,7 +111,7 @@ def parts(scale: Scale) -> list[Part]:
         compiled(large, many, middle), compiled(small, 1, long), compiled(large, 1, long), compiled(small, many, long),
         compiled(large, many, long),
     ]  # fmt: skip
-    return order[:14] + [part for part in order[14:] if not scale.tiny]
+    return order[:10] if scale.tiny else order
 
 
 # -------------------------------------------------------------------------------------------------------- one setting
