@@ -315,7 +315,7 @@ def never(scale: Scale) -> Iterator[Case]:
     raise AssertionError("parts run in the worker")
 
 
-def supervise(worker: str, folder: Path, *names: str, limit: float = 1.0, minutes: float = 1.0) -> dict[str, Any]:
+def supervise(worker: str, folder: Path, *names: str, limit: float = 2.0, minutes: float = 1.0) -> dict[str, Any]:
     """The cases of each part, by its name."""
     parts = [Part(name, limit, never, may_be_cut="speed" in name) for name in names]
     log = folder / "worker.log"
@@ -332,7 +332,7 @@ def test_a_part_that_hangs_is_stopped_and_the_others_run(fake_worker: str, tmp_p
     found = supervise(fake_worker, tmp_path, "a/good", "a/hangs", "a/dies", "b/good")
     assert [c["outcome"] for c in found["a/good"]] == [OK, OK] == [c["outcome"] for c in found["b/good"]]
     begun, rest = found["a/hangs"]
-    assert begun["outcome"] == OK and rest["outcome"] == TIMED_OUT and rest["details"] == "no answer within 1 s"
+    assert begun["outcome"] == OK and rest["outcome"] == TIMED_OUT and rest["details"] == "no answer within 2 s"
     begun, rest = found["a/dies"]
     assert begun["outcome"] == OK and rest["outcome"] == ERROR
     assert "ended with code 3" in rest["details"] and "Segmentation fault" in rest["details"]
@@ -349,7 +349,7 @@ def test_after_an_error_that_spoils_the_device_the_process_is_a_new_one(fake_wor
 def test_the_limit_of_the_whole_check_leaves_out_the_rest(fake_worker: str, tmp_path: Path) -> None:
     """What is only measured may be left out; a check that is left out is not green."""
     names = ("a/good", "speed/hangs", "speed/good", "a/late")
-    found = supervise(fake_worker, tmp_path, *names, limit=50, minutes=5 / 60)
+    found = supervise(fake_worker, tmp_path, *names, limit=50, minutes=7 / 60)
     assert [c["outcome"] for c in found["a/good"]] == [OK, OK]
     assert [c["outcome"] for c in found["speed/hangs"]] == [OK, NOT_REACHED]
     assert [c["outcome"] for c in found["speed/good"]] == [NOT_REACHED] == [c["outcome"] for c in found["a/late"]]
