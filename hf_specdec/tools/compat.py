@@ -21,7 +21,7 @@ import math
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -43,6 +43,7 @@ _LEAST_NOISE = 1e-5  # likewise: smaller differences cannot be told from roundin
 _UNKNOWN_NOISE = 16  # units in the last place, if the target's own rounding could not be measured
 _MOST_NOISE = 1e-3  # of the logits' deviation, in float32: a larger difference is not rounding
 _DELIBERATE = (ValueError, TypeError, NotImplementedError)
+Given = TypeVar("Given")
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class _Comparison:
         case: dict[str, Any] = {"seed": self.seed, "new_tokens": self.new_tokens, "vanilla": None}
         try:
             self.inputs = inputs = self.make(target, self.batch, self.seed)
-            self.expected = expected = _generate(target, inputs, self.new_tokens)
+            self.expected = expected = answer_of(target, inputs, self.new_tokens)
         except Exception as error:
             return case | {"vanilla": _message(error), "where": _where(error)}
         self.noise = case["noise"] = self._noise()
@@ -172,7 +173,7 @@ class _Comparison:
         return rounding.noise
 
     def _outcome(self, package: str, **options: Any) -> dict[str, Any]:
-        return outcome(lambda: _generate(self.target, self.inputs, self.new_tokens, **options), self.judge, package)
+        return outcome(lambda: answer_of(self.target, self.inputs, self.new_tokens, **options), self.judge, package)
 
     def judge(self, given: Answer) -> dict[str, Any]:
         """The outcome of a method's answer, compared with vanilla's tokens and logits."""
@@ -255,7 +256,8 @@ def _reads_text(draft: PreTrainedModel) -> bool:
     return True
 
 
-def _generate(model: PreTrainedModel, inputs: dict[str, Any], new_tokens: int, **kwargs: Any) -> Answer:
+def answer_of(model: PreTrainedModel, inputs: dict[str, Any], new_tokens: int, **kwargs: Any) -> Answer:
+    """What a greedy call returns, with the logits of its new tokens."""
     told = {"return_dict_in_generate": True, "output_logits": True, "output_scores": True}
     out = model.generate(**copy.deepcopy(inputs), max_new_tokens=new_tokens, do_sample=False, **told, **kwargs)
     sequences = getattr(out, "sequences", out)
@@ -271,7 +273,7 @@ def _generate(model: PreTrainedModel, inputs: dict[str, Any], new_tokens: int, *
     return Answer(sequences, new_tokens, [Row(*row) for row in zip(tokens.tolist(), logits, scores, strict=True)])
 
 
-def outcome(run: Callable[[], Answer], judge: Callable[[Answer], dict[str, Any]], package: str) -> dict[str, Any]:
+def outcome(run: Callable[[], Given], judge: Callable[[Given], dict[str, Any]], package: str) -> dict[str, Any]:
     """A method's outcome: the judgement of its answer, or the kind of exception that it raised."""
     try:
         given = run()

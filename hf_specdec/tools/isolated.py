@@ -7,7 +7,10 @@ import select
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
+
+LATE = "no answer within"  # how the reason begins if a worker took too long
 
 
 class Worker:
@@ -15,10 +18,11 @@ class Worker:
 
     Args:
         module: a module whose main block calls `serve(handler)`.
+        log: a file that the worker's standard error is appended to; without one it is dropped.
     """
 
-    def __init__(self, module: str):
-        self.module = module
+    def __init__(self, module: str, log: Path | None = None):
+        self.module, self.log = module, log
         self._process: subprocess.Popen[bytes] | None = None
 
     def ask(self, question: dict[str, Any], seconds: float) -> dict[str, Any]:
@@ -35,7 +39,7 @@ class Worker:
                 ready, _, _ = select.select([process.stdout], [], [], max(end - time.monotonic(), 0))
                 if not ready:
                     self.stop()
-                    return {"crash": f"no answer within {seconds:g} s"}
+                    return {"crash": f"{LATE} {seconds:g} s"}
                 piece = os.read(process.stdout.fileno(), 1 << 16)
                 if not piece:
                     self.stop()
@@ -49,7 +53,8 @@ class Worker:
 
     def _start(self) -> "subprocess.Popen[bytes]":
         command = [sys.executable, "-m", self.module]
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        with open(self.log or os.devnull, "ab") as errors:
+            return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
 
     def stop(self) -> None:
         if self._process is not None:

@@ -138,6 +138,8 @@ def timed(target: PreTrainedModel, batch: Batch, new_tokens: int, options: dict[
     return run, sequences
 
 
+Timer = Callable[[PreTrainedModel, Batch, int, dict[str, Any]], tuple[Run, Tensor]]
+
 # Where our loop calls a model.
 _FEEDING: list[tuple[type, str]] = [
     *((CachedModel, name) for name in ("_feed", "_feed_static", "read_prompt")),
@@ -189,6 +191,8 @@ class Comparison:
         methods: the first must be vanilla; all others are compared with its tokens.
         bare: also measured after each batch, if given.
         advance: called with a method's name before each of its runs.
+        timer: times one `generate()` call, as `timed` does.
+        may_fail: families whose errors are recorded as refusals; those of others are raised.
 
     Attributes:
         records: one per method, by name.
@@ -202,7 +206,10 @@ class Comparison:
         new_tokens: int,
         bare: BareForwards | None = None,
         advance: Callable[[str], None] = lambda name: None,
+        timer: Timer = timed,
+        may_fail: Sequence[str] = (ASSISTED,),
     ):
+        self.timer, self.may_fail = timer, may_fail
         self.target, self.batches, self.new_tokens, self.bare, self.advance = target, batches, new_tokens, bare, advance
         self.records = {method.name: Record(method) for method in methods}
         self.reference = self.records[methods[0].name]
@@ -253,9 +260,9 @@ class Comparison:
         if record.method.family == OURS:
             options["speculation_stats"] = record.stats
         try:
-            run, sequences = timed(self.target, batch, self.new_tokens, options)
+            run, sequences = self.timer(self.target, batch, self.new_tokens, options)
         except Exception as error:
-            if record.method.family != ASSISTED:
+            if record.method.family not in self.may_fail:
                 raise
             record.refusal = (str(error) or type(error).__name__).splitlines()[0]
             return None

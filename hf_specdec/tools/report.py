@@ -4,7 +4,6 @@ import html
 import platform
 import re
 import string
-import subprocess
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
@@ -16,6 +15,7 @@ from rich.table import Table
 
 from ..pairs.pair import SpecPair
 from .measure import OURS, VANILLA
+from .surroundings import commit, cpu_name
 
 COLUMNS = ("tokens/s", "speed-up", "decode", "vs HF", "first", "α", "τ", "ideal", "reached", "memory", "rows")
 
@@ -78,8 +78,8 @@ def surroundings(pair: SpecPair, command: str) -> dict[str, Any]:
     return {
         "command": command,
         "date": date.today().isoformat(),
-        "commit": _commit(),
-        "device": torch.cuda.get_device_name(target.device) if target.device.type == "cuda" else _cpu(),
+        "commit": commit(),
+        "device": torch.cuda.get_device_name(target.device) if target.device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
         "dtype": str(target.dtype).removeprefix("torch."),
         "target": pair.config.target.name_or_path,
@@ -90,25 +90,6 @@ def surroundings(pair: SpecPair, command: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _commit() -> str | None:
-    """The commit of the checkout that contains this package, if there is one; with "+" if files changed since."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
 GLOSSARY = {

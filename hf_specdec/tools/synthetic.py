@@ -71,12 +71,52 @@ def big_pair(
         eos_token_id=None,
         pad_token_id=tokenizer.pad_token_id,
     )
+    target, draft = llama_pair(config, dtype, device, draft_layers=draft_layers, epsilon=epsilon, seed=seed)
+    return SpecPair(target, draft, tokenizer, _config("big"))
+
+
+def llama_pair(
+    config: LlamaConfig, dtype: torch.dtype, device: str = "cpu", *, draft_layers: int, epsilon: float, seed: int = 0
+) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A random Llama and a draft of its first layers, which share their tensors; both are made on the device.
+
+    The layers after the draft's are scaled down by `epsilon`: the smaller, the more often the draft agrees.
+    """
     target = _random_llama(config, dtype, device, seed)
-    with torch.no_grad():
-        for layer in target.model.layers[draft_layers:]:
-            layer.self_attn.o_proj.weight *= epsilon
-            layer.mlp.down_proj.weight *= epsilon
-    return SpecPair(target, first_layers(target, draft_layers), tokenizer, _config("big"))
+    scale_later_layers(target, draft_layers, epsilon)
+    return target, first_layers(target, draft_layers)
+
+
+@torch.no_grad()
+def scale_later_layers(target: PreTrainedModel, first: int, factor: float) -> None:
+    """Multiply what the layers from number `first` on add to the residual stream."""
+    for layer in target.model.layers[first:]:
+        layer.self_attn.o_proj.weight *= factor
+        layer.mlp.down_proj.weight *= factor
+
+
+def tune_agreement(target: PreTrainedModel, draft: PreTrainedModel, wanted: float, tokens: int = 256) -> float:
+    """Scale the layers after the draft's until the two agree on a share of about `wanted` of a random text's tokens.
+
+    For a draft of the target's first layers. Returns the share that was reached.
+    """
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(target.config.vocab_size, (1, tokens), generator=generator).to(target.device)
+
+    @torch.inference_mode()
+    def choices(model: PreTrainedModel) -> torch.Tensor:
+        return model(input_ids=ids, use_cache=False).logits.argmax(dim=-1)
+
+    drafted, layers = choices(draft), draft.config.num_hidden_layers
+    factor, low, high, agreement = 1.0, 0.01, 100.0, 0.0
+    for _ in range(12):
+        agreement = float((choices(target) == drafted).float().mean())
+        if abs(agreement - wanted) < 0.04:
+            break
+        low, high = (factor, high) if agreement > wanted else (low, factor)
+        scale_later_layers(target, layers, (low * high) ** 0.5 / factor)
+        factor = (low * high) ** 0.5
+    return agreement
 
 
 def first_layers(target: PreTrainedModel, count: int) -> PreTrainedModel:
