@@ -93,6 +93,8 @@ class Graph:
 
 
 class _Thread(threading.local):
+    in_subclass = False
+
     def __init__(self) -> None:
         self.graph: Graph | None = None
         self.streams: list[Stream] = []
@@ -190,9 +192,13 @@ class Device(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.device:
             return func(*args, **kwargs or {})
-        if (subclass := _subclass(args)) is not None:
-            with self:
-                return subclass.__torch_function__(func, types, args, kwargs)
+        if not self._thread.in_subclass and (subclass := _subclass(args)) is not None:
+            self._thread.in_subclass = True
+            try:
+                with self:
+                    return subclass.__torch_function__(func, types, args, kwargs or {})
+            finally:
+                self._thread.in_subclass = False
         leaves = tree_leaves((args, kwargs or {}))
         asked = [torch.device(leaf) for leaf in leaves if _is_device(leaf)]
         given = any(isinstance(leaf, CudaTensor) for leaf in leaves)
@@ -204,6 +210,8 @@ class Device(TorchFunctionMode):
             self.wait(f"{reason} ({pretend_waits.caller()})")
         args, kwargs = tree_map(_on_cpu, (args, kwargs or {}))
         out = func(*args, **kwargs)
+        if given and not on_cuda:
+            return tree_map(lambda leaf: leaf.as_subclass(Tensor).clone() if isinstance(leaf, Tensor) else leaf, out)
         if self._graph is not None:
             self._graph.calls.append((func, args, kwargs, tree_leaves(out)))
         return tree_map(lambda leaf: _on_cuda(leaf) if on_cuda and isinstance(leaf, Tensor) else leaf, out)

@@ -56,7 +56,8 @@ class Encoded:
 
         Nothing may follow an uncounted token in one forward, because vanilla feeds it a step later.
         """
-        uncounted = draft_tokens.eq(self.uncounted).long()
+        assert self.uncounted is not None
+        uncounted = (draft_tokens == self.uncounted).long()
         return (uncounted.cumsum(dim=1) == uncounted).sum(dim=1)
 
     def all_counted(self, context: Context, missing: list[int]) -> list[bool]:
