@@ -4,34 +4,41 @@ Owns running estimates of what drafts are worth and what forwards cost, both mea
 lossless whatever the estimates are: a decision depends only on past iterations, and on drafts that are verified or
 dropped together with all drafts after them.
 
-The decision. An iteration that drafts γ tokens in each row takes V(γ + 1) + γ·D seconds, where V is the target's
-forward and D a forward of the draft. It commits 1 + a1 + a1·a2 + ... tokens per row, where aj is the probability that
-draft j is accepted if all drafts before it are. The best γ maximises their ratio R. On a CPU, the draft's confidence
-can be read without waiting for a device, so the decision is made token by token: a draft is worth its probability of
-being accepted, and none is made once that is below R·(D + V') seconds, where V' is what one more token adds to V
-(optimal stopping of a renewal process). γ is 0 where even the best R is below that of plain decoding; now and then a
-draft of one token checks whether that has changed, each time after a longer pause.
+The decision. An iteration that drafts γ tokens in each row costs V(γ + 1) + γ·D, where V is the target's forward and D
+a forward of the draft. It commits 1 + a1 + a1·a2 + ... tokens per row, where aj is the probability that draft j is
+accepted if all drafts before it are. The best γ maximises their ratio R. On a CPU, the draft's confidence can be read
+without waiting for a device, so the decision is made token by token: a draft is worth its probability of being
+accepted, and none is made once that is below R·(D + V'), where V' is what one more token adds to V (optimal stopping of
+a renewal process). Costs are relative to plain decoding (see `costs.py`).
+
+Where even the best R is below that of plain decoding, γ is 0: drafting *pauses*. Now and then a draft checks whether
+that has changed. What it costs more than plain decoding is a debt, which is paid off by 0.5% of the time of the plain
+iterations that follow. So probes cost that much where they cost anything, and are frequent where they cost nothing.
 """
 
 import itertools
 import operator
 import weakref
-from collections import defaultdict, deque
-from collections.abc import Sequence
-from typing import NamedTuple
+
+from torch import nn
 
 from ..drafters.base import GoOn
 from ..records.stats import Iteration
+from .costs import CostEstimates, Costs
 
 MAX_GAMMA = 16
 _FORGET = 0.97  # weight of an observation after one more of its kind
-_RECENT = 0.9  # weight of an iteration after one more
+_RECENT = 0.95  # weight of an iteration after one more
+_SCATTER = 0.3  # of the tokens of one row and iteration, as a share of their mean
 _BINS = 10  # of the draft's confidence
-_LEAN = 64.0  # the weight of the prior for V': that of one measurement 8 tokens away from the others
-_LIKELY = 0.3  # while costs are unknown, draft tokens that are accepted with at least this probability
-_ENOUGH = 2  # iterations to time before costs are believed
-_INSTANT = 1e-9  # seconds; a clock may not advance between two readings
-_FIRST_PROBE, _LAST_PROBE = 16, 256  # iterations between drafts while speculation does not pay
+_DRAFT_COST = 0.1  # of a draft's forward, before anything is known
+_PROBING = 0.005  # the share of time that probes may cost while drafting pauses
+_MOST_REGRET = 1.0  # units that drafts may have cost more than they brought, if there is doubt that they do
+_LEAST_PAUSE, _MOST_DEBT = 16, 20.0  # iterations without drafts after evidence against them; units
+_DOUBTFUL = 2.0  # standard deviations within which drafting may or may not pay
+_FIRST_GAMMA, _KNOWN = 4, 3  # the longest draft until so many were measured
+_MORE = 12  # iterations with drafts, of which one drafts a token more than seems best
+_BETWEEN_PLAIN = 4  # iterations with drafts between two without, while it is doubtful
 
 
 class Share:
@@ -51,79 +58,68 @@ class Share:
         return (self._hits + self._doubt * prior) / (self._seen + self._doubt)
 
 
-class Costs(NamedTuple):
-    """Seconds of an iteration.
+class Rate:
+    """Tokens per row and unit of the recent iterations that drafted; older ones count less."""
 
-    Attributes:
-        plain: without drafts; `None` if not measured.
-        block: the target's forward over one token and drafts, without what the drafts add to it.
-        token: what each draft adds to that forward (V').
-        draft: making one draft token (D); 0 for drafters without a model.
-    """
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
+        self._tokens = self._spent = self._seen = 0.0
 
-    plain: float | None
-    block: float
-    token: float
-    draft: float
+    def add(self, tokens: float, spent: float) -> None:
+        self._tokens = _RECENT * self._tokens + tokens
+        self._spent = _RECENT * self._spent + spent
+        self._seen = _RECENT * self._seen + 1
 
-    def iteration(self, gamma: int) -> float:
-        """With γ > 0 drafts."""
-        return max(self.block + gamma * (self.token + self.draft), _INSTANT)
+    @property
+    def value(self) -> float:
+        """0 if none was seen."""
+        return self._tokens / self._spent if self._spent else 0.0
+
+    @property
+    def doubt(self) -> float:
+        """How far the true value may be from this one by chance, as a share of it."""
+        return _SCATTER / (max(self._seen, 1.0) * self._rows) ** 0.5
 
 
 class Estimates:
     """Estimates for one target with one drafter, kept from call to call.
 
-    Costs are in seconds, by size class of the batch: 1, 2-3, 4-7, 8-15... rows.
+    Costs are kept by size class of the batch: 1, 2-3, 4-7, 8-15... rows.
+
+    Args:
+        draft_cost: the cost of a draft's forward before it was measured, relative to the target's.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, draft_cost: float = _DRAFT_COST) -> None:
         self.by_position: list[Share] = []
         self.by_confidence = [Share() for _ in range(_BINS)]
-        self._verify: dict[int, dict[int, deque[float]]] = defaultdict(lambda: defaultdict(lambda: deque(maxlen=9)))
-        self._draft: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=33))
+        self._draft_cost = draft_cost
+        self._costs: dict[int, CostEstimates] = {}
+        self._rates: dict[int, Rate] = {}
+        self.debt = 0.0  # what probes have cost, in units; less what was paid off
+        self.regret = 0.0  # what drafts have probably cost since they seemed to pay, in units
         self.idle = 0  # iterations without drafts
-        self.probe_after = _FIRST_PROBE
+
+    def costs(self, rows: int) -> CostEstimates:
+        """The cost of iterations over about this many rows."""
+        size = rows.bit_length()
+        if size not in self._costs:
+            self._costs[size] = CostEstimates(rows, self._draft_cost)
+        return self._costs[size]
+
+    def rate(self, rows: int) -> Rate:
+        """How fast iterations with drafts over about this many rows were."""
+        return self._rates.setdefault(rows.bit_length(), Rate(rows))
 
     def add_costs(self, iteration: Iteration) -> None:
-        rows = len(iteration.rows).bit_length()
+        """Learn what an iteration has cost."""
         width = max(len(step.drafted) for step in iteration.rows) + 1
-        self._verify[rows][width].append(iteration.verify_seconds + iteration.other_seconds)
+        seconds, per_forward = iteration.verify_seconds + iteration.other_seconds, None
+        if not iteration.draft_forwards:
+            seconds += iteration.draft_seconds
         if iteration.draft_forwards and not self.idle:  # after a pause the draft model had to catch up
-            self._draft[rows].append(iteration.draft_seconds / iteration.draft_forwards)
-
-    def costs(self, rows: int) -> Costs | None:
-        """The cost of iterations over about this many rows; `None` while too few were measured."""
-        measured = self._verify[rows.bit_length()]
-        if sum(map(len, measured.values())) < _ENOUGH:
-            return None
-        plain = _typical(measured[1]) if 1 in measured else None
-        # A single token may be much cheaper (matrix-vector products), which says nothing about further ones.
-        points = [(w, _typical(s), len(s)) for w, s in measured.items() if w > 1 or len(measured) == 1]
-        total = sum(n for _, _, n in points)
-        center, seconds = (sum(point[k] * point[2] for point in points) / total for k in (0, 1))
-        # The fit has a prior: few and noisy measurements would keep drafts short, and thereby stay few. With one row
-        # the prior is V' = 0. Several rows are several tokens even without drafts: there it is the slope from plain.
-        believed = 0.0 if rows == 1 or plain is None or center == 1 else (seconds - plain) / (center - 1)
-        spread = sum(n * (w - center) ** 2 for w, _, n in points) + _LEAN
-        rise = sum(n * (w - center) * (s - seconds) for w, s, n in points) + _LEAN * believed
-        rise = max(rise / spread, 0.0)
-        draft = self._draft[rows.bit_length()]
-        return Costs(
-            plain=plain,
-            block=seconds - rise * (center - 1),
-            token=rise,
-            draft=_typical(draft) if draft else 0.0,
-        )
-
-    def space_probes(self, drafted: bool, hit: bool) -> None:
-        """A failed probe doubles the wait for the next one; a successful one is followed by another at once."""
-        if not drafted:
-            self.idle += 1
-        elif not hit:
-            if self.idle >= self.probe_after:
-                self.probe_after = min(2 * self.probe_after, _LAST_PROBE)
-            self.idle = 0
+            per_forward = iteration.draft_seconds / iteration.draft_forwards
+        self.costs(len(iteration.rows)).add(width, seconds, per_forward)
 
     def acceptance(self, gamma: int) -> list[float]:
         """a1 .. aγ; the prior of a position is the estimate of the one before."""
@@ -142,7 +138,16 @@ _estimates = weakref.WeakKeyDictionary()
 
 def estimates_for(target: object, drafter: object) -> Estimates:
     """The estimates of this target with this draft model (or the target itself, for drafters without a model)."""
-    return _estimates.setdefault(target, weakref.WeakKeyDictionary()).setdefault(drafter, Estimates())
+    known = _estimates.setdefault(target, weakref.WeakKeyDictionary())
+    if drafter not in known:
+        known[drafter] = Estimates(_believed_cost(target, drafter))
+    return known[drafter]
+
+
+def _believed_cost(target: object, draft: object) -> float:
+    """Of a draft's forward: its share of the target's parameters, because decoding is bound by reading them."""
+    sizes = [sum(p.numel() for p in model.parameters()) for model in (target, draft) if isinstance(model, nn.Module)]
+    return min(max(sizes[1] / sizes[0], 0.02), 1.0) if len(sizes) == 2 and sizes[0] else _DRAFT_COST
 
 
 class Optimal:
@@ -164,37 +169,49 @@ class Optimal:
         self._paused = False  # speculation does not pay
         self._confidence: list[list[float]] = []  # by draft position, by active row
         self._alive: list[float] = []  # by active row, the probability that all its drafts so far are accepted
-        self._costs: Costs | None = None
+        self._costs = Costs(1.0, 0.0, _DRAFT_COST)
         self._acceptance: list[float] = []
-        self._rate = 0.0  # R: tokens per second with drafts, over all rows
+        self._rate = 0.0  # R: tokens per unit with drafts, over all rows
+        self._gain = 1.0  # the same, relative to plain decoding
         self._rows = 0
-        self._tokens = self._seconds = 0.0  # of recent iterations that drafted: per row, and as expected
 
     def plan(self, rows: int) -> int:
         """The longest draft of the next iteration over this many rows."""
         known = self._estimates
-        if self._paused and known.idle < known.probe_after:
+        if self._paused and known.debt > 0:
             return 0
-        if rows.bit_length() != self._rows.bit_length():
-            self._tokens = self._seconds = 0.0  # other costs
         self._rows, self._confidence, self._alive = rows, [], [1.0] * rows
-        self._costs, self._acceptance = known.costs(rows), known.acceptance(self._max_gamma)
-        expected = list(itertools.accumulate(self._acceptance, operator.mul))
-        if self._costs is None:
-            return self._max_gamma if self._reads_confidence else max(1, sum(p > _LIKELY for p in expected))
-        if self._costs.plain is None:
-            return 0  # once, to measure it
-        tokens = itertools.accumulate(expected, initial=1.0)
+        estimates = known.costs(rows)
+        self._costs, self._acceptance = estimates.costs, known.acceptance(self._max_gamma)
+        tokens = itertools.accumulate(itertools.accumulate(self._acceptance, operator.mul), initial=1.0)
         rates = [rows * n / self._costs.iteration(gamma) for gamma, n in enumerate(tokens) if gamma]
-        self._rate = max(rates)
-        if self._reads_confidence and self._seconds:
+        self._rate, gamma = max(rates), rates.index(max(rates)) + 1
+        recent = known.rate(rows)
+        if self._reads_confidence and recent.value:
             # Only confident drafts reach late positions, so the acceptance there is too optimistic.
-            self._rate = max(rows * self._tokens / self._seconds, rates[0])
-        self._paused = self._rate <= rows / self._costs.plain
-        if not self._paused:
-            known.probe_after = _FIRST_PROBE
-            return self._max_gamma if self._reads_confidence else rates.index(self._rate) + 1
-        return 0 if known.idle < known.probe_after else 1
+            self._rate = max(rows * recent.value, rates[0])
+        self._gain, doubt = self._rate / rows, estimates.doubt(gamma)
+        if estimates.drafted_seen and not estimates.plain_seen:
+            return 0  # to compare with
+        at_best = self._gain * (1 + doubt / 2 + (recent.doubt if self._reads_confidence else 0.0))
+        was_paused, is_doubtful = self._paused, at_best >= 1 and known.regret < _MOST_REGRET
+        self._paused = self._gain < 1 and estimates.drafted_seen > 0 and (was_paused or not is_doubtful)
+        if self._paused:
+            known.regret = 0.0
+            if was_paused:
+                return gamma if not self._reads_confidence else self._max_gamma
+            known.debt = max(known.debt, _LEAST_PAUSE * _PROBING, min(self._costs.iteration(1) - 1, 1.0))
+            return 0
+        if self._gain < 1 + _DOUBTFUL * doubt and estimates.since_plain >= _BETWEEN_PLAIN:
+            return 0
+        if self._reads_confidence:
+            return min(self._longest(estimates), self._max_gamma)
+        tries_more = estimates.drafted_seen % _MORE == 0  # else an unlucky position would never be tried again
+        return min(self._longest(estimates), self._max_gamma, gamma + tries_more)
+
+    def _longest(self, estimates: CostEstimates) -> int:
+        """A bound on drafts while little is known of their costs."""
+        return self._max_gamma if estimates.drafted_seen >= _KNOWN else _FIRST_GAMMA
 
     def _go_on(self, confidence: list[float]) -> bool:
         """Whether to draft another token, given the draft's probabilities for the last ones, by row."""
@@ -202,11 +219,9 @@ class Optimal:
         self._confidence.append(confidence)
         self._alive = [p * known.confidence(c) for p, c in zip(self._alive, confidence)]
         drafted = len(self._confidence)
-        if drafted >= self._max_gamma:
+        if drafted >= min(self._longest(known.costs(self._rows)), self._max_gamma):
             return False
-        if self._costs is None:
-            return sum(self._alive) > _LIKELY * len(self._alive)
-        return sum(self._alive) * self._acceptance[drafted] > (self._costs.draft + self._costs.token) * self._rate
+        return sum(self._alive) * self._acceptance[drafted] > self._costs.one_more * self._rate
 
     def update(self, iteration: Iteration) -> None:
         """Learn from one iteration."""
@@ -218,19 +233,21 @@ class Optimal:
                 if i < len(self._confidence):
                     known.by_confidence[_bin(self._confidence[i][slot])].add(i < step.accepted)
         longest = max(len(step.drafted) for step in iteration.rows)
+        committed = sum(len(step.committed) for step in iteration.rows) / len(iteration.rows)
         if self._has_begun:  # the first iteration also reads the prompts
             known.add_costs(iteration)
-            if longest and self._costs is not None:
-                committed = sum(len(step.committed) for step in iteration.rows) / len(iteration.rows)
-                self._tokens = _RECENT * self._tokens + committed
-                self._seconds = _RECENT * self._seconds + self._costs.iteration(longest)
+            if longest:
+                known.rate(len(iteration.rows)).add(committed, self._costs.iteration(longest))
+                known.regret = max(known.regret + self._costs.iteration(longest) * (1 - self._gain), 0.0)
+                if self._paused:
+                    seconds = iteration.draft_seconds + iteration.verify_seconds + iteration.other_seconds
+                    loss = seconds / known.costs(len(iteration.rows)).unit - committed
+                    least = 0.0 if any(step.accepted for step in iteration.rows) else _LEAST_PAUSE * _PROBING
+                    known.debt = min(max(known.debt + loss, least), _MOST_DEBT)
         self._has_begun = True
-        known.space_probes(longest > 0, hit=self._paused and any(step.accepted for step in iteration.rows))
-
-
-def _typical(seconds: Sequence[float]) -> float:
-    """The time without disturbances, which can only add to it: the lower quartile."""
-    return max(sorted(seconds)[len(seconds) // 4], _INSTANT)
+        known.idle = 0 if longest else known.idle + 1
+        if not longest:
+            known.debt = max(known.debt - _PROBING, 0.0)
 
 
 def _bin(confidence: float) -> int:

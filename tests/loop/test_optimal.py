@@ -12,7 +12,7 @@ import random
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -41,7 +41,8 @@ from hf_specdec import SpeculationStats, options
 from hf_specdec.drafters import ModelDrafter
 from hf_specdec.generate import session
 from hf_specdec.loop import clock, invariants, optimal, schedule
-from hf_specdec.loop.optimal import MAX_GAMMA, Costs, Estimates, Optimal, estimates_for
+from hf_specdec.loop.costs import Costs
+from hf_specdec.loop.optimal import MAX_GAMMA, Estimates, Optimal, estimates_for
 from hf_specdec.loop.schedule import Constant
 from hf_specdec.records.stats import Iteration, RowStep
 
@@ -236,34 +237,33 @@ def test_a_hopeless_draft_that_is_almost_free_is_given_up_as_well(reads_confiden
     """The initial estimate is forgotten, however little it would take for drafts to pay."""
     pair = Pair(lambda: 0.0, linear(1.0, 0.0), 0.01)
     schedule = settled(pair, reads_confidence=reads_confidence, iterations=300)
-    assert sum(pair.iterate(schedule)[0] > 0 for _ in range(200)) <= 2
+    assert sum(pair.iterate(schedule)[2] for _ in range(200)) < 200 * 1.005
 
 
 @pytest.mark.parametrize("reads_confidence", [False, True])
-def test_probes_are_short_and_become_rarer_up_to_a_bound(reads_confidence: bool) -> None:
-    pair = Pair(lambda: 0.0, linear(1.0, 0.1), 0.3)
+@pytest.mark.parametrize(("more", "draft"), [(0.1, 0.3), (0.5, 1.0), (0.01, 0.05)])
+def test_probes_take_a_bounded_share_of_the_time(more: float, draft: float, reads_confidence: bool) -> None:
+    """0.5% of it: the dearer they are, the rarer. They draft one token, or another that seems worth it."""
+    pair = Pair(lambda: 0.0, linear(1.0, more), draft)
     schedule = Optimal(MAX_GAMMA, Estimates(), reads_confidence)
-    drafted = [pair.iterate(schedule)[0] for _ in range(3000)]
-    probes = [i for i, n in enumerate(drafted) if n]
-    start = next(k for k, i in enumerate(probes) if i > 16)
-    assert probes[start - 1] <= 8  # given up soon
-    assert {drafted[i] for i in probes[start:]} == {1}
-    gaps = np.diff(probes[start - 1 :]).tolist()
-    assert gaps == [17, 33, 65, 129, *[257] * (len(gaps) - 4)]
-    assert len(gaps) > 10
+    done = [pair.iterate(schedule) for _ in range(3000)]
+    assert sum(seconds for *_, seconds in done) < 3000 * 1.01
+    settled = [drafted for drafted, *_ in done[200:]]
+    assert 0 < sum(drafted > 0 for drafted in settled) <= 2800 * 0.005 / (more + draft) + 1
+    assert max(settled) <= 2
 
 
 @pytest.mark.parametrize("reads_confidence", [False, True])
 @pytest.mark.parametrize("draft", [0.05, 0.3])
 def test_speculation_resumes_when_the_draft_has_become_good(draft: float, reads_confidence: bool) -> None:
-    """The next probe shows it: probes are at most 256 iterations apart, and a hit is followed by others."""
+    """The next probe shows it, and a hit is followed by others."""
     verify = linear(1.0, 0.05)
     schedule = settled(Pair(lambda: 0.0, verify, draft), reads_confidence=reads_confidence, iterations=2000)
     good = Pair(lambda: 1.0, verify, draft)
     drafted = [good.iterate(schedule)[0] for _ in range(400)]
     assert min(drafted[300:]) >= 2
     bad = Pair(lambda: 0.0, verify, draft)
-    assert sum(bad.iterate(schedule)[0] > 0 for _ in range(400)) < 120  # and stops again
+    assert sum(bad.iterate(schedule)[0] > 0 for _ in range(400)) < 150  # and stops again
 
 
 def test_two_calls_do_not_pay_twice_for_the_same_lesson() -> None:
@@ -403,9 +403,7 @@ def test_drafts_behind_a_cut_are_not_rejected() -> None:
 
 
 def costs(estimates: Estimates, rows: int = 1) -> Costs:
-    known = estimates.costs(rows)
-    assert known is not None
-    return known
+    return estimates.costs(rows).costs
 
 
 def test_costs_are_kept_by_size_of_the_batch() -> None:
@@ -421,7 +419,7 @@ def test_costs_are_kept_by_size_of_the_batch() -> None:
     assert Optimal(MAX_GAMMA, estimates).plan(1) >= 6
     drafted = {Optimal(MAX_GAMMA, estimates).plan(rows) for rows in (16, 20, 31)}
     assert drafted == {0}
-    assert [estimates.costs(rows) is not None for rows in (1, 2, 15, 31)] == [True, False, False, True]
+    assert [estimates.costs(rows).drafted_seen > 0 for rows in (1, 2, 15, 31)] == [True, False, False, True]
 
 
 def test_rows_that_have_ended_do_not_make_the_others_look_fast() -> None:
@@ -438,7 +436,7 @@ def test_rows_that_have_ended_do_not_make_the_others_look_fast() -> None:
     schedule = Optimal(MAX_GAMMA, Estimates(), reads_confidence=True)
     for _ in range(30):
         many.iterate(schedule)
-    assert sum(bad.iterate(schedule)[0] > 0 for _ in range(30)) < 8
+    assert sum(bad.iterate(schedule)[0] > 0 for _ in range(30)) <= 12
 
 
 def test_the_first_iteration_which_feeds_the_prompt_is_not_timed() -> None:
@@ -446,56 +444,91 @@ def test_the_first_iteration_which_feeds_the_prompt_is_not_timed() -> None:
     schedule = Optimal(MAX_GAMMA, estimates)
     schedule.plan(1)
     schedule.update(iteration_of([3], [1], verify=1000.0))
-    assert estimates.costs(1) is None
-    for _ in range(2):
-        schedule.plan(1)
-        schedule.update(iteration_of([3], [1], verify=1.0))
-    assert costs(estimates).iteration(3) == pytest.approx(1.0 + 3 * costs(estimates).draft)
+    assert estimates.costs(1).drafted_seen == 0
+    schedule.plan(1)
+    schedule.update(iteration_of([3], [1], verify=1.0))
+    assert estimates.costs(1).drafted_seen == 1
+    assert estimates.costs(1).unit < 10
+
+
+def add(estimates: Estimates, *observed: tuple[int, float], rows: int = 1, draft: float = 0.1) -> None:
+    """Iterations by draft length and the target's seconds."""
+    for drafted, seconds in observed:
+        estimates.add_costs(iteration_of([drafted] * rows, [0] * rows, seconds, draft * drafted))
 
 
 def test_costs_of_all_widths_follow_from_those_measured() -> None:
     """With one hiccup in four; a one-token forward does not count among the others."""
     estimates = Estimates()
     for _ in range(50):
-        for width, seconds in ((1, 1.0), (3, 2.0), (15, 8.0), (15, 800.0), (3, 2.0), (15, 8.0)):
-            estimates.add_costs(iteration_of([width - 1], [0], seconds, draft=0.25 * (width - 1)))
+        add(estimates, (0, 1.0), (2, 2.0), (14, 4.5), (14, 450.0), (2, 2.0), (14, 4.5), draft=0.25)
     known = costs(estimates)
-    assert known.plain == 1.0
-    assert known.draft == 0.25
-    assert known.token == pytest.approx(0.5, rel=0.1)
-    assert known.iteration(8) == pytest.approx(5.0 + 8 * 0.25, rel=0.05)
+    assert estimates.costs(1).unit == pytest.approx(1.0, rel=0.05)
+    assert known.draft == pytest.approx(0.25, rel=0.05)
+    assert [known.verify(width) for width in (1, 3, 15)] == pytest.approx([1.0, 2.0, 4.5], rel=0.1)
+    assert known.verify(7) == pytest.approx(3.0, rel=0.1)  # a power of the width
+    assert known.iteration(6) == pytest.approx(3.0 + 6 * 0.25, rel=0.1)
+    assert known.one_more == pytest.approx((known.iteration(8) - known.iteration(1)) / 7)
+
+
+def test_a_machine_that_becomes_slower_does_not_change_what_things_cost() -> None:
+    """Another process comes and goes: everything takes 3 times as long for a while."""
+    estimates, rng = Estimates(), random.Random(0)
+    found = []
+    for i in range(600):
+        slow = 3.0 if i // 40 % 2 else 1.0
+        drafted = rng.choice([0, 2, 4])
+        add(estimates, (drafted, slow * (1.3 if drafted else 1.0)), draft=0.2 * slow)
+        found.append(costs(estimates))
+    for known in found[100:]:
+        assert known.verify(4) == pytest.approx(1.3, rel=0.15)
+        assert known.draft == pytest.approx(0.2, rel=0.15)
+    assert estimates.costs(1).unit == pytest.approx(1.0, rel=0.05)
 
 
 def test_few_measurements_do_not_make_long_drafts_look_dear() -> None:
     estimates = Estimates()
-    for width, seconds in ((2, 1.0), (3, 1.0), (2, 1.0), (3, 1.0), (4, 1.5)):
-        estimates.add_costs(iteration_of([width - 1], [0], seconds))
-    assert 0 < costs(estimates).token < 0.02
+    add(estimates, (1, 1.0), (2, 1.0), (1, 1.0), (2, 1.0), (3, 1.5))
+    known = costs(estimates)
+    assert known.verify(5) - known.verify(4) < 0.04
 
 
 def test_in_a_batch_forwards_without_drafts_say_what_drafts_add() -> None:
     """Otherwise drafts of equal lengths would look free, and never change in length."""
-    for rows, low, high in ((1, 0.0, 0.01), (2, 0.09, 0.11), (8, 0.09, 0.11)):
+    for rows, low, high in ((1, 0.0, 0.1), (2, 0.2, 0.4), (8, 0.2, 0.4)):
         estimates = Estimates()
         for _ in range(9):
-            for drafted in (0, 10):
-                estimates.add_costs(iteration_of([drafted] * rows, [0] * rows, 1.0 + 0.1 * drafted))
-        assert low <= costs(estimates, rows).token <= high
+            add(estimates, (0, 1.0), (10, 2.0), rows=rows)
+        assert low <= costs(estimates, rows).growth <= high
+        assert costs(estimates, rows).verify(11) == pytest.approx(2.0, rel=0.1)
 
 
 def test_a_draft_that_had_to_catch_up_is_not_timed() -> None:
     estimates = Estimates()
-    estimates.add_costs(iteration_of([2], [0], 1.0, draft=0.5))
+    add(estimates, (2, 1.0), (2, 1.0), draft=0.25)
+    before = costs(estimates).draft
     estimates.idle = 16
-    estimates.add_costs(iteration_of([1], [0], 1.0, draft=100.0))
-    assert costs(estimates).draft == 0.25
+    add(estimates, (1, 1.0), draft=100.0)
+    assert costs(estimates).draft == pytest.approx(before, rel=0.02)
 
 
-def test_a_wider_forward_that_took_less_makes_no_negative_price() -> None:
+def test_a_wider_forward_that_took_less_is_not_believed() -> None:
     estimates = Estimates()
-    for width, seconds in ((2, 2.0), (3, 1.5), (9, 1.0)):
-        estimates.add_costs(iteration_of([width - 1], [0], seconds))
-    assert costs(estimates).token == 0.0
+    add(estimates, *[(1, 2.0), (2, 1.5), (8, 1.0)] * 5)
+    known = costs(estimates)
+    assert known.growth == 0.0
+    assert known.verify(9) >= known.verify(2)
+
+
+def test_a_drafter_without_a_model_costs_what_an_iteration_takes() -> None:
+    estimates = Estimates()
+    for _ in range(20):
+        for drafted, seconds in ((0, 1.0), (4, 1.1)):
+            steps = iteration_of([drafted], [0], seconds, draft=0.2 if drafted else 0.0)
+            estimates.add_costs(replace(steps, draft_forwards=0))
+    known = costs(estimates)
+    assert known.draft == 0.0
+    assert known.iteration(4) == pytest.approx(1.3, rel=0.05)
 
 
 # ---------------------------------------------------------------------------------------------------- from call to call
@@ -578,14 +611,21 @@ def test_what_was_learned_is_kept_by_target_and_draft(
 ) -> None:
     other_target, other_draft = copy.deepcopy(target), copy.deepcopy(draft)
     for t, d in ((target, draft), (target, other_draft), (other_target, draft), (target, None)):
-        assert estimates_for(t, d or t).costs(1) is None
+        assert estimates_for(t, d or t).costs(1).plain_seen == 0
         call(t, d)
-        assert estimates_for(t, d or t).costs(1) is not None
+        assert estimates_for(t, d or t).costs(1).plain_seen > 0
         known = estimates_for(t, d or t)
         call(t, d, rows=2)
         assert estimates_for(t, d or t) is known
         assert by_default[-1]._estimates is by_default[-2]._estimates is known
     assert len({id(schedule._estimates) for schedule in by_default}) == 4
+
+
+def test_until_it_is_measured_a_draft_costs_what_its_size_says(target: PreTrainedModel) -> None:
+    small = make_model(LlamaConfig(**CONFIG | {"vocab_size": VOCAB, "num_hidden_layers": 1}), seed=1)
+    shares = [sum(p.numel() for p in model.parameters()) for model in (small, target)]
+    assert costs(estimates_for(target, small)).draft == pytest.approx(shares[0] / shares[1])
+    assert costs(estimates_for(target, copy.deepcopy(target))).draft == 1.0
 
 
 def test_no_model_is_kept_alive(by_default: list[Any], target: PreTrainedModel) -> None:
