@@ -34,6 +34,7 @@ from hf_specdec.options import COMPILABLE
 from hf_specdec.pairs import SpecPair
 from hf_specdec.tools import arguments, measure, methods, report, summary, synthetic
 from hf_specdec.tools.bare import BareForwards
+from hf_specdec.tools.load import busy
 from hf_specdec.tools.settings import OWN, Setting, check_positions, make_setting
 
 POOL = 200  # prompts to build longer contexts from
@@ -62,6 +63,8 @@ def parse() -> argparse.Namespace:
         help="prompt tokens, made by joining prompts, or `own` for their own lengths (default: own 512)")  # fmt: skip
     add("--ragged", action="store_true", help="spread row lengths in a batch from a quarter of --context to all of it")
     add("--new-tokens", type=arguments.positive, default=48, metavar="N", help="tokens per prompt (default: 48)")
+    add("--busy", type=arguments.count, default=0, metavar="N",
+        help="keep the machine busy with so many other processes meanwhile (default: 0)")  # fmt: skip
     add("--rounds", type=arguments.positive, default=3, metavar="N", help="timed rounds, after a warm-up (default: 3)")
     add = parser.add_argument_group("output").add_argument
     add("--html", metavar="PATH", help="write a report with tables and figures")
@@ -142,9 +145,10 @@ def main() -> int:
     pair = synthetic.load(args)
     chosen, settings = make_methods(args, pair), make_settings(args, pair)
     result = report.surroundings(pair, shlex.join(["./scripts/benchmark_speed", *sys.argv[1:]]))
-    result |= {"new_tokens": args.new_tokens, "rounds": args.rounds, "settings": []}
+    result |= {"new_tokens": args.new_tokens, "rounds": args.rounds, "busy": args.busy, "settings": []}
+    console.print(report.machine(result), markup=False)
     runs = sum(len(setting.batches) for setting in settings) * len(chosen) * (args.rounds + 1)
-    with Progress(console=Console(stderr=True)) as progress:
+    with busy(args.busy), Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("measuring", total=runs)
         for setting in settings:
             bare = BareForwards(pair.target, pair.draft)

@@ -194,6 +194,11 @@ def positive(value: str) -> int:
     return number
 
 
+def count(value: str) -> int:
+    """An argparse type: an int of at least 0."""
+    return 0 if int(value) == 0 else positive(value)
+
+
 def quiet() -> None:
     """Keep loading messages out of the tables."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

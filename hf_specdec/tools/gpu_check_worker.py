@@ -18,7 +18,7 @@ from . import gpu_check_pair, gpu_check_speed, gpu_check_static, gpu_check_token
 from .arguments import quiet
 from .gpu_check import Case, Part, Scale, run_part
 from .isolated import serve
-from .surroundings import cpu_name
+from .surroundings import cpu_name, instruction_set
 
 
 def parts(scale: Scale) -> list[Part]:
@@ -48,6 +48,7 @@ def about(scale: Scale) -> dict[str, Any]:
     torch.ones(1, device=scale.device).sum().item()
     return {
         "device": torch.cuda.get_device_name(scale.device) if scale.is_cuda else cpu_name(),
+        "instruction_set": instruction_set(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

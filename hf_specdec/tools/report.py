@@ -15,7 +15,7 @@ from rich.table import Table
 
 from ..pairs.pair import SpecPair
 from .measure import OURS, VANILLA
-from .surroundings import commit, cpu_name
+from .surroundings import commit, cpu_name, instruction_set
 
 COLUMNS = ("tokens/s", "speed-up", "decode", "vs HF", "first", "α", "τ", "ideal", "reached", "memory", "rows")
 
@@ -80,6 +80,7 @@ def surroundings(pair: SpecPair, command: str) -> dict[str, Any]:
         "date": date.today().isoformat(),
         "commit": commit(),
         "device": torch.cuda.get_device_name(target.device) if target.device.type == "cuda" else cpu_name(),
+        "instruction_set": instruction_set(),
         "threads": torch.get_num_threads(),
         "dtype": str(target.dtype).removeprefix("torch."),
         "target": pair.config.target.name_or_path,
@@ -90,6 +91,12 @@ def surroundings(pair: SpecPair, command: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def machine(about: dict[str, Any]) -> str:
+    """One line about where figures come from."""
+    load = f", beside {about['busy']} busy processes" if about["busy"] else ""
+    return f"{about['device']} ({about['instruction_set']}), {about['threads']} threads, {about['dtype']}{load}"
 
 
 GLOSSARY = {

@@ -2,13 +2,16 @@
 
 import html.parser
 import json
+import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hf_specdec.tools import figures, report
+from hf_specdec.tools import figures, load, report
 from hf_specdec.tools.measure import Comparison
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
@@ -52,6 +55,7 @@ def test_the_whole_run(
     assert json.loads(file.read_text(encoding="utf-8")) == result
     shapes = [(s["batch_size"], s["context"]) for s in result["settings"]]
     assert shapes == [(1, None), (1, 40), (2, None)]
+    assert f"({result['instruction_set']}), {result['threads']} threads, float32\n" in out
     base, long, pairs = result["settings"]
     assert list(base["methods"]) == [
         "vanilla", "HF assisted γ=3", "hf_specdec γ=2", "hf_specdec γ=4", "HF look-up γ=3", "hf_specdec look-up γ=3",
@@ -171,3 +175,34 @@ def assert_well_formed(text: str) -> None:
 
     Checker().feed(text)
     assert not open_tags
+
+
+def test_beside_busy_processes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    started: list[Any] = []
+    begin = load.Popen
+
+    def popen(*args: Any, **kwargs: Any) -> Any:
+        started.append(begin(*args, **kwargs))
+        return started[-1]
+
+    monkeypatch.setattr(load, "Popen", popen)
+    few = ("--prompts", "1", "--batch", "1", "--context", "own", "--hf", "--spec", "2", "--lookup")
+    code, result, out = run(monkeypatch, capsys, *few, "--busy", "2")
+    assert (code, result["busy"], len(started)) == (0, 2, 2)
+    assert "beside 2 busy processes" in out
+    assert all(process.poll() is not None for process in started)  # none is left
+
+
+def test_busy_processes_compute_and_end_with_the_one_that_started_them(tmp_path: Path) -> None:
+    script = (
+        "import os, time; from hf_specdec.tools import load\n"
+        "with load.busy(1): print(1, flush=True); time.sleep(1); os._exit(0)"
+    )
+    began = time.process_time(), os.times().children_user
+    with load.busy(1):
+        time.sleep(1.0)
+    assert os.times().children_user - began[1] > 0.3
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120, capture_output=True)
+    time.sleep(2)
+    left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert "numpy.ones((256, 256)" not in left
