@@ -70,7 +70,8 @@ def borrow(
         forwards.cache.clear(rows)
     forwards.begin(parts, captures)
     forwards.compile(model)
-    forwards.capture(model, widths)
+    if not has_adapters(model):  # as nothing is kept of it, only what is needed more than once is worth a capture
+        forwards.capture(model, widths)
     return forwards.cache, forwards
 
 

@@ -120,8 +120,21 @@ def test_a_width_that_is_needed_rarely_is_captured_the_second_time(order, cuda):
     assert (1, 17) not in order
     call(width=13)
     assert order.count((1, 17)) == 2  # target and draft
+    assert len({graph.pool for graph in captured(call.target).values()}) == 1
     call(width=14)
     assert order.count((1, 17)) == 2
+
+
+def test_a_model_with_adapters_captures_what_it_needs_again_and_nothing_is_kept(cuda, order, at_each_draft):
+    call = small_calls(max_new_tokens=30)
+    call.target.peft_config = call.draft.peft_config = {}
+    for _ in range(2):
+        order.clear()
+        at_each_draft.clear()
+        before = len(cuda.captures)
+        call()
+        assert at_each_draft[0] == before and (1, 5) in order and (1, 17) not in order
+        assert call.target not in kept._kept and call.draft not in kept._kept
 
 
 # -------------------------------------------------------------------------------------- rows
