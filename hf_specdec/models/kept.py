@@ -26,7 +26,7 @@ logger = logging.get_logger(__name__)
 # The most memory to keep between calls, over all models: this share of a CUDA device's memory on each, elsewhere so
 # many bytes.
 SHARE_OF_DEVICE = 0.25
-MOST_BYTES = 2 << 30
+MOST_BYTES = 4 << 30
 
 
 class _Kept(NamedTuple):

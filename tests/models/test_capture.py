@@ -355,6 +355,7 @@ def test_graphs_of_a_call_in_inference_mode_serve_calls_outside_of_it(inference_
     with torch.inference_mode(inference):
         call(rows=2, width=12, seed=1)
     assert len(cuda.captures) == captures
+    assert not any(step.result.is_inference() for step in forwards_of(call.target)._steps.values() if step.graph)
 
 
 # -------------------------------------------------------------------------------------- time
