@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from typing import Any
 
+import pretend_cuda
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models
@@ -208,6 +209,13 @@ def scripts_that_leave_no_settings() -> Iterator[None]:
     yield
     logging.set_verbosity(verbosity)
     logging.enable_progress_bar()
+
+
+@pytest.fixture
+def cuda() -> Iterator[pretend_cuda.Device]:
+    """A simulated CUDA device."""
+    with pretend_cuda.device() as device:
+        yield device
 
 
 @pytest.fixture(scope="session")

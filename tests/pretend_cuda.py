@@ -19,7 +19,6 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import perf_counter
-from types import SimpleNamespace
 from typing import Any
 
 import pretend_waits
@@ -65,17 +64,18 @@ class Graph:
     def __init__(self) -> None:
         self.calls: list[tuple[Callable[..., Any], Any, Any, list[Any]]] = []
         self.pool = Pool()
+        self.memory: list[Tensor] = []  # what the capture has allocated
 
     def replay(self) -> None:
         self.current.replays += 1
-        self.current.replayed.append(self)
+        self.current.replayed.add(self)
         if not self.pool.lock.acquire(blocking=False):
             self.current.overlaps += 1
             self.pool.lock.acquire()
         try:
-            with torch._C.DisableTorchFunction(), torch.no_grad():
-                for graph in list(self.pool.graphs):
-                    graph.destroy_memory()
+            with torch._C.DisableTorchFunction(), torch.inference_mode():  # which may write all tensors
+                for tensor in [tensor for graph in self.pool.graphs for tensor in graph.memory]:
+                    tensor.fill_(float("nan") if tensor.is_floating_point() else 1)
                 for function, args, kwargs, before in self.calls:
                     for old, new in zip(before, tree_leaves(function(*args, **kwargs))):
                         if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
@@ -83,13 +83,24 @@ class Graph:
         finally:
             self.pool.lock.release()
 
-    def destroy_memory(self) -> None:
-        """Overwrite what the capture has allocated, which is in the pool."""
+    def end(self) -> None:
+        """The capture has ended."""
+        known: set[int] = set()
         for _, args, kwargs, after in self.calls:
-            given = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if _is_strided(leaf)}
-            for leaf in after:
-                if _is_strided(leaf) and leaf.untyped_storage().data_ptr() not in given and not _is_expanded(leaf):
-                    leaf.fill_(float("nan") if leaf.is_floating_point() else 1)
+            known |= {address(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+            new = [leaf for leaf in after if isinstance(leaf, Tensor) and address(leaf) not in known]
+            known |= {address(leaf) for leaf in new}
+            self.memory += [leaf for leaf in new if not _is_expanded(leaf)]
+
+
+def address(tensor: Tensor) -> int:
+    """Of a tensor's memory."""
+    return tensor.untyped_storage().data_ptr()
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    """Whether elements share memory, so that they cannot be written."""
+    return any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride()))
 
 
 class _Thread(threading.local):
@@ -98,6 +109,7 @@ class _Thread(threading.local):
     def __init__(self) -> None:
         self.graph: Graph | None = None
         self.streams: list[Stream] = []
+        self.devices: list[Any] = [None]
 
 
 class Device(TorchFunctionMode):
@@ -110,7 +122,6 @@ class Device(TorchFunctionMode):
         replays: how many graphs were launched.
         replayed: these graphs.
         overlaps: how many replays began before another one of the same pool had ended.
-        events: "capture" and "replay" in their order, and what tests add.
         total_memory: of the device, in bytes.
         fail: called in each capture before it ends.
     """
@@ -122,11 +133,10 @@ class Device(TorchFunctionMode):
         self.captures: list[Any] = []
         self.options: list[dict[str, Any]] = []
         self.replays = 0
-        self.replayed: list[Graph] = []
+        self.replayed: weakref.WeakSet[Graph] = weakref.WeakSet()
         self.overlaps = 0
         self.total_memory = 1 << 40
         self.fail: Callable[[], None] = lambda: None
-        self.current: list[Any] = [None]
         self.default_stream = Stream()
         self._thread = _Thread()
         self._capturing: list[tuple[int, str]] = []  # threads, with their modes of errors
@@ -159,7 +169,7 @@ class Device(TorchFunctionMode):
     def capture(
         self, graph: Graph, pool: Pool | None = None, stream: Stream | None = None, capture_error_mode: str = "global"
     ) -> Iterator[None]:
-        self.captures.append(self.current[-1])
+        self.captures.append(self._thread.devices[-1])
         casts = torch.is_autocast_cache_enabled()
         self.options.append({"pool": pool, "stream": stream, "mode": capture_error_mode, "caches_casts": casts})
         if self._capturing:
@@ -179,15 +189,17 @@ class Device(TorchFunctionMode):
             raise RuntimeError("operation failed due to a previous error during capture") from error
         else:
             self._thread.streams.pop()
+            with torch._C.DisableTorchFunction():
+                graph.end()
         finally:
             self._thread.graph = None
             self._capturing.pop()
 
     @contextmanager
     def use(self, device: Any) -> Iterator[None]:
-        self.current.append(device)
+        self._thread.devices.append(device)
         yield
-        self.current.pop()
+        self._thread.devices.pop()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.device:
@@ -272,15 +284,6 @@ def move(model: nn.Module) -> nn.Module:
     return model
 
 
-def _is_strided(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.layout is torch.strided
-
-
-def _is_expanded(tensor: Tensor) -> bool:
-    """Whether elements share memory, so that they cannot be written."""
-    return any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride()))
-
-
 @contextmanager
 def device() -> Iterator[Device]:
     """Inside the block, there is a CUDA device."""
@@ -297,6 +300,5 @@ def device() -> Iterator[Device]:
         patch.setattr(torch.cuda, "Stream", Stream)
         patch.setattr(torch.cuda, "current_stream", cuda.stream)
         patch.setattr(torch.cuda, "stream", cuda.use_stream)
-        memory = SimpleNamespace(total_memory=cuda.total_memory)
-        patch.setattr(torch.cuda, "get_device_properties", lambda *_: memory)
+        patch.setattr(torch.cuda, "get_device_properties", lambda *_: cuda)
         yield cuda

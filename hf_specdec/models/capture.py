@@ -1,5 +1,6 @@
 """CUDA graphs that share a memory pool, and the time that capturing them takes."""
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -59,12 +60,13 @@ class GraphPool:
         """Memory of the results."""
         return 0 if self._buffer is None else self._buffer.nbytes
 
-    def result(self, like: Tensor) -> Tensor:
-        """Where a graph leaves its result, with the shape and dtype of `like`; for the largest first."""
-        if self._buffer is None or self._buffer.numel() < like.numel() or self._buffer.dtype != like.dtype:
+    def result(self, like: Tensor, *shape: int) -> Tensor:
+        """Where a graph leaves its result, with the dtype of `like`; ask for the largest first."""
+        numel = math.prod(shape)
+        if self._buffer is None or self._buffer.numel() < numel or self._buffer.dtype != like.dtype:
             with torch.inference_mode(False):  # a later call may not be in inference mode
-                self._buffer = like.new_zeros(like.numel())
-        return self._buffer[: like.numel()].view(like.shape)
+                self._buffer = like.new_zeros(numel)
+        return self._buffer[:numel].view(shape)
 
     def capture(self, run: Callable[[], Tensor], result: Tensor) -> "torch.cuda.CUDAGraph":
         """A graph that replays `result.copy_(run())`. If that raises, nothing is left of it.

@@ -210,13 +210,14 @@ class StaticForwards:
             return
         try:
             with capturing(), no_bookkeeping(model, self.cache.device)(), folded_attention(), compiling_ours():
-                pool = self._pool or GraphPool(self.cache.device)
+                pool, logits = self._pool or GraphPool(self.cache.device), None
                 for key in keys:
                     step = self._step(*key)
                     step.places.copy_(self._fill.expand(-1, len(step.ids)))
                     run = functools.partial(self._forward(step), model, step)
-                    # On the current stream, which owns the storage that the first forward allocates, and the result.
-                    result = pool.result(run())
+                    if logits is None:  # the current stream must own storage that the first forward allocates
+                        logits = run()
+                    result = pool.result(logits, *key, logits.shape[-1])
                     step.graph, step.result = pool.capture(run, result), result
                     self._pool = pool
         except Exception as error:  # a forward that raises by itself will raise again, outside of a capture

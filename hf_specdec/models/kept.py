@@ -26,7 +26,7 @@ logger = logging.get_logger(__name__)
 # The most memory to keep between calls, over all models: this share of a CUDA device's memory on each, elsewhere so
 # many bytes.
 SHARE_OF_DEVICE = 0.25
-MOST_BYTES = 2 << 30
+MOST_BYTES = 4 << 30
 
 
 class _Kept(NamedTuple):
@@ -70,7 +70,8 @@ def borrow(
         forwards.cache.clear(rows)
     forwards.begin(parts, captures)
     forwards.compile(model)
-    forwards.capture(model, widths)
+    if not has_adapters(model):  # as nothing is kept of it, only what is needed more than once is worth a capture
+        forwards.capture(model, widths)
     return forwards.cache, forwards
 
 

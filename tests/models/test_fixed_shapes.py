@@ -11,45 +11,13 @@ import pretend_cuda
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
-from conftest import SIZES, make_model, make_prompts, perturbed
+from conftest import make_prompts, perturbed
+from static_calls import OPTIONS, Calls, make_target
 from torch import Tensor, nn
-from transformers import LlamaConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-import hf_specdec
 from hf_specdec.models import compiled, graphs, kept
 from hf_specdec.models.parts import parts_of
-
-OPTIONS: dict[str, Any] = {"do_sample": False, "max_new_tokens": 9}
-
-
-def make_target(seed: int = 31, **changes: Any) -> PreTrainedModel:
-    return make_model(LlamaConfig(**{**SIZES, "tie_word_embeddings": True, **changes}), seed)
-
-
-class Calls:
-    """Calls of one target, on its device, with a draft that agrees in part."""
-
-    def __init__(self, target: PreTrainedModel, move: Callable[[Any], Any] = lambda model: model):
-        self.draft = move(perturbed(target, 0.1, seed=5))
-        self.target = move(target)
-
-    def __call__(self, seed: int = 0, rows: int = 1, **options: Any) -> tuple[list[Any], hf_specdec.SpeculationStats]:
-        """The tokens, checked against vanilla's, and the statistics."""
-        prompts = make_prompts(rows, width=20, seed=seed)  # longer than the blocks that graphs are captured for
-        prompts = {name: tensor.to(self.target.device) for name, tensor in prompts.items()}
-        expected = self.target.generate(**prompts, **OPTIONS).tolist()
-        stats = hf_specdec.SpeculationStats()
-        options = {"cache_implementation": "static", "num_assistant_tokens": 3, "speculation_stats": stats} | options
-        given = self.target.generate(**prompts, **OPTIONS, assistant_model=self.draft, strategy="spec", **options)
-        assert given.tolist() == expected
-        return expected, stats
-
-
-@pytest.fixture
-def cuda() -> Iterator[pretend_cuda.Device]:
-    with pretend_cuda.device() as device:
-        yield device
-
 
 # ------------------------------------------------------------------------- other weights
 
@@ -147,6 +115,40 @@ def test_autocast_around_one_call_is_not_that_of_the_next():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = parts_of(model)
     assert inside != parts_of(model)
+
+
+MODES: dict[str, Any] = {
+    "deterministic": lambda on: torch.use_deterministic_algorithms(on),
+    "TF32": lambda on: torch.set_float32_matmul_precision("high" if on else "highest"),
+    "sums in bfloat16": lambda on: setattr(
+        torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", not on
+    ),
+    "sums in float16": lambda on: setattr(torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", not on),
+    "benchmark": lambda on: setattr(torch.backends.cudnn, "benchmark", on),
+    "no cuDNN": lambda on: setattr(torch.backends.cudnn, "enabled", not on),
+    "no flash attention": lambda on: torch.backends.cuda.enable_flash_sdp(not on),
+    "no efficient attention": lambda on: torch.backends.cuda.enable_mem_efficient_sdp(not on),
+    "default dtype": lambda on: torch.set_default_dtype(torch.float64 if on else torch.float32),
+}
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_modes_of_pytorch_are_part_of_what_graphs_are_kept_for(name):
+    model = make_target()
+    before = parts_of(model)
+    MODES[name](True)
+    try:
+        assert parts_of(model) != before
+    finally:
+        MODES[name](False)
+
+
+def test_a_private_tensor_that_is_exchanged_is_noticed():
+    model = make_target()
+    model.model.norm._shift = torch.ones(4)
+    before = parts_of(model)
+    model.model.norm._shift = torch.ones(4)
+    assert parts_of(model) != before
 
 
 # ------------------------------------------------------------------------- hooks
