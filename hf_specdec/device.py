@@ -32,6 +32,14 @@ def _row_index(rows: tuple[int, ...], device: torch.device) -> Tensor:
         return to_device(rows, device)
 
 
+def mask_width(keys: int, device: torch.device) -> int:
+    """How many columns to allocate for an attention mask over so many keys.
+
+    On accelerators a multiple of 8: PyTorch's memory-efficient attention copies other masks, in each layer.
+    """
+    return keys if device.type == "cpu" else -(-keys // 8) * 8
+
+
 def has_events(device: torch.device) -> bool:
     """Whether the host can wait for events on this device, and read their times."""
     return device.type == "cuda" and torch.cuda.is_available()

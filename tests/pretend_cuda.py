@@ -204,7 +204,7 @@ class Device(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.device:
             return func(*args, **kwargs or {})
-        if not self._thread.in_subclass and (subclass := _subclass(args)) is not None:
+        if not self._thread.in_subclass and (subclass := _subclass((args, kwargs))) is not None:
             self._thread.in_subclass = True
             try:
                 with self:

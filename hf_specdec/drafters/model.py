@@ -88,7 +88,7 @@ class ModelDrafter(Drafter):
             padding_mask=context.prompt_mask.to(device) if padded else None,
             position_offset=[-f for f in context.first] if padded else None,
             max_slot=[self._max_positions - 1] * rows,
-            own_masks=padded and Abilities.of(self.model).masks_padding(drafts=True),
+            own_masks=Abilities.of(self.model).own_masks(padded, drafts=True),
         )
         unnamed = Abilities.of(self.model).positions
         self.cached = CachedModel(self.model, cache, layout, static=static, encoded=encoded, unnamed_positions=unnamed)

@@ -349,7 +349,7 @@ def _make_target(
         prompt_positions=prompt.positions,
         axes=prompt.axes,
         max_slot=[columns - 2 - f for f in first],
-        own_masks=padded and not prompt.holes and Abilities.of(model).masks_padding(),
+        own_masks=not prompt.holes and Abilities.of(model).own_masks(padded),
     )
     encoded = None if checked.encoder is None else checked.encoder.for_target(model)
     return CachedModel(model, cache, layout, prompt.embeds, prompt.first_forward, static, encoded)

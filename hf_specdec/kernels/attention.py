@@ -5,6 +5,9 @@ every step. With a long context that costs more than the rest of the model. Here
 viewed as `[rows, kv_heads, groups·q, d]`, which needs no copy. Prefill, and anything else that this cannot express, is
 left to the function that was registered before.
 
+On CUDA, several queries of rows of equal lengths need no mask at all: FlashAttention can align causal attention at the
+last key. Such masks are made all the same, and marked (`mark_causal`), so that whoever else reads them sees a mask.
+
 On CPUs, calls can request a compiled library instead, which is built on this machine (compiled_attention.py).
 
 While calls of `generate(strategy="spec")` run, `sdpa` of transformers' `AttentionInterface` is this module's function,
@@ -19,10 +22,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
+from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
+from ..device import mask_width
 from . import compiled_attention
 from .swap import Swap, compiles_ours, operators
 
@@ -42,6 +48,7 @@ class _Thread(threading.local):
     compiled = False  # whether the innermost one uses compiled attention
 
     def __init__(self) -> None:
+        self.causal: tuple[Tensor, ...] = ()  # masks of the last forwards that say no more than "causal"
         self.masks: dict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor]] = {}  # mask, value when folded, folded
 
 
@@ -61,6 +68,13 @@ def folded_attention(compiled: bool = False) -> Iterator[None]:
         _thread.calls -= 1
         if _thread.calls == 0:
             _thread.masks.clear()
+            _thread.causal = ()
+
+
+def mark_causal(mask: Tensor) -> Tensor:
+    """Remember that a mask `[1, 1, q, k]` says: the last query sees all keys, each one before it one fewer."""
+    _thread.causal = mask, *_thread.causal[:3]
+    return mask
 
 
 def compile_attention(models: Iterable[PreTrainedModel]) -> float:
@@ -96,6 +110,8 @@ def _attend(
                 return torch.ops.hf_specdec.attention(query, key, value, attention_mask, scaling), None
         elif _compiles(query, key, value, attention_mask):
             return compiled_attention.attend(query, key, value, attention_mask, scaling), None
+        elif _flashes(query, key, value, attention_mask):
+            return flashed(query, key, value, scaling), None
         elif _folds(query, key, attention_mask):
             return folded(query, key, value, attention_mask, scaling), None
     return original(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
@@ -134,6 +150,33 @@ def _is_decoding(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
 def _compiles(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
     decodes = _thread.compiled and _is_decoding(query, key, mask)
     return decodes and compiled_attention.takes(query, key, value, mask)
+
+
+def _flashes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    if query.device.type != "cuda" or not any(known is mask for known in _thread.causal):
+        return False
+    return can_use_flash_attention(SDPAParams(query, key, value, None, 0.0, False, query.shape[1] != key.shape[1]))
+
+
+def flashed(query: Tensor, key: Tensor, value: Tensor, scaling: float | None = None) -> Tensor:
+    """Causal attention of the last queries, by FlashAttention where it can be used.
+
+    Args:
+        query: `[rows, heads, q, d]`.
+        key, value: `[rows, kv_heads, k, d]`; heads is a multiple of kv_heads.
+        scaling: factor of the scores; by default `1 / sqrt(d)`.
+
+    Returns: `[rows, q, heads, d]`.
+    """
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=causal_lower_right(query.shape[2], key.shape[2]),
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out.transpose(1, 2).contiguous()
 
 
 def _folds(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
@@ -186,4 +229,5 @@ def _fold_mask(mask: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
         additive = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
         additive.masked_fill_(~mask, torch.finfo(dtype).min)
     rows, _, queries, keys = mask.shape
-    return additive.expand(rows, groups, queries, keys).reshape(rows, 1, groups * queries, keys)
+    folded = additive.new_empty(rows, groups, queries, mask_width(keys, mask.device))[..., :keys]
+    return folded.copy_(additive.expand_as(folded)).view(rows, 1, groups * queries, keys)

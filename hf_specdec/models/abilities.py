@@ -21,6 +21,8 @@ from .answers import Answer, CannotBeAsked, Differs, ask, check_same, ordinary_t
 from .masks import follows_masks, hands_positions_on, takes_masks
 from .probes import Vanilla, compare_beside_longer_rows, compare_padded_blocks, rehearse
 
+_HALF = (torch.float16, torch.bfloat16)  # what FlashAttention computes in
+
 
 @dataclass(frozen=True)
 class Abilities:
@@ -74,9 +76,15 @@ class Abilities:
         """The same for a draft, whose tokens need not be vanilla's."""
         return self._ragged(drafts=True)
 
-    def masks_padding(self, drafts: bool = False) -> bool:
-        """Whether it gets our 4-D masks for padded rows too: where transformers waits for a device to make its own."""
-        return model_device(self.model).type != "cpu" and bool(self._ragged(drafts))
+    def own_masks(self, padded: bool, drafts: bool = False) -> bool:
+        """Whether it gets our 4-D masks for rows of equal lengths too.
+
+        That is on accelerators, for padded rows, where transformers waits for the device to make its own, and in half
+        precision, where FlashAttention can do without a mask.
+        """
+        if model_device(self.model).type == "cpu" or not (padded or self.model.dtype in _HALF):
+            return False
+        return bool(self._ragged(drafts))
 
     @property
     def positions(self) -> bool:
@@ -89,15 +97,23 @@ class Abilities:
             return Answer("carries custom state from step to step")
         cache = DynamicCache(config=model.config.get_text_config(decoder=True))
         if not has_states(cache):
+            if not takes_masks(model):
+                return self._without_masks()
             if not follows_masks(model, drafts):
                 return Answer("does not accept positions and masks per row")
             together = ask(model, ("rows", drafts), lambda seed: rehearse(model, rows=3, drafts=drafts, seed=seed))
             return together and ask(model, "longer rows", partial(compare_beside_longer_rows, model))
         if any(hasattr(layer, "keys") for layer in cache.layers) and not takes_masks(model):
-            return Answer("does not accept masks per row")
+            return self._without_masks()
         if not rows_are_independent(cache):
             return Answer("has a cache that cannot roll back one row alone")
         return ask(model, "rows", lambda seed: rehearse(model, rows=2, seed=seed))
+
+    def _without_masks(self) -> Answer:
+        kind = self.model.config.get_text_config(decoder=True)._attn_implementation
+        return Answer(
+            f"its attention, {kind!r}, takes no masks by row: load it with attn_implementation='sdpa', if it has that"
+        )
 
     def states(self, at_once: int | None = None) -> Answer:
         """Whether recurrent states can be continued and rolled back.

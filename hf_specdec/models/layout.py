@@ -34,7 +34,8 @@ class Layout:
         prompt_positions: `[batch, columns]` position ids of the first columns, where that offset does not give them.
         axes: `[axes, batch, 1]`, an offset for each axis, where a token has a position on several axes.
         max_slot: by row of the batch, the last slot that will ever be committed; no later slot gets a later position.
-        own_masks: the model takes our 4-D masks. To make one from a padding mask, transformers waits for the device.
+        own_masks: make all masks of several tokens, and of padded rows, because the model takes our 4-D masks. To make
+            one from a padding mask, transformers waits for the device; ours may also be marked as causal.
     """
 
     first: Sequence[int]
@@ -111,12 +112,20 @@ class Layout:
         if not cache.has_entries:  # recurrent layers only: which of these tokens are real
             mask = self._padding_up_to(rows, used)
             return None if mask is None or past >= self._prompt_columns else mask[:, past:]
-        decodes_padded = self.padding_mask is not None and past >= self._prompt_columns
-        if not cache.sees_one_span or (decodes_padded and self.own_masks):
+        if not cache.sees_one_span or (self.own_masks and self._is_ours(past, slots.shape[1])):
             first = None if self._first_real is None else self._first_real[row_index(rows, slots.device)]
             held = {window.layer_type: window.slots(slots.device) for window in cache.windows}
+            if cache.sees_one_span and first is None:
+                held = {name: keys[:1] for name, keys in held.items()}
+                return ragged_mask(model, slots[:1], used, held, uniform=True)
             return ragged_mask(model, slots, used, held, first)
         return self._padding_up_to(rows, used)
+
+    def _is_ours(self, past: int, width: int) -> bool:
+        """Whether rows of equal lengths get one of our masks, if possible."""
+        if self.padding_mask is None:
+            return past > 0 and width > 1
+        return past >= self._prompt_columns
 
     def _padding_up_to(self, rows: list[int], used: int) -> Tensor | None:
         """`[rows, used]`, which of the first `used` columns are real, as in vanilla; `None` where all are."""

@@ -8,7 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from ..device import forward_parameters, model_device
+from ..device import forward_parameters, mask_width, model_device
+from ..kernels.attention import mark_causal
 from .answers import Differs, ask
 
 # Layer types whose attention mask is a function of query and key positions.
@@ -29,22 +30,25 @@ def ragged_mask(
     used: int,
     key_slots: Mapping[str, Tensor] | None = None,
     first: Tensor | None = None,
+    uniform: bool = False,
 ) -> Mask:
     """The 4-D mask for queries at `slots` `[rows, q]` over `used` slots, in the form that the model's layers expect.
 
     Args:
         key_slots: by layer type, `[rows, k]`, the slots of the keys where they are not the first `used`.
         first: `[rows]`, the first slot of each row that is not padding; `None` if there is no padding.
+        uniform: these are the last slots in use, in all rows.
 
     Returns: `[rows, 1, q, used or k]`, bool (True = attend) for sdpa and additive for eager; by layer type when the
     config has `layer_types`, as `create_masks_for_generate` of transformers does it.
     """
     config = model.config.get_text_config(decoder=True)
     queries = slots[:, None, :, None]
-    every_slot = torch.arange(used, device=slots.device)
+    every_slot = torch.arange(mask_width(used, slots.device), device=slots.device)
 
     def mask_for(layer_type: str) -> Tensor:
         held = None if key_slots is None else key_slots.get(layer_type)
+        columns = used if held is None else held.shape[1]
         keys = every_slot if held is None else held[:, None, None, :]
         causal = keys <= queries
         if first is not None:
@@ -56,8 +60,9 @@ def ragged_mask(
             mask = causal & (keys // config.attention_chunk_size == queries // config.attention_chunk_size)
         if config._attn_implementation == "eager":
             lowest = torch.finfo(model.dtype).min
-            return torch.where(mask, torch.zeros((), dtype=model.dtype, device=mask.device), lowest)
-        return mask
+            mask = torch.where(mask, torch.zeros((), dtype=model.dtype, device=mask.device), lowest)
+        mask = mask[..., :columns]
+        return mark_causal(mask) if uniform and layer_type == "full_attention" and first is None else mask
 
     layer_types = getattr(config, "layer_types", None)
     if layer_types is not None:

@@ -72,8 +72,9 @@ class Iteration:
 
     Attributes:
         rows: one record per row that took part; finished rows are absent.
-        draft_seconds: wall time of drafting.
-        verify_seconds: wall time of the target's verification and of acceptance, including processors and criteria.
+        draft_seconds: wall time of drafting; on CUDA that of the device, measured by events.
+        verify_seconds: wall time of the target's verification and of acceptance, including processors and criteria, and
+            of waiting for the device.
         other_seconds: wall time of the rest of the iteration: commit, rollback and the streamer.
         draft_forwards: forwards of the draft model, each for all rows together; 0 for drafters without a model.
         target_forwards: forwards of the target, each for all rows together.
@@ -168,8 +169,9 @@ class SpeculationStats(RowStats):
         capture_seconds: wall time of capturing CUDA graphs (`cache_implementation="static"`), not counted elsewhere.
         packing_seconds: wall time of packing weights (`speculation_pack_weights`), or of finding them already packed,
             not counted elsewhere.
-        draft_seconds: wall time of drafting.
-        verify_seconds: wall time of the target's verification and of acceptance, including processors and criteria.
+        draft_seconds: wall time of drafting; on CUDA that of the device, measured by events.
+        verify_seconds: wall time of the target's verification and of acceptance, including processors and criteria, and
+            of waiting for the device.
         other_seconds: wall time of the rest of the iterations: commit, rollback and the streamer.
         per_row: the same counters for each row of the returned batch.
         iterations: for each iteration, the rows that took part ("rows") and how many tokens each of them "drafted" and

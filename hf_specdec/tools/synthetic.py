@@ -13,14 +13,16 @@ from ..pairs.pair import DEMO_PAIR, SpecPair
 from ..pairs.pair_file import ModelReference, PairConfig
 from .arguments import load_pair
 
-KINDS = ("big", "embedded-big")
+KINDS = ("big", "medium", "embedded-big")
+_MEDIUM = {"layers": 12, "hidden_size": 768, "intermediate_size": 2304}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("synthetic pairs")
     add = group.add_argument
     add("--synthetic", choices=KINDS, help="instead of a pair: `big`, a random Llama of 300M whose first two layers "
-        "draft, or `embedded-big`, the embedded pair with a 300M target that computes the same")  # fmt: skip
+        "draft; `medium`, one of 90M; `embedded-big`, the embedded pair with a 300M target that computes the "
+        "same")  # fmt: skip
     add("--random-draft", action="store_true", help="give the draft random weights, so that it never agrees")
 
 
@@ -35,7 +37,10 @@ def load(args: argparse.Namespace) -> SpecPair:
             torch.set_num_threads(args.threads)
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = getattr(torch, "float32" if args.dtype == "auto" else args.dtype)
-        pair = big_pair(dtype, device) if args.synthetic == "big" else embedded_big_pair(dtype, device)
+        if args.synthetic == "embedded-big":
+            pair = embedded_big_pair(dtype, device)
+        else:
+            pair = big_pair(dtype, device, **(_MEDIUM if args.synthetic == "medium" else {}))
     if args.random_draft:
         pair.draft, pair.sources = random_like(pair.draft), None
     return pair

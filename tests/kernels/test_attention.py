@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import pretend_cuda
 import pytest
 import torch
 from conftest import ARCHITECTURES, make_pair, make_prompts
@@ -20,9 +21,11 @@ from transformers import (
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hf_specdec import Draft, Drafter
+from hf_specdec import Draft, Drafter, SpeculationStats
 from hf_specdec.kernels import attention
 from hf_specdec.kernels.attention import folded, folded_attention
+from hf_specdec.models import abilities
+from hf_specdec.models.masks import ragged_mask
 
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 20}
 
@@ -323,6 +326,20 @@ def test_a_mask_at_the_address_of_an_earlier_one_is_another() -> None:
 # ----------------------------------------------------------------------------------------------------------- end to end
 
 
+@pytest.mark.parametrize("keys", [13, 16, 17])
+def test_on_a_device_the_rows_of_masks_are_multiples_of_8(keys: int, cuda: pretend_cuda.Device) -> None:
+    """PyTorch would copy other masks in each layer."""
+    mask = ragged(2, 3, keys)
+    expected, given = (attention._fold_mask(m, 2, torch.float32) for m in (mask, mask.to("cuda")))
+    assert given.cpu().equal(expected) and given.shape == (2, 1, 6, keys)
+    assert given.stride()[-2] % 8 == 0 and given.stride()[-1] == 1
+    target = make_pair("llama")[0]
+    slots = torch.arange(4, 7) + torch.tensor([[0], [2]])
+    expected, given = (ragged_mask(target, places, keys) for places in (slots, slots.to("cuda")))
+    assert isinstance(given, Tensor) and given.cpu().equal(expected)
+    assert given.shape == (2, 1, 3, keys) and given.stride()[-2] % 8 == 0
+
+
 @pytest.fixture
 def foldings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of queries in each folded call."""
@@ -563,3 +580,68 @@ def test_who_wrapped_ours_in_the_meantime_is_not_called_in_circles(
         assert torch.equal(spec(target, draft, 4), expected)
     finally:
         AttentionInterface.register("sdpa", original)
+
+
+# ------------------------------------------------------------------------------------------------------- without a mask
+
+
+@pytest.fixture
+def flashes(cuda: pretend_cuda.Device, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """On a pretended device whose FlashAttention takes float32. Yields rows, queries and keys of its calls."""
+    seen: list[tuple[int, ...]] = []
+    flashed = attention.flashed
+
+    def spy(query: Tensor, key: Tensor, value: Tensor, scaling: float | None = None) -> Tensor:
+        seen.append((query.shape[0], query.shape[2], key.shape[2]))
+        return flashed(query, key, value, scaling)
+
+    monkeypatch.setattr(abilities, "_HALF", (torch.float32,))
+    monkeypatch.setattr(attention, "SDPAParams", lambda *args: args)
+    monkeypatch.setattr(attention, "can_use_flash_attention", lambda params: True)
+    monkeypatch.setattr(attention, "flashed", spy)
+    return seen
+
+
+@pytest.mark.parametrize("queries", [1, 2, 5])
+@pytest.mark.filterwarnings("ignore:.*kernel not used")
+def test_flashed_attention_is_causal_up_to_the_last_key(queries: int) -> None:
+    query, key, value = states(2, 4, 2, queries, 9, 8, 8)
+    mask = torch.ones(queries, 9, dtype=torch.bool).tril(9 - queries)[None, None].expand(2, 1, -1, -1)
+    torch.testing.assert_close(attention.flashed(query, key, value), folded(query, key, value, mask))
+
+
+@pytest.mark.filterwarnings("ignore:.*kernel not used")
+@pytest.mark.parametrize(
+    ("name", "rows", "used"), [("llama", 1, True), ("llama", 3, True), ("mistral-sliding", 1, False)]
+)
+def test_uniform_rows_on_cuda_need_no_mask(
+    name: str, rows: int, used: bool, flashes: list[tuple[int, ...]], cuda: pretend_cuda.Device
+) -> None:
+    target, draft = make_pair(name)
+    prompts = make_prompts(1)
+    prompts = {key: value.repeat(rows, 1) for key, value in prompts.items()}
+    expected = target.generate(**prompts, **GREEDY)
+    pretend_cuda.move(target), pretend_cuda.move(draft)
+    given = target.generate(
+        **{key: value.to("cuda") for key, value in prompts.items()}, **GREEDY,
+        assistant_model=draft, strategy="spec", num_assistant_tokens=4,
+    )  # fmt: skip
+    assert given.cpu().equal(expected)
+    assert bool(flashes) == used
+    assert all(queries > 1 and number == rows for number, queries, _ in flashes)
+
+
+@pytest.mark.filterwarnings("ignore:.*kernel not used")
+def test_uneven_rows_keep_their_masks(flashes: list[tuple[int, ...]], cuda: pretend_cuda.Device) -> None:
+    target, draft = make_pair("llama")
+    prompts = make_prompts(3)
+    expected = target.generate(**prompts, **GREEDY)
+    pretend_cuda.move(target), pretend_cuda.move(draft)
+    stats = SpeculationStats()
+    given = target.generate(
+        **{key: value.to("cuda") for key, value in prompts.items()}, **GREEDY,
+        assistant_model=draft, strategy="spec", num_assistant_tokens=4, speculation_stats=stats,
+    )  # fmt: skip
+    assert given.cpu().equal(expected)
+    verified = stats.target_forwards * target.config.num_hidden_layers
+    assert len(flashes) < verified / 2  # their lengths may be equal by chance

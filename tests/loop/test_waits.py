@@ -4,7 +4,7 @@ Each case runs once before it is counted, because models are probed the first ti
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pretend_cuda
@@ -54,12 +54,6 @@ class Repeats(hf_specdec.Drafter):
         last = [int(context.row(row)[-1]) for row in context.rows]
         device = context.tokens.device
         return Draft(torch.tensor(last)[:, None].expand(-1, max_tokens).to(device, non_blocking=True))
-
-
-@pytest.fixture
-def cuda() -> Iterator[pretend_cuda.Device]:
-    with pretend_cuda.device() as device:
-        yield device
 
 
 @pytest.fixture
