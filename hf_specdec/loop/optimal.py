@@ -96,6 +96,7 @@ class Estimates:
         self._draft_cost = draft_cost
         self._costs: dict[int, CostEstimates] = {}
         self._rates: dict[int, Rate] = {}
+        self.paused: set[int] = set()  # the size classes for which speculation does not pay
         self.debt = 0.0  # what probes have cost, in units; less what was paid off
         self.regret = 0.0  # what drafts have probably cost since they seemed to pay, in units
         self.idle = 0  # iterations without drafts
@@ -166,7 +167,6 @@ class Optimal:
         self._reads_confidence = reads_confidence
         self.go_on: GoOn | None = self._go_on if reads_confidence else None
         self._has_begun = False
-        self._paused = False  # speculation does not pay
         self._confidence: list[list[float]] = []  # by draft position, by active row
         self._alive: list[float] = []  # by active row, the probability that all its drafts so far are accepted
         self._costs = Costs(1.0, 0.0, _DRAFT_COST)
@@ -178,7 +178,9 @@ class Optimal:
     def plan(self, rows: int) -> int:
         """The longest draft of the next iteration over this many rows."""
         known = self._estimates
-        if self._paused and known.debt > 0:
+        size = rows.bit_length()
+        was_paused = size in known.paused
+        if was_paused and known.debt > 0:
             return 0
         self._rows, self._confidence, self._alive = rows, [], [1.0] * rows
         estimates = known.costs(rows)
@@ -194,9 +196,10 @@ class Optimal:
         if estimates.drafted_seen and not estimates.plain_seen:
             return 0  # to compare with
         at_best = self._gain * (1 + doubt / 2 + (recent.doubt if self._reads_confidence else 0.0))
-        was_paused, is_doubtful = self._paused, at_best >= 1 and known.regret < _MOST_REGRET
-        self._paused = self._gain < 1 and estimates.drafted_seen > 0 and (was_paused or not is_doubtful)
-        if self._paused:
+        is_doubtful = at_best >= 1 and known.regret < _MOST_REGRET
+        known.paused.discard(size)
+        if self._gain < 1 and estimates.drafted_seen and (was_paused or not is_doubtful):
+            known.paused.add(size)
             known.regret = 0.0
             if was_paused:
                 return gamma if not self._reads_confidence else self._max_gamma
@@ -239,7 +242,7 @@ class Optimal:
             if longest:
                 known.rate(len(iteration.rows)).add(committed, self._costs.iteration(longest))
                 known.regret = max(known.regret + self._costs.iteration(longest) * (1 - self._gain), 0.0)
-                if self._paused:
+                if len(iteration.rows).bit_length() in known.paused:
                     seconds = iteration.draft_seconds + iteration.verify_seconds + iteration.other_seconds
                     loss = seconds / known.costs(len(iteration.rows)).unit - committed
                     least = 0.0 if any(step.accepted for step in iteration.rows) else _LEAST_PAUSE * _PROBING

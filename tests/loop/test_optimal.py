@@ -272,6 +272,17 @@ def test_two_calls_do_not_pay_twice_for_the_same_lesson() -> None:
     assert second < 128 * 1.01 < first
 
 
+def test_a_call_begins_as_the_last_one_ended() -> None:
+    """Where drafts do not pay, a new call does not draft before a probe is due."""
+    pair, estimates = Pair(lambda: 0.0, linear(1.0, 0.5), 1.0), Estimates()
+    pair.seconds(Optimal(MAX_GAMMA, estimates, reads_confidence=True), 300)
+    drafted = []
+    for _ in range(10):
+        schedule = Optimal(MAX_GAMMA, estimates, reads_confidence=True)
+        drafted += [pair.iterate(schedule)[0] for _ in range(5)]
+    assert sum(n > 0 for n in drafted) <= 1
+
+
 # ------------------------------------------------------------------------------------------------------- token by token
 
 SURE, UNSURE = 0.95, 0.15
