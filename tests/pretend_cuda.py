@@ -293,6 +293,7 @@ def device() -> Iterator[Device]:
         patch.setattr(Event, "current", cuda, raising=False)
         patch.setattr(torch.cuda, "Event", Event)
         patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
         patch.setattr(torch.cuda, "CUDAGraph", Graph)
         patch.setattr(torch.cuda, "graph", cuda.capture)
         patch.setattr(torch.cuda, "graph_pool_handle", Pool)

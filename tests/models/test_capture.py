@@ -12,7 +12,7 @@ from pretend_cuda import address
 from static_calls import Calls, make_target
 
 import hf_specdec
-from hf_specdec.loop import decoding
+from hf_specdec.loop import clock
 from hf_specdec.loop.decoding import SpeculativeDecoding
 from hf_specdec.models import capture, graphs, kept
 from hf_specdec.models.capture import GraphPool
@@ -363,9 +363,9 @@ def test_time_of_captures_is_reported_apart(cuda, monkeypatch):
     def takes_a_second() -> None:
         now[0] += 1.0
 
-    for module in (decoding, capture):
+    for module in (clock, capture):
         monkeypatch.setattr(module, "perf_counter", lambda: now[0])
-    cuda.fail = takes_a_second
+    cuda.fail, cuda.clock = takes_a_second, lambda: now[0]
     call = small_calls()
     for width in (20, 12, 12, 12):  # the third call captures while it decodes
         before = len(cuda.captures)
