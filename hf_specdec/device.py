@@ -23,11 +23,12 @@ def to_device(values: Sequence[int] | Sequence[bool], device: torch.device) -> T
 
 def row_index(rows: Sequence[int], device: torch.device) -> Tensor:
     """`rows` as an index; made once for as long as rows stay the same. It must not be modified."""
-    return _row_index(tuple(rows), device)
+    return _row_index(tuple(rows), device, current_stream(device))
 
 
 @functools.lru_cache(maxsize=64)
-def _row_index(rows: tuple[int, ...], device: torch.device) -> Tensor:
+def _row_index(rows: tuple[int, ...], device: torch.device, stream: object) -> Tensor:
+    """`stream` makes the index: work on another one would not wait for it."""
     with torch.inference_mode(False):  # it is used both in and outside inference mode
         return to_device(rows, device)
 
@@ -45,16 +46,22 @@ def has_events(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_available()
 
 
+def current_stream(device: torch.device) -> "torch.cuda.Stream | None":
+    """The stream that work on this device is queued on, by this thread; `None` where there are none."""
+    return torch.cuda.current_stream(device) if has_events(device) else None
+
+
 def to_host(tensor: Tensor) -> Tensor:
     """The values on the host, where they can be read without waiting: on CUDA, the host waits here, on an event.
 
     `torch.cuda.set_sync_debug_mode("error")` allows this wait, unlike `.cpu()` and all those that happen by accident.
     """
-    if not has_events(tensor.device):
+    stream = current_stream(tensor.device)
+    if stream is None:
         return tensor.to(CPU)
     copied = tensor.to(CPU, non_blocking=True)
     done = torch.cuda.Event()
-    done.record(torch.cuda.current_stream(tensor.device))
+    done.record(stream)
     done.synchronize()
     return copied
 

@@ -4,12 +4,13 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
+import pretend_cuda
 import pytest
 import torch
 from conftest import make_pair, make_prompts
 from torch import Tensor
 
-from hf_specdec.device import no_bookkeeping
+from hf_specdec.device import no_bookkeeping, row_index
 from hf_specdec.sampling.context import Context
 
 
@@ -82,3 +83,20 @@ def test_a_context_that_grows_in_inference_mode_is_written_outside_of_it() -> No
         context.write_drafts(torch.ones(2, 9, dtype=torch.int64), offset=1000)
     context.append([[7], [8]])
     assert context.row(0)[-1] == 7
+
+
+def test_rows_that_commit_nothing_stay_as_they_are() -> None:
+    for rows in (1, 2):
+        context = Context(torch.ones(rows, 4, dtype=torch.int64), [0] * rows, max_length=9, pad_token_id=0)
+        context.append([[]] * rows)
+        assert context.ends == [4] * rows and context.tokens.dtype == torch.int64
+
+
+def test_an_index_of_rows_belongs_to_the_stream_that_made_it(cuda: pretend_cuda.Device) -> None:
+    """Work on another stream would not wait for it."""
+    device = torch.device("cuda", 0)
+    first = row_index([2, 0], device)
+    assert row_index([2, 0], device) is first
+    with torch.cuda.stream(torch.cuda.Stream()):
+        assert row_index([2, 0], device) is not first
+    assert row_index([2, 0], device) is first

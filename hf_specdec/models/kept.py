@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..cache.ragged import RaggedCache
+from ..device import current_stream
 from ..kernels import packing
 from .compiled import HOOKED, has_adapters
 from .graphs import WIDTHS, StaticForwards, bucket
@@ -88,7 +89,7 @@ def give_back(model: PreTrainedModel, forwards: StaticForwards) -> None:
         )
         return
     with _lock:
-        _kept.setdefault(model, []).append(_Kept(forwards, _stream(device), next(_numbers)))
+        _kept.setdefault(model, []).append(_Kept(forwards, current_stream(device), next(_numbers)))
         on_device = [(kept, own) for own in _kept.values() for kept in own if kept.forwards.cache.device == device]
         total = sum(kept.forwards.nbytes for kept, _ in on_device)
         for kept, own in sorted(on_device, key=lambda pair: pair[0].number):
@@ -135,7 +136,11 @@ def _take(
             forwards, cache = kept.forwards, kept.forwards.cache
             if (forwards.parts.kind, forwards.parts.hooked) != (parts.kind, parts.hooked) or cache.device != device:
                 continue
-            alike = (forwards.compiles, forwards.parts.modes, kept.stream) == (compiles, parts.modes, _stream(device))
+            alike = (forwards.compiles, forwards.parts.modes, kept.stream) == (
+                compiles,
+                parts.modes,
+                current_stream(device),
+            )
             if alike and cache.storage_rows == rows:
                 if cache.capacity >= capacity:
                     chosen, unused = kept, chosen
@@ -155,10 +160,6 @@ def _can_be_captured(model: PreTrainedModel, device: torch.device, parts: Parts)
     if reason:
         logger.warning_once(f"{type(model).__name__} runs without CUDA graphs: {reason}.")
     return not reason
-
-
-def _stream(device: torch.device) -> object:
-    return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
 def _most_bytes(device: torch.device) -> int:

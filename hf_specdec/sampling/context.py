@@ -122,7 +122,7 @@ class Context:
         """Commit to each active row its `tokens`; drafts that were written after its end are gone."""
         width = max(self._draft_width, *map(len, tokens))
         self._make_room(max(self.active_ends) + width)
-        block = torch.tensor([row + [self.pad_token_id] * (width - len(row)) for row in tokens])
+        block = torch.tensor([row + [self.pad_token_id] * (width - len(row)) for row in tokens], dtype=torch.int64)
         self._put(block)
         self._draft_width = 0
         for row, new in zip(self.rows, tokens):
