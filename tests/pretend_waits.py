@@ -10,10 +10,10 @@ from torch.utils._pytree import tree_leaves
 # Functions that pass tensor values to Python, or whose result has a shape that depends on values.
 _READ = {
     Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.cpu, Tensor.nonzero, torch.nonzero, torch.equal, Tensor.equal,
-    Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.__contains__, Tensor.__iter__,
+    Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.__contains__,
     torch.masked_select, Tensor.masked_select, torch.unique, Tensor.unique, torch.unique_consecutive, torch.bincount,
-    Tensor.bincount, torch.allclose, Tensor.allclose, torch.isin,
-} - {Tensor.__iter__, torch.isin}  # fmt: skip
+    Tensor.bincount, torch.allclose, Tensor.allclose,
+}  # fmt: skip
 _REPEAT = {torch.repeat_interleave, Tensor.repeat_interleave}
 _FROM_HOST = {torch.tensor, torch.as_tensor, Tensor.new_tensor}
 _INDEX = {Tensor.__getitem__, Tensor.__setitem__}

@@ -40,7 +40,7 @@ def decision(name: str, decide: Callable[[], tuple[bool, dict[str, Any]]]) -> bo
     if known is not None:
         return known
     answer, reason = decide()
-    about = {"cpu": _cpu()[0], "torch": torch.__version__, "threads": torch.get_num_threads()}
+    about = {"cpu": cpu()[0], "torch": torch.__version__, "threads": torch.get_num_threads()}
     try:
         _write(path, json.dumps({"answer": answer, **reason, **about}, indent=1) + "\n")
     except OSError:
@@ -74,12 +74,12 @@ def _write(path: Path, text: str) -> None:
 def _kind(threads: int) -> str:
     """A hash of everything that affects speed (processor, PyTorch build, threads): machines may share a home folder."""
     settings = {name: value for name, value in os.environ.items() if name.endswith("_MAX_CPU_ISA")}  # oneDNN's
-    kind = (*_cpu(), torch.__version__, torch.__config__.show(), threads, sorted(settings.items()))
+    kind = (*cpu(), torch.__version__, torch.__config__.show(), threads, sorted(settings.items()))
     return hashlib.sha256(repr(kind).encode()).hexdigest()[:16]
 
 
 @functools.cache
-def _cpu() -> tuple[str, str]:
+def cpu() -> tuple[str, str]:
     """The processor's name and features."""
     name, features = platform.processor() or platform.machine(), ""
     try:

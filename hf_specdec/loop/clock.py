@@ -7,10 +7,11 @@ The clock stands still while graphs are captured, which is counted elsewhere.
 
 from itertools import pairwise
 from time import perf_counter
+from typing import NamedTuple
 
 import torch
 
-from ..device import has_events
+from ..device import current_stream
 from ..models.capture import captured_seconds
 
 
@@ -26,43 +27,49 @@ class Clock:
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._has_events = has_events(device)
-        self._events: list[torch.cuda.Event] = []
+        self._marks: list[_Mark] = []
         self.begin()
 
     def begin(self) -> None:
         """Begin a group of laps."""
-        self._times = [self._now()]
-        self._captured = [captured_seconds()]
-        self._events = [self._event()] if self._has_events else []
+        self._marks = [self._mark()]
 
     @property
     def seconds(self) -> float:
         """The host's time since `begin` or `read`."""
-        return self._now() - self._times[0]
+        return _now() - self._marks[0].seconds
 
     def lap(self) -> None:
         """End a lap: with the work that was queued so far, on CUDA."""
-        self._times.append(self._now())
-        self._captured.append(captured_seconds())
-        if self._has_events:
-            self._events.append(self._event())
+        self._marks.append(self._mark())
 
     def read(self) -> list[float]:
         """End the last lap, after a wait for the device. Returns: seconds of each lap of the group."""
-        total = self.seconds
-        laps = [end - begin for begin, end in pairwise(self._times)]
-        if self._has_events:
-            captured = [end - begin for begin, end in pairwise(self._captured)]
-            laps = [begin.elapsed_time(end) / 1000 for begin, end in pairwise(self._events)]
-            laps = [max(seconds - n, 0.0) for seconds, n in zip(laps, captured)]
+        total, laps = self.seconds, [end.since(begin) for begin, end in pairwise(self._marks)]
         self.begin()
         return [*laps, max(total - sum(laps), 0.0)]
 
-    def _now(self) -> float:
-        return perf_counter() - captured_seconds()
+    def _mark(self) -> "_Mark":
+        stream, event = current_stream(self._device), None
+        if stream is not None:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(stream)
+        return _Mark(_now(), captured_seconds(), event)
 
-    def _event(self) -> "torch.cuda.Event":
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._device))
-        return event
+
+class _Mark(NamedTuple):
+    """Between two laps: the host's time, what was captured until then, and where there are streams, an event."""
+
+    seconds: float
+    captured: float
+    event: "torch.cuda.Event | None"
+
+    def since(self, other: "_Mark") -> float:
+        if self.event is None or other.event is None:
+            return self.seconds - other.seconds
+        between = other.event.elapsed_time(self.event) / 1000
+        return max(between - (self.captured - other.captured), 0.0)
+
+
+def _now() -> float:
+    return perf_counter() - captured_seconds()

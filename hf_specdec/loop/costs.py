@@ -22,7 +22,7 @@ _UNIT_DRIFT = 0.1  # variance that the unit gains per iteration, relative to the
 _FREE = 1e-3  # units; no less matters
 # The first belief by number of rows: the block's standard deviation; the growth, and its standard deviation.
 _ONE_ROW, _SEVERAL_ROWS = (0.7, 0.0, 0.15), (0.3, 0.2, 0.3)
-_USUAL = 8
+_USUAL = 8  # a usual draft length
 _DRIFT = 1e-4  # variance that each ratio gains per iteration: contexts become longer
 
 
@@ -87,10 +87,10 @@ class CostEstimates:
     def doubt(self, gamma: int) -> float:
         """The standard deviation of the cost of an iteration with γ > 0 drafts, as a share of it."""
         costs = self.costs
-        verify, drafts = costs.verify(gamma + 1), gamma * costs.draft
-        slope = [0.0, verify, verify * log(gamma + 1), drafts]
+        verify = costs.verify(gamma + 1)
+        slope = [0.0, verify, verify * log(gamma + 1), gamma * costs.draft]
         variance = sum(slope[i] * slope[j] * self._p[i][j] for i in range(1, 4) for j in range(1, 4))
-        return sqrt(max(variance, 0.0)) / max(verify + drafts, _FREE)
+        return sqrt(max(variance, 0.0)) / max(costs.iteration(gamma), _FREE)
 
     def add(self, width: int, verify_seconds: float, draft_seconds: float | None) -> None:
         """Learn from one iteration.

@@ -173,7 +173,8 @@ class Optimal:
         self._acceptance: list[float] = []
         self._rate = 0.0  # R: tokens per unit with drafts, over all rows
         self._gain = 1.0  # the same, relative to plain decoding
-        self._rows = 0
+        self._price = 0.0  # tokens that another draft must be expected to bring
+        self._bound = max_gamma  # on drafts, while little is known of their costs
 
     def plan(self, rows: int) -> int:
         """The longest draft of the next iteration over this many rows."""
@@ -182,7 +183,7 @@ class Optimal:
         was_paused = size in known.paused
         if was_paused and known.debt > 0:
             return 0
-        self._rows, self._confidence, self._alive = rows, [], [1.0] * rows
+        self._confidence, self._alive = [], [1.0] * rows
         estimates = known.costs(rows)
         self._costs, self._acceptance = estimates.costs, known.acceptance(self._max_gamma)
         tokens = itertools.accumulate(itertools.accumulate(self._acceptance, operator.mul), initial=1.0)
@@ -192,6 +193,10 @@ class Optimal:
         if self._reads_confidence and recent.value:
             # Only confident drafts reach late positions, so the acceptance there is too optimistic.
             self._rate = max(rows * recent.value, rates[0])
+        self._price = self._costs.one_more * self._rate
+        self._bound = self._max_gamma
+        if estimates.drafted_seen < _KNOWN:
+            self._bound = min(self._bound, _FIRST_GAMMA)
         self._gain, doubt = self._rate / rows, estimates.doubt(gamma)
         if estimates.drafted_seen and not estimates.plain_seen:
             return 0  # to compare with
@@ -208,13 +213,9 @@ class Optimal:
         if self._gain < 1 + _DOUBTFUL * doubt and estimates.since_plain >= _BETWEEN_PLAIN:
             return 0
         if self._reads_confidence:
-            return min(self._longest(estimates), self._max_gamma)
+            return self._bound
         tries_more = estimates.drafted_seen % _MORE == 0  # else an unlucky position would never be tried again
-        return min(self._longest(estimates), self._max_gamma, gamma + tries_more)
-
-    def _longest(self, estimates: CostEstimates) -> int:
-        """A bound on drafts while little is known of their costs."""
-        return self._max_gamma if estimates.drafted_seen >= _KNOWN else _FIRST_GAMMA
+        return min(self._bound, gamma + tries_more)
 
     def _go_on(self, confidence: list[float]) -> bool:
         """Whether to draft another token, given the draft's probabilities for the last ones, by row."""
@@ -222,9 +223,7 @@ class Optimal:
         self._confidence.append(confidence)
         self._alive = [p * known.confidence(c) for p, c in zip(self._alive, confidence)]
         drafted = len(self._confidence)
-        if drafted >= min(self._longest(known.costs(self._rows)), self._max_gamma):
-            return False
-        return sum(self._alive) * self._acceptance[drafted] > self._costs.one_more * self._rate
+        return drafted < self._bound and sum(self._alive) * self._acceptance[drafted] > self._price
 
     def update(self, iteration: Iteration) -> None:
         """Learn from one iteration."""
@@ -240,8 +239,9 @@ class Optimal:
         if self._has_begun:  # the first iteration also reads the prompts
             known.add_costs(iteration)
             if longest:
-                known.rate(len(iteration.rows)).add(committed, self._costs.iteration(longest))
-                known.regret = max(known.regret + self._costs.iteration(longest) * (1 - self._gain), 0.0)
+                spent = self._costs.iteration(longest)
+                known.rate(len(iteration.rows)).add(committed, spent)
+                known.regret = max(known.regret + spent * (1 - self._gain), 0.0)
                 if len(iteration.rows).bit_length() in known.paused:
                     seconds = iteration.draft_seconds + iteration.verify_seconds + iteration.other_seconds
                     loss = seconds / known.costs(len(iteration.rows)).unit - committed

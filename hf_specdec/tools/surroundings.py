@@ -1,20 +1,17 @@
 """The machine and the commit of a measurement."""
 
 import os
-import platform
 import subprocess
 from pathlib import Path
 
 import torch
 
+from ..kernels.machine import cpu
+
 
 def cpu_name() -> str:
     """The CPU's model, or the kind of machine if the system does not say."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return cpu()[0]
 
 
 def instruction_set() -> str:
@@ -22,19 +19,12 @@ def instruction_set() -> str:
 
     `ATEN_CPU_CAPABILITY` and `ONEDNN_MAX_CPU_ISA` can limit both to less than the CPU has.
     """
-    name = torch.backends.cpu.get_cpu_capability()
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA")
-    units = [label for label, has in (("bf16 units", _has("avx512_bf16", "amx_bf16")),) if has and limit is None]
-    return ", ".join([name, *units, *([] if limit is None else [f"oneDNN limited to {limit}"])])
-
-
-def _has(*features: str) -> bool:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return False
-    flags = next((line.split() for line in lines if line.startswith(("flags", "Features"))), [])
-    return any(feature in flags for feature in features)
+    found, limit = [torch.backends.cpu.get_cpu_capability()], os.environ.get("ONEDNN_MAX_CPU_ISA")
+    if limit is not None:
+        found.append(f"oneDNN limited to {limit}")
+    elif {"avx512_bf16", "amx_bf16"} & set(cpu()[1].split()):
+        found.append("bf16 units")
+    return ", ".join(found)
 
 
 def commit() -> str | None:

@@ -534,7 +534,7 @@ def test_another_machine_decides_for_itself(other: str, folder: Path, monkeypatc
     forget(monkeypatch)
     measured = measure(itertools.repeat(0.5), monkeypatch)
     if other == "cpu":
-        monkeypatch.setattr(machine, "_cpu", lambda: ("Z80", "no flags at all"))
+        monkeypatch.setattr(machine, "cpu", lambda: ("Z80", "no flags at all"))
     elif other == "torch":
         monkeypatch.setattr(torch, "__version__", "99.0")
     else:
