@@ -18,6 +18,7 @@ OK, WRONG, REFUSED, ERROR, TIMED_OUT = "ok", "WRONG", "refused", "error", "timed
 SKIPPED, NOT_MEASURED, NOT_REACHED = "skipped", "not measured", "not reached"
 FAILURES = (WRONG, ERROR, TIMED_OUT)
 CPU_ONLY = "needs a GPU"
+STATIC = {"cache_implementation": "static"}  # ours with fixed shapes, on CUDA with graphs
 
 
 @dataclass(frozen=True)

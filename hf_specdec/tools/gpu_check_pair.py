@@ -11,7 +11,7 @@ import torch
 from ..pairs.pair import DEMO_PAIR, SpecPair
 from . import lossless, two_sample
 from .arguments import Prompt, load_prompts
-from .gpu_check import OK, WRONG, Case, Part, Scale, attempt
+from .gpu_check import OK, STATIC, WRONG, Case, Part, Scale, attempt
 from .lossless import BUG, IDENTICAL, TIE, GreedyResult, Way
 from .synthetic import big_pair
 from .two_sample import ROWS, SampledResult
@@ -31,7 +31,7 @@ class StaticWay(Way):
         return f"{super().__str__()}, static"
 
     def options(self, pair: SpecPair) -> dict[str, Any]:
-        return super().options(pair) | {"cache_implementation": "static"}
+        return super().options(pair) | STATIC
 
 
 def half_precision(scale: Scale) -> Iterator[Case]:

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, PreTrainedModel
 
 from ..records.stats import Iteration, SpeculationStats
 from . import methods
-from .gpu_check import ERROR, OK, REFUSED, Case, Part, Scale
+from .gpu_check import ERROR, OK, REFUSED, STATIC, Case, Part, Scale
 from .measure import ASSISTED, OURS, Batch, Comparison, Method, Record, Run, synchronize
 from .summary import decode_cost, ratio, total_cost
 from .synthetic import llama_pair, tune_agreement
@@ -159,18 +159,17 @@ def measured(setting: Setting, compiles: bool, scale: Scale) -> Iterator[Case]:
 
 
 def fast_methods(draft: PreTrainedModel) -> list[Method]:
-    static = {"cache_implementation": "static"}
     return [
         methods.assisted(draft, methods.DEFAULT),
         methods.ours(draft, {}, methods.DEFAULT),
-        methods.ours(draft, static, GRAPHS),
+        methods.ours(draft, STATIC, GRAPHS),
     ]
 
 
 def compiled_vanilla(scale: Scale) -> Method:
     """transformers compiles the decoding steps of a static cache by itself, on CUDA."""
     name = "vanilla static, compiled" if scale.is_cuda else "vanilla static"
-    return Method(name, ASSISTED, lambda: {"cache_implementation": "static"})
+    return Method(name, ASSISTED, lambda: dict(STATIC))
 
 
 _loaded: dict[str, tuple[PreTrainedModel, PreTrainedModel, float]] = {}  # the last pair only

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from ..records.stats import SpeculationStats
 from . import tiny_models
-from .gpu_check import CPU_ONLY, ERROR, OK, SKIPPED, WRONG, Case, Part, Scale, attempt
-from .gpu_check_tokens import FAMILIES, NOISE, STATIC, compare_calls, entry_of, greedy, on_device, pair_of, rows_of
+from .gpu_check import CPU_ONLY, ERROR, OK, SKIPPED, STATIC, WRONG, Case, Part, Scale, attempt
+from .gpu_check_tokens import FAMILIES, NOISE, compare_calls, entry_of, greedy, on_device, pair_of, rows_of
 
 GAMMA = 3
 

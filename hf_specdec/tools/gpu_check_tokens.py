@@ -12,11 +12,10 @@ from transformers.utils import ModelOutput
 
 from ..records.stats import SpeculationStats
 from . import compat, lossless, tiny_models
-from .gpu_check import ERROR, OK, WRONG, Case, Part, Scale, attempt
+from .gpu_check import ERROR, OK, STATIC, WRONG, Case, Part, Scale, attempt
 from .tiny_inputs import inputs_of
 
 ROWS = (1, 8)
-STATIC = {"cache_implementation": "static"}
 NOISE = 0.12  # at which the drafts of these models agree in part
 
 # The classes whose tiny models are tried, by family.

@@ -19,9 +19,9 @@ from transformers.generation.streamers import BaseStreamer
 from ..loop.decoding import SpeculativeDecoding
 from ..pairs.pair import SpecPair
 from .arguments import encode
-from .gpu_check import CPU_ONLY, NOT_MEASURED, OK, SKIPPED, WRONG, Case, Part, Scale, attempt
+from .gpu_check import CPU_ONLY, NOT_MEASURED, OK, SKIPPED, STATIC, WRONG, Case, Part, Scale, attempt
 from .gpu_check_pair import embedded_pair, embedded_prompts
-from .gpu_check_tokens import STATIC, rows_of
+from .gpu_check_tokens import rows_of
 
 GAMMA, BATCH = 4, 8
 STEP = "iterate"  # the method of the loop that runs one iteration
