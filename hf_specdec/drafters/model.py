@@ -20,7 +20,8 @@ from ..models.multimodal_prompt import FirstForward, prepared_call, show, split_
 from ..models.self_fed import SelfFedModel
 from ..sampling.acceptance import draw
 from ..sampling.context import Context
-from ..sampling.processors import BlockProcessors
+from ..sampling.processors import BlockProcessors, drafts_of
+from ..sampling.row_processors import Constraint, forced_token
 from .base import Draft, Drafter, DraftRequest
 
 logger = logging.get_logger(__name__)
@@ -129,8 +130,11 @@ class ModelDrafter(Drafter):
         probs: list[Tensor] = []  # each [rows, 1, vocab]
         sure: list[Tensor] = []  # each [rows, 1], whether another one may follow
         lengths = [max_tokens] * len(context.rows)
+        drawn: Tensor | None = None
         for step in range(max_tokens):
-            scores = self._next_scores(context, step, tokens[-1] if tokens else None)
+            scores = self._forced_scores(context, step)
+            if scores is None:
+                scores = self._next_scores(context, step, drawn)
             highest, argmax = scores[:, 0].max(dim=-1, keepdim=True)
             best.append(highest)
             if self._call.do_sample:
@@ -200,11 +204,27 @@ class ModelDrafter(Drafter):
         if max(missing) > (chunk or max(missing)) or unequal or alone:
             cached.prefill(context, chunk)
 
+    def _forced_scores(self, context: Context, step: int) -> Tensor | None:
+        """`[rows, 1, vocab]`, where constraints leave each row just one token: no forward is needed."""
+        constraints = [p for p in self._call.processors if isinstance(p, Constraint)]
+        if not constraints or self.cached.at_once is not None:
+            return None
+        drafts = drafts_of(context, step)
+        forced = [forced_token(constraints, context, row, own) for row, own in zip(context.rows, drafts)]
+        if any(token is None for token in forced):
+            return None
+        rows = len(forced)
+        scores = torch.full((rows, 1, self._call.vocab_size), -math.inf, device=context.tokens.device)
+        index = to_device([int(token or 0) for token in forced], scores.device)
+        return scores.scatter_(2, index[:, None, None], 0.0)
+
     def _next_scores(self, context: Context, step: int, drawn: Tensor | None) -> Tensor:
         """`[rows, 1, vocab]` float32, processed, for the token after the first `step` drafts, `drawn` the last one."""
         missing = [n + step for n in self.cached.missing(context)]
         equal = min(missing) == max(missing)
-        logits = self.cached.forward(context, max(missing), 1 if equal else None, drawn).logits
+        logits = self.cached.forward(
+            context, max(missing), 1 if equal else None, drawn if max(missing) == 1 else None
+        ).logits
         if not equal:
             self.cached.forget(context.rows, [max(missing) - n for n in missing])  # fill after a row's own tokens
             last = to_device(missing, logits.device)[:, None, None] - 1

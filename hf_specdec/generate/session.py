@@ -46,7 +46,7 @@ from ..options import STATIC_KINDS, Options
 from ..records.stats import SpeculationStats
 from ..records.trace import Trace
 from ..sampling.context import Context
-from ..sampling.processors import known, unknown_names
+from ..sampling.processors import for_call, known, unknown_names
 
 logger = logging.get_logger(__name__)
 
@@ -134,12 +134,15 @@ def prepare(
     """
     checked = _check(call)
     stopping = Stopping(call.criteria, call.max_length)
-    sequential = unknown_names(call.processors)
-    lockstep = _needs_lockstep(checked, drafter, [*sequential, *stopping.unknown])
-    feeding = _feeding(checked, lockstep)
     prompt, pad = checked.prompt, call.config._pad_token_tensor
     first = [max(f - prompt.column_offset, 0) for f in prompt.first]
     context = Context(prompt.input_ids, first, call.max_length, 0 if pad is None else int(pad))
+    vocab_size = _vocab_size(call.model)
+    processors = for_call(call.processors, context.host[:, : context.prompt_width], vocab_size)
+    if sequential := unknown_names(processors):
+        processors = call.processors
+    lockstep = _needs_lockstep(checked, drafter, sequential)
+    feeding = _feeding(checked, lockstep)
     unbounded = _needs_unbounded_windows(checked, lockstep, stopping)
     draft_length = options.prompt_lookup_num_tokens or options.num_assistant_tokens
     schedule = make_schedule(options.num_assistant_tokens_schedule, draft_length, call.model, drafter)
@@ -152,9 +155,9 @@ def prepare(
         target.encoded.load(checked.cross)
     request = DraftRequest(
         do_sample=bool(call.config.do_sample),
-        vocab_size=_vocab_size(call.model),
+        vocab_size=vocab_size,
         lockstep=lockstep,
-        processors=known(call.processors),
+        processors=known(processors),
         prefill_chunk_size=call.config.prefill_chunk_size,
         static=target.static is not None and call.is_static,
         inputs={} if prompt.first_forward is None or prompt.past else call.given,
@@ -168,7 +171,7 @@ def prepare(
         drafter=drafter,
         request=request,
         schedule=schedule,
-        processors=call.processors,
+        processors=processors,
         stopping=stopping,
         recorder=_make_recorder(checked, context, feeding),
         streamer=StepStreamer(streamer, context),
@@ -280,7 +283,7 @@ def _needs_lockstep(checked: _Checked, drafter: Drafter, unknown: list[str]) -> 
     """Whether the rows of a batch must advance together; logs the reason once.
 
     Args:
-        unknown: names of processors and criteria that may keep state between calls.
+        unknown: names of processors that may keep state between calls.
     """
     model, prompt = checked.call.model, checked.prompt
     if len(prompt.first) == 1:
@@ -314,13 +317,15 @@ def _needs_unbounded_windows(checked: _Checked, lockstep: bool, stopping: Stoppi
     """Whether layers with a window must hold every slot, since more than a block may be rolled back or recorded.
 
     Attention weights are recorded over all slots. A returned cache holds the columns of the output, and some rows may
-    have gone beyond these; in lockstep, if rows ended early, all rows go back to where the first one ended.
+    have gone beyond these, or beyond where a criterion ends them; in lockstep, if rows ended early, all rows go back to
+    where the first one ended.
     """
     config = checked.call.config
     hands_back = config.return_dict_in_generate or getattr(checked.cache, "_is_user_defined", False)
     ends_with_others = all(type(criterion) is MaxLengthCriteria for criterion in stopping.criteria)
     several = len(checked.prompt.first) > 1
-    uneven_ends = several and not ends_with_others and (lockstep or not stopping.pads_finished_rows)
+    goes_beyond = lockstep or not stopping.pads_finished_rows or bool(stopping.unknown)
+    uneven_ends = several and not ends_with_others and goes_beyond
     return bool(config.return_dict_in_generate and config.output_attentions) or bool(hands_back and uneven_ends)
 
 

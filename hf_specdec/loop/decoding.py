@@ -46,12 +46,15 @@ class Committed:
         accepted: how many of them are accepted drafts; these come first.
         finished: why the row ends there; `None` if it goes on.
         drafted: the drafts that were proposed.
+        withdrawn: by row of the batch, how many tokens of earlier iterations come after the row's end, which a criterion
+            has set now that all rows have come there.
     """
 
     tokens: list[list[int]]
     accepted: list[int]
     finished: list[str | None]
     drafted: list[list[int]]
+    withdrawn: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -79,12 +82,10 @@ class SpeculativeDecoding:
     prefill_chunk_size: int | None = None
     stats: SpeculationStats = field(default_factory=SpeculationStats)
     trace: Trace | None = None
-    _stop_column: dict[int, int] = field(
-        default_factory=dict
-    )  # row -> the column after the token at which it met a criterion
     _pending: list[int] = field(
         default_factory=list
     )  # by active row, queries in the last forward before its last committed token
+    _withdrawn: dict[int, int] = field(default_factory=dict)  # see `Committed`
     _finished: set[int] = field(default_factory=set)  # rows that leave the batch after this iteration
     _prefilled: int | None = None  # forwards of the prefill, as long as its time is not known
     _clock: Clock = field(init=False)
@@ -217,23 +218,24 @@ class SpeculativeDecoding:
         count = [n + 1 for n in accepted]
         if self.lockstep:
             count = [min(count)] * len(count)
-        if self.stopping.unknown:
-            return self._commit_by_step([t[:n] for t, n in zip(tokens, count)], accepted, drafted, logits, scores)
         committed = Committed([t[:n] for t, n in zip(tokens, count)], accepted, [None] * len(count), drafted)
         for slot, row in enumerate(context.rows):
             new = committed.tokens[slot]
             committed.finished[slot] = self._finish(row, new)
-            committed.accepted[slot] = min(accepted[slot], len(new))
             for i in range(len(new) if self.recorder.wants_tokens else 0):
                 self.recorder.token(row, context.ends[row] + i, logits[slot, i], scores[slot, i])
+        if self.stopping.unknown:
+            self._ask_unknown(committed, max(count))
+        committed.accepted = [min(n, len(new)) for n, new in zip(accepted, committed.tokens)]
         return committed
 
     def _finish(self, row: int, tokens: list[int]) -> str | None:
         """Cut `tokens` in place where the row ends. Returns the reason, or `None` if the row goes on."""
         end = self.context.ends[row]
-        hit = None if row in self._stop_column else self.stopping.first_end(self.context, row, tokens)
+        columns = self.stopping.columns
+        hit = None if row in columns else self.stopping.first_end(self.context, row, tokens)
         if hit is not None:
-            self._stop_column[row] = end + hit[0]
+            columns[row] = end + hit[0]
         if self.stopping.pads_finished_rows:
             if hit is not None:
                 del tokens[hit[0] :]
@@ -242,22 +244,31 @@ class SpeculativeDecoding:
         del tokens[max(self.context.max_length - end, 0) :]
         return "max_length" if end + len(tokens) >= self.context.max_length else None
 
-    def _commit_by_step(
-        self,
-        tokens: list[list[int]],
-        accepted: list[int],
-        drafted: list[list[int]],
-        logits: Tensor,
-        scores: Tensor,
-    ) -> Committed:
-        """Commit accepted tokens step by step, all rows together, as long as vanilla's criteria let it go on."""
-        rows = len(tokens)
-        committed = Committed([[] for _ in tokens], [0] * rows, [None] * rows, drafted)
-        for i in range(len(tokens[0])):
-            step = [row[i] for row in tokens]
-            if not self._take_step(committed, step, [i < n for n in accepted], logits[:, i], scores[:, i]):
-                break
-        return committed
+    def _ask_unknown(self, committed: Committed, width: int) -> None:
+        """Cut rows where criteria end them that are called only when all rows have come there.
+
+        Args:
+            width: tokens of the longest committed set before any was cut.
+        """
+        context, stopping = self.context, self.stopping
+        ends = list(context.ends)
+        for row, tokens in zip(context.rows, committed.tokens):
+            context.write_on_host(row, tokens, width)
+            ends[row] += len(tokens)
+        stopping.ask_unknown(context, ends, self.recorder.scores)
+        for row, column in stopping.columns.items():
+            end = column if stopping.pads_finished_rows else self.output_width
+            beyond = ends[row] - end
+            if beyond > 0:
+                self.recorder.cut(row, end)
+            if context.ends[row] > end:
+                committed.withdrawn[row] = context.ends[row] - end
+            if row not in context.rows or beyond < 0:
+                continue
+            slot = context.rows.index(row)
+            if beyond > 0 or committed.finished[slot] is None:
+                del committed.tokens[slot][max(end - context.ends[row], 0) :]
+                committed.finished[slot] = "stopping_criteria"
 
     def _accept_sequential(self, draft: Draft, logits: Tensor) -> Committed:
         """Accept position by position, as vanilla does: processors, choice, criteria, on committed tokens only.
@@ -312,15 +323,16 @@ class SpeculativeDecoding:
             context.write_on_host(rows[slot], committed.tokens[slot])
             self.recorder.token(rows[slot], column, logits[slot], scores[slot])
         end = column + 1
-        done = self.stopping.after_step(context, end, self.recorder.scores(end - context.prompt_width))
+        scores_so_far = self.recorder.scores(end - context.prompt_width)
+        done = self.stopping.after_step(self.stopping.criteria, context, end, scores_so_far)
         for slot in going:
             row = rows[slot]
             if done[row]:
-                self._stop_column.setdefault(row, end)
+                self.stopping.columns.setdefault(row, end)
                 if self.stopping.pads_finished_rows or end >= context.max_length:
                     reason = self.stopping.reason(context, row, tokens[slot], end)
                     committed.finished[slot] = reason or "stopping_criteria"
-        all_done = len(self._stop_column) == context.batch_size
+        all_done = len(self.stopping.columns) == context.batch_size
         return [] if all_done else [slot for slot in going if committed.finished[slot] is None]
 
     def _judge(self, tokens: Tensor, lengths: Tensor, probs: Tensor | None, scores: Tensor) -> Verdict:
@@ -375,7 +387,14 @@ class SpeculativeDecoding:
             )
             for slot, row in enumerate(context.rows)
         ]
-        return Iteration(steps, draft_seconds, verify_seconds, other_seconds=0.0, draft_forwards=draft_forwards)
+        return Iteration(
+            steps,
+            draft_seconds,
+            verify_seconds,
+            other_seconds=0.0,
+            draft_forwards=draft_forwards,
+            withdrawn=committed.withdrawn,
+        )
 
     def record(self, iteration: Iteration) -> None:
         """Add the iteration to statistics and trace."""
@@ -387,6 +406,11 @@ class SpeculativeDecoding:
         """Append each row's committed set."""
         self.recorder.layers(output, [len(tokens) for tokens in committed.tokens], self._pending)
         self.context.append(committed.tokens)
+        self._withdrawn = committed.withdrawn
+        for row, count in committed.withdrawn.items():
+            self.context.withdraw(row, count)
+            if row not in self.context.rows:  # of the others, the cache forgets them when it rolls back
+                self.target.forget([row], [count])
         self._finished = {row for row, why in zip(self.context.rows, committed.finished) if why is not None}
 
     def roll_back(self) -> None:
@@ -394,10 +418,10 @@ class SpeculativeDecoding:
         self.target.commit(self.context)
         self.drafter.commit(self.context)
         if invariants.ENABLED:
-            invariants.check_iteration(self.context, self.target, getattr(self.drafter, "cached", None))
+            invariants.check_iteration(self.context, self.target, getattr(self.drafter, "cached", None), self._withdrawn)
         rows = self.context.rows
         width = self.output_width
-        if len(self._stop_column) == self.context.batch_size:  # no row needs to go beyond the end of the longest
+        if len(self.stopping.columns) == self.context.batch_size:  # no row needs to go beyond the end of the longest
             self._finished |= {row for row in rows if self.context.ends[row] >= width}
         for row in self._finished:  # the last row fills the gap, so caches move one row only
             gap = rows.index(row)
@@ -407,6 +431,4 @@ class SpeculativeDecoding:
     @property
     def output_width(self) -> int:
         """Columns of the output: `max_length` until every row has met a criterion."""
-        if len(self._stop_column) < self.context.batch_size:
-            return self.context.max_length
-        return max(self._stop_column.values())
+        return self.stopping.width(self.context)

@@ -5,6 +5,7 @@ the draft's cache, hold at most those. In the context, only padding comes after 
 """
 
 import os
+from collections.abc import Container
 
 from torch import Tensor
 from transformers import DynamicCache
@@ -24,8 +25,14 @@ class InvariantError(AssertionError):
     """A bug in hf_specdec: please report it with the call that showed it."""
 
 
-def check_iteration(context: Context, target: Target, draft: Target | None = None) -> None:
-    """Raise an InvariantError unless caches and context agree for the active rows."""
+def check_iteration(
+    context: Context, target: Target, draft: Target | None = None, withdrawn: Container[int] = ()
+) -> None:
+    """Raise an InvariantError unless caches and context agree for the active rows.
+
+    Args:
+        withdrawn: rows that are leaving and have gone back further than windows reach.
+    """
     for row, missing in zip(context.rows, target.missing(context)):
         if missing < 1 or (missing > 1 and not target.has_states):
             raise InvariantError(f"row {row}: the target's cache holds all but {missing} tokens instead of all but 1")
@@ -37,10 +44,10 @@ def check_iteration(context: Context, target: Target, draft: Target | None = Non
             raise InvariantError(f"row {row}: the draft's cache holds all but {missing} committed tokens")
     for model in (target, draft):
         if isinstance(model, CachedModel):
-            _check_entries(context, model)
+            _check_entries(context, model, withdrawn)
 
 
-def _check_entries(context: Context, cached: CachedModel) -> None:
+def _check_entries(context: Context, cached: CachedModel, withdrawn: Container[int]) -> None:
     """Compare keys, values and states with those of one fresh forward over each row's committed tokens."""
     given = cached.layout.column_offset or cached.layout.prompt_positions is not None or not cached.prompt_is_tokens
     if given or not cached.cache.layers:
@@ -48,7 +55,7 @@ def _check_entries(context: Context, cached: CachedModel) -> None:
     for index, row in enumerate(cached.cache.rows):
         first = context.first[row]
         begin, end = first + cached.layout.slot_offset[row], cached.cache.lengths[row]
-        if end <= begin or row not in context.rows:
+        if end <= begin or row not in context.rows or row in withdrawn:
             continue
         fresh = DynamicCache(config=cached.model.config) if cached.cache.states else DynamicCache()
         tokens = context.tokens[row : row + 1, first : first + end - begin].to(cached.device)

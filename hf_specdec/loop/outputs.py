@@ -144,6 +144,17 @@ class Recorder:
                 steps.extend({} for _ in range(step + 1 - len(steps)))
                 steps[step][row] = record.clone()
 
+    def cut(self, row: int, column: int) -> None:
+        """Forget a row's records of the tokens from a context column on."""
+        steps = column - self._context.prompt_width
+        for recorded in (self._scores, self._logits):
+            for by_row in recorded[steps:]:
+                by_row.pop(row, None)
+        # The query of a column chooses the next column's token.
+        queries = self._prompt_end + steps - 1 - max(self._past, self._first[row])
+        for kind in (self._hidden_states, self._attentions, self._cross_attentions):
+            kind[row] = _first_queries(kind[row], queries)
+
     def scores(self, steps: int) -> tuple[Tensor, ...] | None:
         """`[batch, vocab]` for each of the first `steps` new tokens, as far as they are known."""
         return self._per_step(self._scores, steps) if self.wants_scores else None
@@ -232,3 +243,12 @@ class Recorder:
 def _append(parts: list[Tensor], layers: list[Tensor]) -> None:
     if layers:
         parts.append(torch.stack(layers))
+
+
+def _first_queries(parts: list[Tensor], count: int) -> list[Tensor]:
+    """The first `count` queries, which are the last axis but one, of consecutive records of a row."""
+    kept = []
+    for part in parts:
+        kept.append(part[..., :count, :])
+        count = max(count - part.shape[-2], 0)
+    return kept

@@ -2,11 +2,13 @@
 
 Criteria of transformers that depend only on one row's tokens (or on the clock) are evaluated per row on the committed
 block. Any other criterion may count calls or look at other rows, so it is called exactly as vanilla calls it: once per
-step, on the whole batch, with all rows at the same step (`decoding.py` then advances the rows in lockstep).
+step, on the whole batch, with all rows at the same step. It cannot change tokens, only where a row ends. So rows do not
+wait for each other: the call for a step comes when every row has reached it, and rows that were ahead are cut.
 
 All of them read the host's copy of the tokens, so they do not wait for a device.
 """
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -16,11 +18,14 @@ from transformers import (
     EosTokenCriteria,
     MaxLengthCriteria,
     MaxTimeCriteria,
+    StoppingCriteria,
     StoppingCriteriaList,
     StopStringCriteria,
 )
 
 from ..sampling.context import Context
+
+Scores = Callable[[int], "tuple[Tensor, ...] | None"]
 
 _KNOWN = {
     EosTokenCriteria: "eos",
@@ -40,13 +45,17 @@ class Stopping:
     Attributes:
         pads_finished_rows: vanilla pads a finished row only if some criterion has `eos_token_id`; otherwise every row
             goes on until all have met a criterion.
+        unknown: the criteria that may keep state between calls.
+        columns: by row that has met a criterion, the column after the token at which it did.
     """
 
     def __init__(self, criteria: StoppingCriteriaList, max_length: int):
         self.criteria = criteria
         self.max_length = max_length
         self.pads_finished_rows = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
-        self.unknown = [type(c).__name__ for c in criteria if type(c) not in _KNOWN]
+        self.unknown = [c for c in criteria if type(c) not in _KNOWN]
+        self.columns: dict[int, int] = {}
+        self._asked: int | None = None  # `unknown` have been called for the steps of the columns before this one
         self._eos = {
             token for c in criteria if type(c) is EosTokenCriteria for token in c.eos_token_id.flatten().tolist()
         }
@@ -80,13 +89,40 @@ class Stopping:
                 criterion(view, None)  # for its warning
         return next((_KNOWN[type(c)] for c in self._by_call if bool(c(view, None).any())), None)
 
-    def after_step(self, context: Context, end: int, scores: tuple[Tensor, ...] | None) -> list[bool]:
-        """By row of the batch, whether any criterion ends it, as vanilla asks after the step of column `end - 1`."""
+    def width(self, context: Context) -> int:
+        """Columns of the output: `max_length` until every row has met a criterion."""
+        return max(self.columns.values()) if len(self.columns) == context.batch_size else context.max_length
+
+    def ask_unknown(self, context: Context, ends: list[int], scores: Scores) -> None:
+        """Call the unknown criteria for each step that all rows have reached, and note in `columns` the rows they end.
+
+        Args:
+            ends: by row of the batch, one past its last token on the host, committed or about to be.
+            scores: those of a number of steps.
+        """
+        step = context.prompt_width if self._asked is None else self._asked
+        while True:
+            # After its end, a row has padding for all steps to come; or it goes on until all have ended.
+            going = [row for row in range(context.batch_size) if not (self.pads_finished_rows and row in self.columns)]
+            reached = min([self.width(context), *(ends[row] for row in going)])
+            if step >= reached:
+                self._asked = step
+                return
+            step += 1
+            done = self.after_step(self.unknown, context, step, scores(step - context.prompt_width))
+            for row in range(context.batch_size):
+                if done[row] and step < self.columns.get(row, step + 1):
+                    self.columns[row] = step
+
+    def after_step(
+        self, criteria: Iterable[StoppingCriteria], context: Context, end: int, scores: tuple[Tensor, ...] | None
+    ) -> list[bool]:
+        """By row of the batch, whether one of `criteria` ends it, as vanilla asks after the step of column `end - 1`."""
         view = context.host[:, :end]
         if context.host is not context.tokens:
             view = view.as_subclass(HostIds)
         done = [False] * context.batch_size
-        for criterion in self.criteria:
+        for criterion in criteria:
             answer = criterion(view, scores)
             answers = answer.expand(context.batch_size).tolist() if isinstance(answer, Tensor) else [answer] * len(done)
             done = [bool(before or now) for before, now in zip(done, answers)]

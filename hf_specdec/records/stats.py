@@ -78,6 +78,8 @@ class Iteration:
         other_seconds: wall time of the rest of the iteration: commit, rollback and the streamer.
         draft_forwards: forwards of the draft model, each for all rows together; 0 for drafters without a model.
         target_forwards: forwards of the target, each for all rows together.
+        withdrawn: by row, how many tokens of earlier iterations were taken back. A stopping criterion of the user's is
+            called for a step when all rows have come there, and may then end a row that was ahead.
     """
 
     rows: list[RowStep]
@@ -86,6 +88,7 @@ class Iteration:
     other_seconds: float
     draft_forwards: int
     target_forwards: int = 1
+    withdrawn: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -94,7 +97,8 @@ class RowStats:
 
     Attributes:
         row_iterations: iterations that the row took part in.
-        committed_tokens: tokens appended to the context, not counting the prompt.
+        committed_tokens: tokens appended to the context, not counting the prompt, nor tokens taken back because the row
+            had ended before them.
         drafted_tokens: tokens that the drafter proposed.
         accepted_tokens: drafts that were accepted and committed.
         accepted_length_histogram: entry k counts the iterations in which k drafts were accepted.
@@ -203,6 +207,9 @@ class SpeculationStats(RowStats):
             self.per_row.extend(RowStats() for _ in range(step.row + 1 - len(self.per_row)))
             self.per_row[step.row].count(step)
             self.count(step)
+        for row, count in iteration.withdrawn.items():
+            self.per_row[row].committed_tokens -= count
+            self.committed_tokens -= count
         self.iterations.append(
             {
                 "rows": [step.row for step in iteration.rows],

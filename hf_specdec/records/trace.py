@@ -123,6 +123,9 @@ class Trace:
                 yield Span(f" · context of {step.context_length} tokens\n")
                 yield from _told(step, label)
                 yield Span("\n")
+            for row, count in iteration.withdrawn.items():
+                yield Span(f"Iteration {number}, row {row}", "title")
+                yield Span(f" · {_taken_back(count)}\n\n")
         if len(shown) < len(self.iterations):
             yield Span(f"… and {len(self.iterations) - len(shown)} more iterations\n\n", "label")
         yield Span("Summary", "title")
@@ -221,22 +224,26 @@ def _html_page(trace: Trace, tokenizer: Tokenizer | None) -> str:
     for step in (step for iteration in trace.iterations for step in iteration.rows):
         committed[step.row] += step.committed
     pieces = [_pieces(tokens, tokenizer) for tokens in committed]
-    text, tail, sections = [""] * len(rows), [""] * len(rows), ""
+    text: list[list[str]] = [[] for _ in rows]
+    tail, sections = [""] * len(rows), ""
     for number, iteration in enumerate(trace.iterations, start=1):
         times = f"draft {iteration.draft_seconds * 1e3:.1f} ms <br>verify {iteration.verify_seconds * 1e3:.1f} ms"
         sections += f"<section><h3>Iteration {number}<small>{times}</small></h3><div>\n"
         for step in iteration.rows:
             row, anchor = step.row, f"i{number}r{step.row}"
             new = list(islice(pieces[row], len(step.committed)))
-            marked = "".join(
+            marked = [
                 f'<a href="#{anchor}" class="{role}" title="{escape(label(token))} · id {token} · {role}, '
                 f'iteration {number}">{escape(visible(piece, line_break=chr(10)))}</a>'
                 for piece, (token, role) in zip(new, committed_roles(step), strict=True)
-            )
+            ]
             sections += f'<div class="step" id="{anchor}">{_html_step(step, tokenizer, len(rows) > 1)}'
-            sections += f'<div class="more">{escape(visible(tail[row]))}{marked}</div></div>\n'
+            sections += f'<div class="more">{escape(visible(tail[row]))}{"".join(marked)}</div></div>\n'
             text[row] += marked
             tail[row] = (tail[row] + "".join(new))[-TAIL:]
+        for row, count in iteration.withdrawn.items():
+            del text[row][-count:]
+            sections += f'<div class="step"><small><b>row {row}</b></small><div>■ {_taken_back(count)}</div></div>\n'
         sections += "</div></section>\n"
     legend = ((_chip(term, term) if term in STYLES else term, meaning) for term, meaning in LEGEND.items())
     return Template(Path(__file__).with_name("trace_template.html").read_text(encoding="utf-8")).substitute(
@@ -244,7 +251,7 @@ def _html_page(trace: Trace, tokenizer: Tokenizer | None) -> str:
         acceptance_rate=f"{stats.acceptance_rate:.0%}",
         block_efficiency=f"{stats.block_efficiency:.2f}",
         iterations=len(trace.iterations),
-        text="\n".join(f"{f'<small>row {i}</small>' * (len(rows) > 1)}<div class='text'>{text[i]}</div>" for i in rows),
+        text="\n".join(f"{f'<small>row {i}</small>' * (len(rows) > 1)}<div class='text'>{''.join(text[i])}</div>" for i in rows),
         legend="\n".join(f"<div><dt>{term}</dt><dd>{meaning}</dd></div>" for term, meaning in legend),
         sections=sections,
     )
@@ -295,6 +302,11 @@ def _drafts_and_own(step: RowStep) -> list[tuple[int, str]]:
 def _ending(step: RowStep) -> str:
     """Why the row ended here; empty if it continues."""
     return FINISHED.get(step.finished, step.finished) if step.finished else ""
+
+
+def _taken_back(count: int) -> str:
+    """What happened to a row's tokens that come after its end."""
+    return f"{count} tokens taken back: a stopping criterion, called when all rows had come there, ends the row before them"
 
 
 def _chip(text: str, role: str) -> str:

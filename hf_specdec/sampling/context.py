@@ -125,21 +125,28 @@ class Context:
         block = torch.tensor([row + [self.pad_token_id] * (width - len(row)) for row in tokens], dtype=torch.int64)
         self._put(block)
         self._draft_width = 0
-        for row, new in zip(self.rows, tokens):
+        for row, new, padded in zip(self.rows, tokens, block):
             if self.host is not self.tokens:
-                self._write_on_host(row, new)
+                self._write_on_host(row, padded)
             self.ends[row] += len(new)
 
-    def write_on_host(self, row: int, tokens: list[int]) -> None:
-        """Put `tokens` after a row's end, where criteria see them, without committing them."""
-        self._make_room(self.ends[row] + len(tokens))
-        self._write_on_host(row, tokens)
-        if self.host is self.tokens:
-            self._draft_width = max(self._draft_width, len(tokens))
+    def withdraw(self, row: int, count: int) -> None:
+        """Take back a row's last `count` committed tokens: it has ended before them."""
+        end = self.ends[row] - count
+        for tokens in (self.tokens, self.host):
+            tokens[row, end : self.ends[row]] = self.pad_token_id
+        self.ends[row] = end
 
-    def _write_on_host(self, row: int, tokens: list[int]) -> None:
-        end = self.ends[row]
-        self.host[row, end : end + len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
+    def write_on_host(self, row: int, tokens: list[int], width: int = 0) -> None:
+        """Put `tokens` after a row's end, where criteria see them, without committing them; padding up to `width`."""
+        padded = tokens + [self.pad_token_id] * (width - len(tokens))
+        self._make_room(self.ends[row] + len(padded))
+        self._write_on_host(row, torch.tensor(padded, dtype=torch.int64))
+        self._draft_width = max(self._draft_width, len(padded))
+
+    def _write_on_host(self, row: int, tokens: Tensor) -> None:
+        columns = self.host[row, self.ends[row] : self.max_length][: len(tokens)]
+        columns.copy_(tokens[: len(columns)])
 
     def _make_room(self, width: int) -> None:
         """Ensure at least `width` columns, or `max_length` if that is less."""

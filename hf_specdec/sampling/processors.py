@@ -1,21 +1,28 @@
 """Logits processors over a block of positions: each position is processed as vanilla `generate()` would process it.
 
-Three kinds, distinguished by exact type, since a subclass may do anything:
+Four kinds. Those of transformers are told apart by their exact type, since a subclass may do anything:
 
 - *prefix-blind*: see only the scores; run once over the whole block.
-- *prefix-pure*: stateless functions of (tokens so far, scores); run per position, each on its own prefix.
-- all others (classifier-free guidance, grammar matchers, user-written ones): may keep state between calls or read
-  other rows, so they are called exactly as vanilla calls them: once per step, in order, on committed tokens only, with
-  all rows at the same step. `loop/decoding.py` then advances the rows in lockstep.
+- *prefix-pure*: functions of (tokens so far, scores), by type or declared (`pure.py`); see `prefixes.py`.
+- *constraints*: allow some tokens, by a state per row that can go back (`row_processors.py`, `matchers.py`), or by a pure
+  `prefix_allowed_tokens_fn`.
+- all others (classifier-free guidance, user-written ones): may keep state between calls or read other rows, so they are
+  called exactly as vanilla calls them: once per step, in order, on committed tokens only, with all rows at the same
+  step. `loop/decoding.py` then advances the rows in lockstep.
 """
 
-import torch
+from typing import Any
+
 import transformers
 from torch import Tensor
-from transformers import LogitsProcessorList
+from transformers import LogitsProcessorList, PrefixConstrainedLogitsProcessor
 
-from ..device import to_device
+from ..device import to_host
 from .context import Context
+from .matchers import row_processor
+from .prefixes import Positions, process
+from .pure import PrefixConstraint, is_pure
+from .row_processors import Constraint, RowStates
 
 _BLIND = (
     "TemperatureLogitsWarper",
@@ -59,12 +66,10 @@ PURE = _classes(_PURE)
 
 
 class BlockProcessors:
-    """A list of prefix-blind and prefix-pure processors, applied to several positions per row."""
+    """A list of processors that are blind, pure or constraints, applied to several positions per row."""
 
     def __init__(self, processors: LogitsProcessorList):
-        split = next((i for i, processor in enumerate(processors) if type(processor) not in BLIND), len(processors))
-        self.blind = processors[:split]
-        self.rest = LogitsProcessorList(processors[split:])  # order matters: blind ones after a pure one wait
+        self.processors = processors
 
     def __call__(self, logits: Tensor, context: Context, offset: int = 0) -> Tensor:
         """Process scores for the next positions of the active rows; the context must already hold the drafts.
@@ -76,37 +81,60 @@ class BlockProcessors:
         Returns: `[rows, k, vocab]` scores.
         """
         rows, k, vocab = logits.shape
-        if self.blind:
-            ids, scores = context.tokens.new_zeros(rows * k, 1), logits.reshape(rows * k, vocab)
-            for processor in self.blind:  # a `LogitsProcessorList` would inspect every signature each time
-                scores = processor(ids, scores)
-            logits = scores.view(rows, k, vocab)
-        return self._by_prefix(logits, context, offset) if self.rest else logits
+        if not self.processors:
+            return logits
+        positions = Positions.after(context, offset, k)
+        constrained = any(isinstance(processor, Constraint) for processor in self.processors)
+        drafts = drafts_of(context, offset + k - 1 if constrained else 0)
+        scores, unread = logits.reshape(rows * k, vocab), context.tokens.new_zeros(rows * k, 1)
+        for processor in self.processors:  # a `LogitsProcessorList` would inspect every signature each time
+            if type(processor) in BLIND:
+                scores = processor(unread, scores)
+            elif isinstance(processor, Constraint):
+                masks = [
+                    mask for row, own in zip(context.rows, drafts) for mask in processor.masks(context, row, own, offset)
+                ]
+                scores = processor.apply(scores, masks)
+            else:
+                scores = process(processor, positions, scores)
+        return scores.view(rows, k, vocab)
 
-    def _by_prefix(self, logits: Tensor, context: Context, offset: int) -> Tensor:
-        # Processors may hold tensors with an entry per row of the batch, so each call passes all rows, in batch order.
-        scores = logits.clone()
-        starts = [end + offset for end in context.active_ends]
-        for end in range(min(starts), min(max(starts) + logits.shape[1], context.max_length + 1)):
-            here = [(i, end - start) for i, start in enumerate(starts) if 0 <= end - start < logits.shape[1]]
-            if not here:
-                continue
-            slots, positions = (to_device(index, logits.device) for index in zip(*here))
-            batch_rows = context.row_index[slots]
-            full = logits.new_zeros(context.batch_size, logits.shape[2])
-            full[batch_rows] = logits[slots, positions]
-            # Other rows may hold padding after their ends that is not a valid token: pass zeros for them instead.
-            prefix = context.view(end)
-            prefix = torch.zeros_like(prefix).index_copy(0, batch_rows, prefix[batch_rows])
-            scores[slots, positions] = self.rest(prefix, full)[batch_rows]
-        return scores
+
+def drafts_of(context: Context, width: int) -> list[list[int]]:
+    """By active row, the `width` drafts after its end. Reading them waits for a device."""
+    if width == 0:
+        return [[] for _ in context.rows]
+    drafts: list[list[int]] = to_host(context.gather(context.active_ends, width)).tolist()
+    return drafts
+
+
+def for_call(processors: LogitsProcessorList, prompts: Tensor, vocab_size: int) -> LogitsProcessorList:
+    """The processors of one call, with a `Constraint` in place of each that can be one.
+
+    Args:
+        prompts: `[batch, columns]` on the CPU.
+    """
+    return LogitsProcessorList([_constraint(p, prompts, vocab_size) or p for p in processors])
+
+
+def _constraint(processor: Any, prompts: Tensor, vocab_size: int) -> Constraint | None:
+    if type(processor) is PrefixConstrainedLogitsProcessor:
+        pure = is_pure(processor._prefix_allowed_tokens_fn)
+        return PrefixConstraint(processor, vocab_size) if pure else None
+    by_row = row_processor(processor, prompts, vocab_size)
+    return None if by_row is None else RowStates(by_row, prompts)
+
+
+def is_known(processor: Any) -> bool:
+    """Whether a processor of one call may be called on prefixes that are never committed."""
+    return type(processor) in BLIND or type(processor) in PURE or isinstance(processor, Constraint) or is_pure(processor)
 
 
 def known(processors: LogitsProcessorList) -> LogitsProcessorList:
     """The processors that may be called on prefixes that are never committed."""
-    return LogitsProcessorList([p for p in processors if type(p) in BLIND or type(p) in PURE])
+    return LogitsProcessorList(filter(is_known, processors))
 
 
 def unknown_names(processors: LogitsProcessorList) -> list[str]:
     """Class names of the processors that must be called in order, on committed prefixes."""
-    return [type(p).__name__ for p in processors if type(p) not in BLIND and type(p) not in PURE]
+    return [type(p).__name__ for p in processors if not is_known(p)]
