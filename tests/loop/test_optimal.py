@@ -313,7 +313,7 @@ def test_it_is_read_again_when_plain_tokens_have_paid_for_that() -> None:
     estimates.acceptance(1)
     for _ in range(20):
         estimates.by_position[0].add(True)
-    estimates.reading = 0.3  # 30 units for a prompt of 100 tokens
+    estimates.reading = 0.45  # 45 units for a prompt of 100 tokens
     schedule, debts = Optimal(MAX_GAMMA, estimates), []
     for _ in range(7000):
         debts.append(estimates.debt if schedule.plan(1, left=50, unread=100) else None)
