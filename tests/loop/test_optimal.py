@@ -315,8 +315,8 @@ def test_it_is_read_again_when_plain_tokens_have_paid_for_that() -> None:
         estimates.by_position[0].add(True)
     estimates.reading = 0.45  # 45 units for a prompt of 100 tokens
     schedule, debts = Optimal(MAX_GAMMA, estimates), []
-    for _ in range(7000):
-        debts.append(estimates.debt if schedule.plan(1, left=50, unread=100) else None)
+    for _ in range(9000):
+        debts.append(estimates.debt if schedule.plan(1, left=30, unread=100) else None)
         schedule.update(iteration_of([0], [0]))
     read = [i for i, debt in enumerate(debts) if debt is not None]
     assert len(read) > 2
