@@ -127,6 +127,10 @@ class Drafter(ABC):
     def commit(self, context: Context) -> None:
         """The committed tokens are in the context now; forget rejected drafts."""
 
+    def unread(self, context: Context) -> int:
+        """How many committed tokens of the active rows, in all, it would read before it can draft."""
+        return 0
+
     def end(self) -> None:
         """The `generate()` call is over, or has raised an error after `start`."""
 

@@ -181,6 +181,9 @@ class ModelDrafter(Drafter):
         # The cache holds the previous context and all drafts but the last; the committed ones stay.
         self.cached.commit(context)
 
+    def unread(self, context: Context) -> int:
+        return sum(self.cached.missing(context)) - len(context.rows)
+
     def end(self) -> None:
         if hasattr(self, "cached"):  # `start` may have raised an error
             self.cached.release()

@@ -14,7 +14,7 @@ surprises by more than a few standard deviations counts the less, the more it su
 from math import exp, log, sqrt
 from typing import NamedTuple
 
-_INSTANT = 1e-9  # seconds; a clock may not advance between two readings
+INSTANT = 1e-9  # seconds; a clock may not advance between two readings
 _NOISE, _LEAST_NOISE = 0.1**2, 0.03**2  # variance of a logarithm: first guess, and the least
 _NOISE_GAIN = 0.05
 _MOST_SIGMAS = 2.5  # of a surprise that is fully believed
@@ -64,6 +64,7 @@ class CostEstimates:
     Attributes:
         plain_seen, drafted_seen: how many iterations without and with drafts were measured.
         since_plain: how many with drafts since the last one without.
+        draft_seen: how often a forward of the draft was.
     """
 
     def __init__(self, rows: int, draft: float):
@@ -72,7 +73,7 @@ class CostEstimates:
         variances = (100.0, block_sd**2, growth_sd**2, 0.5)
         self._p = [[v if i == j else 0.0 for j in range(4)] for i, v in enumerate(variances)]
         self._noise = _NOISE
-        self.plain_seen = self.drafted_seen = self.since_plain = self._draft_seen = 0
+        self.plain_seen = self.drafted_seen = self.since_plain = self.draft_seen = 0
 
     @property
     def unit(self) -> float:
@@ -81,7 +82,7 @@ class CostEstimates:
 
     @property
     def costs(self) -> Costs:
-        has_draft = self._draft_seen > 0 or self.drafted_seen == 0  # some drafters have no model
+        has_draft = self.draft_seen > 0 or self.drafted_seen == 0  # some drafters have no model
         return Costs(exp(self._x[1]), max(self._x[2], 0.0), exp(self._x[3]) if has_draft else 0.0)
 
     def doubt(self, gamma: int) -> float:
@@ -109,12 +110,12 @@ class CostEstimates:
             self.drafted_seen, self.since_plain = self.drafted_seen + 1, self.since_plain + 1
             self._observe(verify_seconds, [1.0, 1.0, log(width), 0.0])
         if draft_seconds is not None:
-            self._draft_seen += 1
+            self.draft_seen += 1
             self._observe(max(draft_seconds, _FREE * self.unit), [1.0, 0.0, 0.0, 1.0])
 
     def _observe(self, seconds: float, slope: list[float]) -> None:
         """One step of the filter: of these seconds, the logarithm is expected to be the state times `slope`."""
-        surprise = log(max(seconds, _INSTANT)) - sum(x * h for x, h in zip(self._x, slope))
+        surprise = log(max(seconds, INSTANT)) - sum(x * h for x, h in zip(self._x, slope))
         gain = [sum(p * h for p, h in zip(row, slope)) for row in self._p]
         known = sum(h * g for h, g in zip(slope, gain))  # variance of what was expected
         variance = known + self._noise

@@ -153,8 +153,8 @@ class SpeculativeDecoding:
         context, rows = self.context, len(self.context.rows)
         if self.target.prompt_is_unread or any(self.target.prompt_left(context)) or self._is_first_of_long():
             return no_draft(context)
-        gamma = self.schedule.plan(rows)
-        left = (max(context.max_length - end - 1, 0) for end in context.active_ends)
+        left = [max(context.max_length - end - 1, 0) for end in context.active_ends]
+        gamma = self.schedule.plan(rows, max(left), self.drafter.unread(context))
         room = [min(pair) for pair in zip(left, self.target.room(context, gamma))]
         max_tokens = min(gamma, max(room))
         if max_tokens == 0:

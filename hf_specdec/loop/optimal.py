@@ -14,6 +14,9 @@ a renewal process). Costs are relative to plain decoding (see `costs.py`).
 Where even the best R is below that of plain decoding, γ is 0: drafting *pauses*. Now and then a draft checks whether
 that has changed. What it costs more than plain decoding is a debt, which is paid off by 0.5% of the time of the plain
 iterations that follow. So probes cost that much where they cost anything, and are frequent where they cost nothing.
+
+A draft model must read a prompt, or what came since it drafted last, before it can draft. So R counts what that costs,
+spread over the tokens that a row may still get. Near the end of a call, or where drafts bring little, it does not pay.
 """
 
 import itertools
@@ -24,7 +27,7 @@ from torch import nn
 
 from ..drafters.base import GoOn
 from ..records.stats import Iteration
-from .costs import CostEstimates, Costs
+from .costs import INSTANT, CostEstimates, Costs
 
 MAX_GAMMA = 16
 _FORGET = 0.97  # weight of an observation after one more of its kind
@@ -38,6 +41,8 @@ _LEAST_PAUSE, _MOST_DEBT = 16, 20.0  # iterations without drafts after evidence 
 _DOUBTFUL = 2.0  # standard deviations within which drafting may or may not pay
 _FIRST_GAMMA, _KNOWN = 4, 3  # the longest draft until so many were measured
 _MORE = 12  # iterations with drafts, of which one drafts a token more than seems best
+_HORIZON = 256  # tokens of a row over which the cost of reading is spread at most: calls may end before their limit
+_READS = 16  # tokens, of which reading takes long enough to be measured
 _BETWEEN_PLAIN = 4  # iterations with drafts between two without, while it is doubtful
 
 
@@ -100,6 +105,7 @@ class Estimates:
         self.debt = 0.0  # what probes have cost, in units; less what was paid off
         self.regret = 0.0  # what drafts have probably cost since they seemed to pay, in units
         self.idle = 0  # iterations without drafts
+        self.reading: float | None = None  # seconds that the draft model takes to read a token, if measured
 
     def costs(self, rows: int) -> CostEstimates:
         """The cost of iterations over about this many rows."""
@@ -175,15 +181,22 @@ class Optimal:
         self._gain = 1.0  # the same, relative to plain decoding
         self._price = 0.0  # tokens that another draft must be expected to bring
         self._bound = max_gamma  # on drafts, while little is known of their costs
+        self._unread = 0
+        self._read: tuple[float, int, int] | None = None  # seconds, forwards, tokens: a draft after reading these
 
-    def plan(self, rows: int) -> int:
-        """The longest draft of the next iteration over this many rows."""
+    def plan(self, rows: int, left: int = _HORIZON, unread: int = 0) -> int:
+        """The longest draft of the next iteration over this many rows.
+
+        Args:
+            left: how many tokens a row may still get.
+            unread: how many tokens, of all rows, the draft model has to read before it can draft.
+        """
         known = self._estimates
         size = rows.bit_length()
         was_paused = size in known.paused
         if was_paused and known.debt > 0:
             return 0
-        self._confidence, self._alive = [], [1.0] * rows
+        self._confidence, self._alive, self._unread = [], [1.0] * rows, unread
         estimates = known.costs(rows)
         self._costs, self._acceptance = estimates.costs, known.acceptance(self._max_gamma)
         tokens = itertools.accumulate(itertools.accumulate(self._acceptance, operator.mul), initial=1.0)
@@ -203,6 +216,12 @@ class Optimal:
         at_best = self._gain * (1 + doubt / 2 + (recent.doubt if self._reads_confidence else 0.0))
         is_doubtful = at_best >= 1 and known.regret < _MOST_REGRET
         known.paused.discard(size)
+        plain = float(max(min(left, _HORIZON), 1))
+        loss = (known.reading or 0.0) * unread / max(estimates.unit, INSTANT) + plain / self._gain - plain
+        if unread >= _READS and self._gain >= 1 and loss > 0 and estimates.drafted_seen:
+            if known.debt > 0:
+                return 0
+            known.debt = min(loss, _MOST_DEBT)
         if self._gain < 1 and estimates.drafted_seen and (was_paused or not is_doubtful):
             known.paused.add(size)
             known.regret = 0.0
@@ -236,6 +255,9 @@ class Optimal:
                     known.by_confidence[_bin(self._confidence[i][slot])].add(i < step.accepted)
         longest = max(len(step.drafted) for step in iteration.rows)
         committed = sum(len(step.committed) for step in iteration.rows) / len(iteration.rows)
+        if longest and self._unread >= _READS and iteration.draft_forwards:
+            self._read = iteration.draft_seconds, iteration.draft_forwards, self._unread
+        self._unread = 0
         if self._has_begun:  # the first iteration also reads the prompts
             known.add_costs(iteration)
             if longest:
@@ -248,9 +270,20 @@ class Optimal:
                     least = 0.0 if any(step.accepted for step in iteration.rows) else _LEAST_PAUSE * _PROBING
                     known.debt = min(max(known.debt + loss, least), _MOST_DEBT)
         self._has_begun = True
+        self._learn_reading(known.costs(len(iteration.rows)))
         known.idle = 0 if longest else known.idle + 1
         if not longest:
             known.debt = max(known.debt - _PROBING, 0.0)
+
+    def _learn_reading(self, estimates: CostEstimates) -> None:
+        """Once it is known what a forward of the draft model costs: what reading has cost in the iteration before."""
+        if self._read is None or not estimates.draft_seen:
+            return
+        seconds, forwards, tokens = self._read
+        found = max(seconds - forwards * estimates.costs.draft * estimates.unit, 0.0) / tokens
+        before = self._estimates.reading
+        self._estimates.reading = found if before is None else (before + found) / 2
+        self._read = None
 
 
 def _bin(confidence: float) -> int:

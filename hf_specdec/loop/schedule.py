@@ -25,8 +25,13 @@ class Schedule(Protocol):
     go_on: GoOn | None
     longest: int | None
 
-    def plan(self, rows: int) -> int:
-        """The longest draft of the next iteration over this many active rows."""
+    def plan(self, rows: int, left: int, unread: int) -> int:
+        """The longest draft of the next iteration over this many active rows.
+
+        Args:
+            left: how many tokens a row may still get.
+            unread: how many tokens, of all rows, the draft model has to read before it can draft.
+        """
 
     def update(self, iteration: Iteration) -> None:
         """Learn from one iteration."""
@@ -41,7 +46,7 @@ class Constant:
         self.gamma = gamma
         self.longest: int | None = gamma
 
-    def plan(self, rows: int) -> int:
+    def plan(self, rows: int, left: int = 0, unread: int = 0) -> int:
         return self.gamma
 
     def update(self, iteration: Iteration) -> None:
@@ -68,7 +73,7 @@ class Heuristic:
         start, learned = (gamma, gamma) if owner is None else _learned.get(owner, (gamma, gamma))
         self.gamma = learned if start == gamma else gamma
 
-    def plan(self, rows: int) -> int:
+    def plan(self, rows: int, left: int = 0, unread: int = 0) -> int:
         return self.gamma
 
     def update(self, iteration: Iteration) -> None:

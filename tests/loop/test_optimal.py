@@ -283,6 +283,48 @@ def test_a_call_begins_as_the_last_one_ended() -> None:
     assert sum(n > 0 for n in drafted) <= 1
 
 
+@pytest.mark.parametrize("reads_confidence", [False, True])
+@pytest.mark.parametrize("reading, drafts", [(0.001, True), (1.0, False)])
+def test_a_prompt_is_not_read_for_drafts_that_bring_less_than_that_costs(
+    reading: float, drafts: bool, reads_confidence: bool
+) -> None:
+    """With drafts, a call of 100 tokens saves 10 to 20 of the target's forwards; the draft has 100 tokens to read."""
+    pair, estimates = Pair(lambda: 0.8, linear(1.0, 0.15), 0.35, rng=None), Estimates()
+    began = []
+    for _ in range(6):
+        schedule, left, unread, saved = Optimal(MAX_GAMMA, estimates, reads_confidence), 100, 100, 0.0
+        while left > 0:
+            gamma = schedule.plan(1, left, unread)
+            accepted = min(gamma, 1)
+            extra = unread * reading if gamma else 0.0
+            seconds = pair.verify(accepted + 1), accepted * pair.draft + extra
+            schedule.update(iteration_of([accepted], [accepted], *seconds))
+            unread = 0 if gamma else unread + 1
+            left, saved = left - 1 - accepted, saved + 1 + accepted - sum(seconds)
+        began.append(unread < 100)
+    assert began[:2] == [True, True]  # the second time as a probe
+    assert began[2:] == [drafts] * 4
+    assert not drafts or saved > 0
+
+
+def test_it_is_read_again_when_plain_tokens_have_paid_for_that() -> None:
+    estimates = Estimates()
+    add(estimates, *[(0, 1.0), (1, 1.2)] * 40, draft=0.1)
+    estimates.acceptance(1)
+    for _ in range(20):
+        estimates.by_position[0].add(True)
+    estimates.reading = 0.45  # 45 units for a prompt of 100 tokens
+    schedule, debts = Optimal(MAX_GAMMA, estimates), []
+    for _ in range(9000):
+        debts.append(estimates.debt if schedule.plan(1, left=30, unread=100) else None)
+        schedule.update(iteration_of([0], [0]))
+    read = [i for i, debt in enumerate(debts) if debt is not None]
+    assert len(read) > 2
+    for before, after in itertools.pairwise(read):
+        assert after - before >= debts[before] / optimal._PROBING - 1
+        assert debts[before] > 5
+
+
 # ------------------------------------------------------------------------------------------------------- token by token
 
 SURE, UNSURE = 0.95, 0.15
@@ -739,7 +781,7 @@ def test_continuations_follow_the_targets_law(way: str, monkeypatch: pytest.Monk
     )
     monkeypatch.setattr(clock, "perf_counter", wild_clock(3))
     plan, lengths = Optimal.plan, itertools.cycle((3, 2, 1, 0))  # few iterations: 20000 rows decode at once
-    monkeypatch.setattr(Optimal, "plan", lambda self, rows: (plan(self, rows), next(lengths))[1])
+    monkeypatch.setattr(Optimal, "plan", lambda self, *args: (plan(self, *args), next(lengths))[1])
     counts, stats = samples(case, models)
     assert 0.05 < stats.acceptance_rate < 0.99
     drafted = {max(iteration["drafted"]) for iteration in stats.iterations}
@@ -806,7 +848,7 @@ class Script(Constant):
         super().__init__(0)
         self.gammas = iter(gammas)
 
-    def plan(self, rows: int) -> int:
+    def plan(self, rows: int, left: int = 0, unread: int = 0) -> int:
         return next(self.gammas)
 
 
