@@ -15,6 +15,9 @@ from .pairs.pair import SpecPair, demo_pair
 from .pairs.pair_file import PairConfig
 from .records.stats import SpeculationStats
 from .records.trace import Trace
+from .sampling.matchers import MatcherProcessor
+from .sampling.pure import pure
+from .sampling.row_processors import RowProcessor
 
 __version__ = "0.1.0"
 
@@ -22,15 +25,18 @@ __all__ = [
     "Draft",
     "DraftRequest",
     "Drafter",
+    "MatcherProcessor",
     "ModelDrafter",
     "PairConfig",
     "PromptLookupDrafter",
+    "RowProcessor",
     "SpecPair",
     "SpeculationStats",
     "Suggestion",
     "Trace",
     "demo_pair",
     "metrics",
+    "pure",
     "register",
     "release",
     "speculative",
