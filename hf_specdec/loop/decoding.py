@@ -225,7 +225,7 @@ class SpeculativeDecoding:
             for i in range(len(new) if self.recorder.wants_tokens else 0):
                 self.recorder.token(row, context.ends[row] + i, logits[slot, i], scores[slot, i])
         if self.stopping.unknown:
-            self._ask_unknown(committed, max(count))
+            self._ask_unknown(committed, scores.shape[1])
         committed.accepted = [min(n, len(new)) for n, new in zip(accepted, committed.tokens)]
         return committed
 
@@ -248,7 +248,7 @@ class SpeculativeDecoding:
         """Cut rows where criteria end them that are called only when all rows have come there.
 
         Args:
-            width: tokens of the longest committed set before any was cut.
+            width: columns after the ends that hold drafts, or may hold tokens.
         """
         context, stopping = self.context, self.stopping
         ends = list(context.ends)

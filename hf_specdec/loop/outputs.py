@@ -195,7 +195,8 @@ class Recorder:
             for row, weights in enumerate(rows):
                 columns, queries = self._overlap(row, begin, end, weights.shape[2])
                 first = self._first[row]
-                step[:, row, :, columns, first:end] = weights[:, :, queries, : end - first]
+                if columns.start < columns.stop:  # else the row has ended, perhaps before there were so many slots
+                    step[:, row, :, columns, first:end] = weights[:, :, queries, : end - first]
             windows = [*self._windows, *[None] * layers][:layers]  # a user's cache may not know them yet
             shown = [end if window is None else min(begin, window - 1) + end - begin for window in windows]
             result.append(self._in_layers("attentions", (layer[..., -width:] for layer, width in zip(step, shown))))

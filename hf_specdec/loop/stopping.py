@@ -113,6 +113,8 @@ class Stopping:
             for row in range(context.batch_size):
                 if done[row] and step < self.columns.get(row, step + 1):
                     self.columns[row] = step
+                    if self.pads_finished_rows:
+                        context.pad_on_host(row, step, ends[row])
 
     def after_step(
         self, criteria: Iterable[StoppingCriteria], context: Context, end: int, scores: tuple[Tensor, ...] | None

@@ -144,6 +144,10 @@ class Context:
         self._write_on_host(row, torch.tensor(padded, dtype=torch.int64))
         self._draft_width = max(self._draft_width, len(padded))
 
+    def pad_on_host(self, row: int, begin: int, end: int) -> None:
+        """Put padding there, where criteria see it: the row has ended before these columns."""
+        self.host[row, begin:end] = self.pad_token_id
+
     def _write_on_host(self, row: int, tokens: Tensor) -> None:
         columns = self.host[row, self.ends[row] : self.max_length][: len(tokens)]
         columns.copy_(tokens[: len(columns)])
