@@ -213,13 +213,14 @@ class ModelDrafter(Drafter):
         if not constraints or self.cached.at_once is not None:
             return None
         drafts = drafts_of(context, step)
-        forced = [forced_token(constraints, context, row, own) for row, own in zip(context.rows, drafts)]
-        if any(token is None for token in forced):
-            return None
-        rows = len(forced)
-        scores = torch.full((rows, 1, self._call.vocab_size), -math.inf, device=context.tokens.device)
-        index = to_device([int(token or 0) for token in forced], scores.device)
-        return scores.scatter_(2, index[:, None, None], 0.0)
+        forced = []
+        for row, own in zip(context.rows, drafts):
+            token = forced_token(constraints, context, row, own) if len(own) == step else 0  # past the last column
+            if token is None:
+                return None
+            forced.append(token)
+        scores = torch.full((len(forced), 1, self._call.vocab_size), -math.inf, device=context.tokens.device)
+        return scores.scatter_(2, to_device(forced, scores.device)[:, None, None], 0.0)
 
     def _next_scores(self, context: Context, step: int, drawn: Tensor | None) -> Tensor:
         """`[rows, 1, vocab]` float32, processed, for the token after the first `step` drafts, `drawn` the last one."""

@@ -251,7 +251,9 @@ def _html_page(trace: Trace, tokenizer: Tokenizer | None) -> str:
         acceptance_rate=f"{stats.acceptance_rate:.0%}",
         block_efficiency=f"{stats.block_efficiency:.2f}",
         iterations=len(trace.iterations),
-        text="\n".join(f"{f'<small>row {i}</small>' * (len(rows) > 1)}<div class='text'>{''.join(text[i])}</div>" for i in rows),
+        text="\n".join(
+            f"{f'<small>row {i}</small>' * (len(rows) > 1)}<div class='text'>{''.join(text[i])}</div>" for i in rows
+        ),
         legend="\n".join(f"<div><dt>{term}</dt><dd>{meaning}</dd></div>" for term, meaning in legend),
         sections=sections,
     )

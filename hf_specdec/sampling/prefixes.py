@@ -9,6 +9,7 @@ processors do with them decides which positions one call can serve:
 - anything else: those of equal length.
 """
 
+import copy
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
@@ -97,21 +98,13 @@ def process(processor: Any, positions: Positions, scores: Tensor) -> Tensor:
 
     Returns: the same, processed. Positions past the last column keep their scores: no token goes there.
     """
+    within = [i for i, end in enumerate(positions.ends) if end <= positions.context.max_length]
+    fill = _fill(processor, min((positions.ends[i] for i in within), default=0))
     result = None
-    for chosen in _together(processor, positions):
+    for chosen in _by_number(processor, positions, within) if fill is None else [within]:
         whole = len(chosen) == len(scores)
         index = to_device(chosen, scores.device)
-        given = scores if whole else scores[index]
-        if _keeps_rows(processor):
-            new = _in_batch(processor, positions, chosen, given)
-        elif type(processor) in _BY_NUMBER:
-            ids = positions.context.tokens.new_zeros(1, 1).expand(len(chosen), positions.ends[chosen[0]])
-            new = processor(ids, given)
-        elif is_pure(processor):
-            ids = positions.ids(chosen)
-            new = twice(lambda ids=ids, given=given: processor(ids, given.clone()), type(processor).__name__)
-        else:
-            new = processor(positions.ids(chosen, fill=type(processor) in _SET), given)
+        new = _call(processor, positions, chosen, scores if whole else scores[index], fill)
         if whole:
             return new
         result = scores.clone() if result is None else result
@@ -119,29 +112,41 @@ def process(processor: Any, positions: Positions, scores: Tensor) -> Tensor:
     return scores if result is None else result
 
 
-def _together(processor: Any, positions: Positions) -> list[list[int]]:
-    """Groups of positions, by index, each for one call."""
-    kind, ends = type(processor), positions.ends
-    within = [i for i, end in enumerate(ends) if end <= positions.context.max_length]
-    shortest = min((ends[i] for i in within), default=0)
-    is_set = kind in _SET and getattr(processor, "prompt_ignore_length", None) is None and shortest > 0
-    if is_set or (kind in _BY_LAST and shortest >= _BY_LAST[kind](processor) and not _reads_all(processor)):
-        return [within] if within else []
-    key = _BY_NUMBER.get(kind, lambda _, n: n)
+def _fill(processor: Any, shortest: int) -> bool | None:
+    """How one call can serve prefixes of any length, of at least `shortest` tokens: see `Positions.ids`; `None` if not."""
+    if type(processor) in _SET:
+        ignored = getattr(processor, "prompt_ignore_length", None)
+        return True if shortest > 0 and (ignored is None or isinstance(ignored, Tensor)) else None
+    if type(processor) not in _BY_LAST or shortest < _BY_LAST[type(processor)](processor):
+        return None
+    return getattr(processor, "ngram_size", None) == 1  # n-grams of one token are a set of tokens
+
+
+def _by_number(processor: Any, positions: Positions, within: list[int]) -> list[list[int]]:
+    """Groups of positions before which there are so many tokens that one call can serve them."""
+    key = _BY_NUMBER.get(type(processor), lambda _, n: n)
     groups: dict[Hashable, list[int]] = {}
     for i in within:
-        groups.setdefault(key(processor, ends[i]), []).append(i)
+        groups.setdefault(key(processor, positions.ends[i]), []).append(i)
     return list(groups.values())
 
 
-def _keeps_rows(processor: Any) -> bool:
-    """Whether it holds something for each row of the batch."""
-    return type(processor) in _OF_BATCH or isinstance(getattr(processor, "prompt_ignore_length", None), Tensor)
-
-
-def _reads_all(processor: Any) -> bool:
-    """Whether `NO_TOKEN` would be taken for one of the tokens: n-grams of one token are just tokens."""
-    return getattr(processor, "ngram_size", None) == 1
+def _call(processor: Any, positions: Positions, chosen: list[int], given: Tensor, fill: bool | None) -> Tensor:
+    """One call for the chosen positions, whose scores are `given`."""
+    if type(processor) in _OF_BATCH:
+        return _in_batch(processor, positions, chosen, given)
+    if type(processor) in _BY_NUMBER:
+        return processor(positions.context.tokens.new_zeros(1, 1).expand(len(chosen), positions.ends[chosen[0]]), given)
+    ids = positions.ids(chosen, fill)
+    if is_pure(processor):
+        return twice(lambda: processor(ids, given.clone()), type(processor).__name__)  # it may write into its input
+    ignored = getattr(processor, "prompt_ignore_length", None)
+    if isinstance(ignored, Tensor):  # by row of the batch
+        filled = [ids.shape[1] - positions.ends[i] for i in chosen]
+        processor = copy.copy(processor)
+        rows = [positions.rows[i] for i in chosen]
+        processor.prompt_ignore_length = ignored[to_device(rows, ignored.device)] + to_device(filled, ignored.device)
+    return processor(ids, given)
 
 
 def _in_batch(processor: Any, positions: Positions, chosen: list[int], given: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from .context import Context
 from .matchers import row_processor
 from .prefixes import Positions, process
 from .pure import PrefixConstraint, is_pure
-from .row_processors import Constraint, RowStates
+from .row_processors import Constraint, Mask, RowStates
 
 _BLIND = (
     "TemperatureLogitsWarper",
@@ -91,9 +91,10 @@ class BlockProcessors:
             if type(processor) in BLIND:
                 scores = processor(unread, scores)
             elif isinstance(processor, Constraint):
-                masks = [
-                    mask for row, own in zip(context.rows, drafts) for mask in processor.masks(context, row, own, offset)
-                ]
+                masks: list[Mask | None] = []
+                for row, own in zip(context.rows, drafts):
+                    found = processor.masks(context, row, own, offset) if len(own) >= offset else []
+                    masks += [*found, *[None] * (k - len(found))]
                 scores = processor.apply(scores, masks)
             else:
                 scores = process(processor, positions, scores)
@@ -101,11 +102,11 @@ class BlockProcessors:
 
 
 def drafts_of(context: Context, width: int) -> list[list[int]]:
-    """By active row, the `width` drafts after its end. Reading them waits for a device."""
+    """By active row, the `width` drafts after its end, without those past the last column. Reading waits for a device."""
     if width == 0:
         return [[] for _ in context.rows]
-    drafts: list[list[int]] = to_host(context.gather(context.active_ends, width)).tolist()
-    return drafts
+    drafts = to_host(context.gather(context.active_ends, width)).tolist()
+    return [own[: max(context.max_length - end, 0)] for own, end in zip(drafts, context.active_ends)]
 
 
 def for_call(processors: LogitsProcessorList, prompts: Tensor, vocab_size: int) -> LogitsProcessorList:
@@ -127,7 +128,9 @@ def _constraint(processor: Any, prompts: Tensor, vocab_size: int) -> Constraint 
 
 def is_known(processor: Any) -> bool:
     """Whether a processor of one call may be called on prefixes that are never committed."""
-    return type(processor) in BLIND or type(processor) in PURE or isinstance(processor, Constraint) or is_pure(processor)
+    return (
+        type(processor) in BLIND or type(processor) in PURE or isinstance(processor, Constraint) or is_pure(processor)
+    )
 
 
 def known(processors: LogitsProcessorList) -> LogitsProcessorList:

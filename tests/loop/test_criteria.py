@@ -61,7 +61,12 @@ def test_rows_that_were_ahead_end_where_vanilla_ends_them(target, after, eos, mo
     inputs = make_prompts(3, seed=3)
     whole = target.generate(**inputs, max_new_tokens=NEW)
     outputs = ("scores", "logits", "hidden_states", "attentions")
-    kwargs = {**inputs, "max_new_tokens": NEW, "return_dict_in_generate": True, "eos_token_id": rare(whole) if eos else None}
+    kwargs = {
+        **inputs,
+        "max_new_tokens": NEW,
+        "return_dict_in_generate": True,
+        "eos_token_id": rare(whole) if eos else None,
+    }
     kwargs |= {f"output_{name}": True for name in outputs}
     target.set_attn_implementation("eager")
     expected = target.generate(**kwargs, stopping_criteria=[Stops(after)])
@@ -104,7 +109,9 @@ def test_a_row_may_have_left_by_its_eos_before_a_criterion_ends_it_earlier(small
     target, inputs = small_pair[0], make_prompts(2, seed=4)
     whole = target.generate(**inputs, max_new_tokens=NEW)
     new = whole[1, WIDTH:].tolist()
-    eos = next(token for i, token in enumerate(new) if i >= 12 and new.index(token) == i and token not in whole[0, WIDTH:])
+    eos = next(
+        token for i, token in enumerate(new) if i >= 12 and new.index(token) == i and token not in whole[0, WIDTH:]
+    )
     kwargs = {**inputs, "max_new_tokens": NEW, "eos_token_id": eos}
     for after in ([30, 5], [30, 20]):
         expected = target.generate(**kwargs, stopping_criteria=[Stops(after)])
