@@ -19,13 +19,14 @@ from ..drafters.base import check_draft, check_proposed, no_draft, within_vocabu
 from ..models.multimodal_prompt import DoesNotFit
 from ..models.self_fed import SelfFedModel
 from ..models.target import Target
-from ..records.stats import Iteration, RowStep, SpeculationStats
+from ..records.stats import Iteration, SpeculationStats
 from ..records.trace import Trace
 from ..sampling.acceptance import Verdict, accept_greedy, accept_sampled
 from ..sampling.context import Context
 from ..sampling.processors import BlockProcessors
 from . import invariants
 from .clock import Clock
+from .committed import Committed
 from .outputs import Recorder
 from .schedule import Schedule
 from .stopping import Stopping
@@ -35,26 +36,6 @@ logger = logging.get_logger(__name__)
 
 # Above this many prompt tokens, one more forward is cheap beside reading the prompt.
 _LONG = 512
-
-
-@dataclass
-class Committed:
-    """What one iteration appends, by active row.
-
-    Attributes:
-        tokens: the committed set.
-        accepted: how many of them are accepted drafts; these come first.
-        finished: why the row ends there; `None` if it goes on.
-        drafted: the drafts that were proposed.
-        withdrawn: by row of the batch, how many tokens of earlier iterations come after the row's end, which a criterion
-            has set now that all rows have come there.
-    """
-
-    tokens: list[list[int]]
-    accepted: list[int]
-    finished: list[str | None]
-    drafted: list[list[int]]
-    withdrawn: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -113,7 +94,7 @@ class SpeculativeDecoding:
         if self._prefilled is not None:
             self.stats.add_prefill(sum(prefill), self._prefilled, self.drafter.compile_seconds)
             self._prefilled = None
-        iteration = self.describe(committed, draft_seconds, verify_seconds, self.drafter.forwards - forwards)
+        iteration = committed.iteration(self.context, draft_seconds, verify_seconds, self.drafter.forwards - forwards)
         try:
             self.commit(committed, output)
             self.roll_back()
@@ -369,31 +350,6 @@ class SpeculativeDecoding:
             f"The {model} gave no distribution over the vocabulary for row {row} after column "
             f"{self.context.ends[row] - 1}: its scores hold NaN or +inf, or are all -inf. Check its weights and dtype, "
             "and the logits processors"
-        )
-
-    def describe(
-        self, committed: Committed, draft_seconds: float, verify_seconds: float, draft_forwards: int
-    ) -> Iteration:
-        """The iteration before anything is committed; `other_seconds` is 0."""
-        context = self.context
-        steps = [
-            RowStep(
-                row=row,
-                context_length=context.ends[row] - context.first[row],
-                drafted=committed.drafted[slot],
-                accepted=committed.accepted[slot],
-                committed=committed.tokens[slot],
-                finished=committed.finished[slot],
-            )
-            for slot, row in enumerate(context.rows)
-        ]
-        return Iteration(
-            steps,
-            draft_seconds,
-            verify_seconds,
-            other_seconds=0.0,
-            draft_forwards=draft_forwards,
-            withdrawn=committed.withdrawn,
         )
 
     def record(self, iteration: Iteration) -> None:

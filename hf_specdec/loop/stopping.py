@@ -119,7 +119,7 @@ class Stopping:
     def after_step(
         self, criteria: Iterable[StoppingCriteria], context: Context, end: int, scores: tuple[Tensor, ...] | None
     ) -> list[bool]:
-        """By row of the batch, whether one of `criteria` ends it, as vanilla asks after the step of column `end - 1`."""
+        """By row of the batch, whether some criterion ends it, as vanilla asks after the step of column `end - 1`."""
         view = context.host[:, :end]
         if context.host is not context.tokens:
             view = view.as_subclass(HostIds)

@@ -88,6 +88,9 @@ class Target(Protocol):
         """
         ...
 
+    def forget(self, rows: list[int], counts: list[int]) -> None:
+        """Roll back the last `counts` entries of these rows."""
+
     def commit(self, context: Context) -> None:
         """Roll back everything that was not committed."""
         ...

@@ -123,8 +123,8 @@ class Trace:
                 yield Span(f" · context of {step.context_length} tokens\n")
                 yield from _told(step, label)
                 yield Span("\n")
-            for row, count in iteration.withdrawn.items():
-                yield Span(f"Iteration {number}, row {row}", "title")
+            for index, count in iteration.withdrawn.items():
+                yield Span(f"Iteration {number}, row {index}", "title")
                 yield Span(f" · {_taken_back(count)}\n\n")
         if len(shown) < len(self.iterations):
             yield Span(f"… and {len(self.iterations) - len(shown)} more iterations\n\n", "label")
@@ -308,7 +308,7 @@ def _ending(step: RowStep) -> str:
 
 def _taken_back(count: int) -> str:
     """What happened to a row's tokens that come after its end."""
-    return f"{count} tokens taken back: a stopping criterion, called when all rows had come there, ends the row before them"
+    return f"{count} tokens taken back: a criterion that is called when all rows have come there ends the row before"
 
 
 def _chip(text: str, role: str) -> str:

@@ -1,7 +1,7 @@
 """Logits processors that are functions of a row's own tokens, called for many positions of many rows at once.
 
-A processor takes a rectangle of token ids, but the tokens before two positions are rarely equally many. What transformers'
-processors do with them decides which positions one call can serve:
+A processor takes a rectangle of token ids, but there are rarely equally many tokens before two positions. What the
+processors of transformers do with them decides which positions one call can serve:
 
 - by their number: those of equal effect;
 - by the last tokens, or by the set of them: all, with shorter prefixes filled on the left;
@@ -113,7 +113,7 @@ def process(processor: Any, positions: Positions, scores: Tensor) -> Tensor:
 
 
 def _fill(processor: Any, shortest: int) -> bool | None:
-    """How one call can serve prefixes of any length, of at least `shortest` tokens: see `Positions.ids`; `None` if not."""
+    """How one call can serve all positions after at least `shortest` tokens (`Positions.ids`); `None` if it cannot."""
     if type(processor) in _SET:
         ignored = getattr(processor, "prompt_ignore_length", None)
         return True if shortest > 0 and (ignored is None or isinstance(ignored, Tensor)) else None

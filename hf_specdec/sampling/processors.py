@@ -4,8 +4,8 @@ Four kinds. Those of transformers are told apart by their exact type, since a su
 
 - *prefix-blind*: see only the scores; run once over the whole block.
 - *prefix-pure*: functions of (tokens so far, scores), by type or declared (`pure.py`); see `prefixes.py`.
-- *constraints*: allow some tokens, by a state per row that can go back (`row_processors.py`, `matchers.py`), or by a pure
-  `prefix_allowed_tokens_fn`.
+- *constraints*: allow some tokens, by a state per row that can go back (`row_processors.py`, `matchers.py`), or by a
+  pure `prefix_allowed_tokens_fn` (`pure.py`).
 - all others (classifier-free guidance, user-written ones): may keep state between calls or read other rows, so they are
   called exactly as vanilla calls them: once per step, in order, on committed tokens only, with all rows at the same
   step. `loop/decoding.py` then advances the rows in lockstep.
@@ -102,7 +102,7 @@ class BlockProcessors:
 
 
 def drafts_of(context: Context, width: int) -> list[list[int]]:
-    """By active row, the `width` drafts after its end, without those past the last column. Reading waits for a device."""
+    """By active row, the `width` drafts after its end, but none past the last column. Reading waits for a device."""
     if width == 0:
         return [[] for _ in context.rows]
     drafts = to_host(context.gather(context.active_ends, width)).tolist()

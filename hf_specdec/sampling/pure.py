@@ -1,7 +1,7 @@
 """Functions and processors that users declare to be pure: what they return depends on one row's tokens alone.
 
-A `prefix_allowed_tokens_fn` is one as a rule, but could keep a state or count its calls, so it is taken for one only if it
-says so: by an attribute `is_pure` that is True, by `pure(fn)`, or by a method that promises as much.
+A `prefix_allowed_tokens_fn` is one as a rule, but could keep a state or count its calls. So it is taken for one only if
+it says so: by an attribute `is_pure` that is True, by `pure(fn)`, or by a method that promises as much.
 """
 
 import functools

@@ -143,7 +143,6 @@ def test_criteria_that_count_or_look_at_other_rows_see_what_they_see_in_vanilla(
 
 def test_a_criterion_costs_no_forward(small_pair):
     target, inputs = small_pair[0], make_prompts(4, seed=4)
-    whole = target.generate(**inputs, max_new_tokens=NEW)
     forwards = []
     for criteria in ([], [Recording()]):
         stats = SpeculationStats()

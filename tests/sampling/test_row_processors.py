@@ -214,7 +214,7 @@ def test_what_is_no_mask_raises_an_error_that_says_so(llama_pair, name):
         def mask(self, row: int) -> Any:
             return BAD_MASKS[name]
 
-    with pytest.raises(TypeError, match="Bad.mask must return a bool tensor"):
+    with pytest.raises(TypeError, match=r"Bad\.mask must return a bool tensor"):
         stats_of(llama_pair[0], make_prompts(1), logits_processor=[Bad()], assistant_model=llama_pair[1])
 
 
@@ -330,7 +330,7 @@ def test_matchers_are_told_apart_by_their_methods(llama_pair, kind, batch):
 
 def test_other_objects_are_no_matchers(llama_pair):
     processor = MatcherProcessor(lambda row: object(), vocab_size=VOCAB)
-    with pytest.raises(TypeError, match="accept_token, rollback, .*Got object"):
+    with pytest.raises(TypeError, match=r"accept_token, rollback, .*Got object"):
         stats_of(llama_pair[0], make_prompts(1), logits_processor=[processor], assistant_model=llama_pair[1])
 
 

@@ -36,7 +36,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.rwkv.modeling_rwkv import RwkvCausalLMOutput
 
-from hf_specdec import Draft, Drafter, SpeculationStats
+from hf_specdec import Draft, Drafter, RowProcessor, SpeculationStats
 
 ALARM = 1e-4
 SAMPLES = 20_000
@@ -170,6 +170,30 @@ class Case:
     new_tokens: int = 3
 
 
+class Sums(RowProcessor):
+    """A grammar on the sum of the new tokens after prompts of three. One sum in four leaves a single token."""
+
+    def begin(self, prompts: Tensor) -> None:
+        self.new: list[list[int]] = [[] for _ in prompts]
+
+    def accept(self, row: int, token: int) -> None:
+        self.new[row].append(token)
+
+    def rollback(self, row: int, count: int) -> None:
+        del self.new[row][-count:]
+
+    def mask(self, row: int) -> Tensor:
+        return self.masks(torch.tensor([sum(self.new[row])]))[0]
+
+    @staticmethod
+    def masks(sums: Tensor) -> Tensor:
+        tokens = torch.arange(VOCAB)
+        return torch.where((sums % 4 == 3)[:, None], tokens == 2, (tokens + sums[:, None]) % 3 != 0)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # for `exact_law`, which asks in any order
+        return scores.masked_fill(~self.masks(input_ids[:, 3:].sum(dim=1)), -torch.inf)
+
+
 CASES = {
     "γ=3": Case(new_tokens=4, options={"num_assistant_tokens": 3}),
     "γ=1, hot": Case(options={"num_assistant_tokens": 1, "temperature": 1.5}),
@@ -194,6 +218,7 @@ CASES = {
         options={"num_assistant_tokens": 3, "repetition_penalty": 1.3, "temperature": 0.8},
         prompts=[[3, 4, 5, 6, 7], [8, 9], [2], [7, 3, 3]],
     ),
+    "a grammar": Case(options={"num_assistant_tokens": 3, "logits_processor": [Sums()]}, new_tokens=4),
     "look-up": Case("look-up", options={"temperature": 0.7}, prompts=[[3, 5, 0, 4, 5, 0, 9, 5]]),
     "random drafts, q one-hot": Case(Random(honest=False), options={"num_assistant_tokens": 3, "top_p": 0.95}),
     "random drafts, q uniform": Case(Random(honest=True), options={"num_assistant_tokens": 3, "top_k": 6}),
