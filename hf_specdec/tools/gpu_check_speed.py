@@ -344,16 +344,15 @@ def case_of(record: Record, vanilla: Record, setting: Setting, floor: Floor, fir
     too_short = any(run.decode_seconds < LEAST_SHARE * run.seconds for run in runs)
     details = f"{speed:.1f} tokens/s, {figures['over_vanilla']:.2f}x vanilla, {figures['floor_share']:.0%} of the floor"
     stats = record.stats
-    if record.method.family == OURS and isinstance(stats, Laps):
+    if record.method.family == OURS and isinstance(stats, Laps) and first.stats is not None:
         figures |= stats.split()
         figures |= {
             "acceptance_rate": round(stats.acceptance_rate, 4),
             "block_efficiency": round(stats.block_efficiency, 3),
             "target_forwards": stats.target_forwards,
             "draft_forwards": stats.draft_forwards,
-            # Versions of the library that do not tell capturing from drafting and verifying have no such counter.
-            "capture_seconds": getattr(first.stats, "capture_seconds", None),
-            "compile_seconds": getattr(first.stats, "compile_seconds", None),
+            "capture_seconds": first.stats.capture_seconds,
+            "compile_seconds": first.stats.compile_seconds,
         }
         details += f", α {stats.acceptance_rate:.2f}, τ {stats.block_efficiency:.2f}"
     if too_short:

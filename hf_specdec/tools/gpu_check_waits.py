@@ -24,7 +24,6 @@ from .gpu_check_pair import embedded_pair, embedded_prompts
 from .gpu_check_tokens import rows_of
 
 GAMMA, BATCH = 4, 8
-STEP = "iterate"  # the method of the loop that runs one iteration
 
 
 def parts() -> list[Part]:
@@ -58,9 +57,6 @@ class Watched:
 
 def waits(scale: Scale) -> Iterator[Case]:
     """Every way through the loop: greedy, sampled, look-up, one row and eight uneven ones, and what ends a call."""
-    if not hasattr(SpeculativeDecoding, STEP):
-        yield Case("all", NOT_MEASURED, f"SpeculativeDecoding.{STEP} does not exist in this version")
-        return
     if not scale.is_cuda:
         yield Case("all", SKIPPED, f"{CPU_ONLY}: nothing waits for a CPU")
         return
@@ -109,7 +105,7 @@ def watched_call(pair: SpecPair, rows: int, options: dict[str, Any]) -> tuple[st
 @contextmanager
 def watched_iterations() -> Iterator[Watched]:
     """Inside the block, iterations run under the sync debug mode, from each call's second one on."""
-    watched, original = Watched(), getattr(SpeculativeDecoding, STEP)
+    watched, original = Watched(), SpeculativeDecoding.iterate
     begun: set[int] = set()
 
     def step(self: SpeculativeDecoding, *args: Any, **kwargs: Any) -> Any:
@@ -128,11 +124,11 @@ def watched_iterations() -> Iterator[Watched]:
         finally:
             torch.cuda.set_sync_debug_mode(before)
 
-    setattr(SpeculativeDecoding, STEP, step)
+    SpeculativeDecoding.iterate = step  # type: ignore[method-assign]
     try:
         yield watched
     finally:
-        setattr(SpeculativeDecoding, STEP, original)
+        SpeculativeDecoding.iterate = original  # type: ignore[method-assign]
 
 
 def place_of(error: BaseException) -> str:

@@ -105,7 +105,7 @@ def test_what_needs_a_gpu_says_so(whole_run: tuple[int, list[str], Path]) -> Non
     _, lines, _ = whole_run
     assert any(line.startswith("skipped") and "CUDA graphs: needs a GPU" in line for line in lines)
     (waiting,) = (line for line in lines if "waits/iterations" in line)
-    assert waiting.startswith(SKIPPED if hasattr(waits.SpeculativeDecoding, waits.STEP) else NOT_MEASURED)
+    assert waiting.startswith(SKIPPED)
 
 
 # ------------------------------------------------------------------------------------------------- what it says of bugs
@@ -237,12 +237,6 @@ def test_waits_are_found_from_the_second_iteration_on(monkeypatch: pytest.Monkey
         Loop().run()
     assert watched.iterations == 2 and "test_gpu_check.py" in watched.found
     assert modes[-1] == 0 and Loop.iterate is original
-
-
-def test_without_that_method_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(waits, "SpeculativeDecoding", object)
-    (case,) = waits.waits(TINY)
-    assert case.outcome == NOT_MEASURED and "iterate does not exist" in case.details
 
 
 # ---------------------------------------------------------------------------------------------------- one part, and all
