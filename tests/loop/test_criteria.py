@@ -98,9 +98,28 @@ def test_rows_that_were_ahead_end_where_vanilla_ends_them(target, after, eos, mo
                 for row, end in enumerate(ends):
                     wanted = other[row, ..., -1, :] if step < end else torch.zeros_like(other[row, ..., -1, :])
                     torch.testing.assert_close(mine[row, ..., -1, :], wanted, rtol=1e-4, atol=1e-4)
+    assert_same_caches(given, expected, inputs)
+
+
+@pytest.mark.parametrize("after", [[8, 5, 7], [9, 3, 9]])
+def test_caches_handed_back_have_what_windows_need_where_rows_were_cut(target, after):
+    """Without attentions, layers with a window keep no more than that."""
+    inputs = make_prompts(3, seed=3)
+    whole = target.generate(**inputs, max_new_tokens=NEW)
+    kwargs = {**inputs, "max_new_tokens": NEW, "return_dict_in_generate": True, "eos_token_id": rare(whole)}
+    expected = target.generate(**kwargs, stopping_criteria=[Stops(after)])
+    way = {"strategy": "spec", "assistant_model": Oracle(whole, fast=[1, 2]), "num_assistant_tokens": GAMMA}
+    given = target.generate(**kwargs, **way, stopping_criteria=[Stops(after)])
+    assert given.sequences.tolist() == expected.sequences.tolist()
+    assert_same_caches(given, expected, inputs)
+
+
+def assert_same_caches(given: Any, expected: Any, inputs: dict[str, Tensor]) -> None:
+    """The columns of each row that vanilla does not take for padding."""
+    columns = expected.sequences.shape[1] - 1
     for mine, other in zip(given.past_key_values.layers, expected.past_key_values.layers, strict=True):
         for row, first in enumerate((inputs["attention_mask"] == 0).sum(dim=1).tolist()):
-            held = min(mine.keys.shape[2], WIDTH + steps - 1 - first)
+            held = min(mine.keys.shape[2], columns - first)
             assert mine.keys.shape == other.keys.shape
             torch.testing.assert_close(mine.keys[row, :, -held:], other.keys[row, :, -held:], rtol=1e-4, atol=1e-4)
 
