@@ -12,7 +12,8 @@ from transformers import LogitsProcessor, LogitsProcessorList, RepetitionPenalty
 
 from hf_specdec import MatcherProcessor, RowProcessor, SpeculationStats, pure
 from hf_specdec.sampling import row_processors
-from hf_specdec.sampling.row_processors import Mask
+from hf_specdec.sampling.context import Context
+from hf_specdec.sampling.row_processors import Mask, RowStates
 
 NEW, WIDTH, EOS = 30, 14, 5
 WORDS = -(-VOCAB // 32)
@@ -171,6 +172,31 @@ def test_each_token_is_accepted_once_and_masks_are_not_made_twice(llama_pair):
     assert grammar.calls["accept"] <= stats.committed_tokens + stats.drafted_tokens
     assert grammar.calls["rollback"] <= stats.row_iterations
     assert grammar.calls["mask"] <= stats.committed_tokens + stats.drafted_tokens + 3
+
+
+def test_what_is_kept_of_a_row_does_not_grow_with_its_text():
+    context = Context(torch.randint(2, 9, (1, WIDTH)), [0], 500, 0)
+    states = RowStates(Alike(), context.host[:, :WIDTH])
+    for _ in range(100):
+        assert len(states.masks(context, 0, [7, 7, 7], 0)) == 4
+        context.append([[7, 8]])
+    assert states.processor.accepted == 2 * 99 + 3
+    assert max(len(states._masks[0]), len(states._after[0])) <= 4
+
+
+class Alike(RowProcessor):
+    """Allows everything, and counts."""
+
+    accepted = 0
+
+    def accept(self, row: int, token: int) -> None:
+        self.accepted += 1
+
+    def rollback(self, row: int, count: int) -> None:
+        self.accepted -= count
+
+    def mask(self, row: int) -> None:
+        return None
 
 
 def test_other_processors_before_and_after_keep_their_order(llama_pair):
