@@ -236,7 +236,7 @@ def _folders(pair: PairConfig) -> list[str]:
 
 
 def _fill(template: str, pair: PairConfig, **values: str) -> str:
-    """Fill a template; models appear as Markdown, the target as arguments of `from_pretrained`, folders without a path."""
+    """Fill a template; models as Markdown, the target as arguments of `from_pretrained`, folders without a path."""
     on_the_hub = []
     for role, reference in (("target", pair.target), ("draft", pair.draft)):
         name, argument = Path(reference.name_or_path).name, f"PATH_OR_HUB_ID_OF_THE_{role.upper()}"

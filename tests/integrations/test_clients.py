@@ -1,7 +1,7 @@
 """docs/clients.md against the real packages of other projects, which `./scripts/test -m clients` installs.
 
-Each section runs twice, with speculation and without it, and must give the same tokens and the same text. The run ends with
-a table of the clients.
+Each section runs twice, with speculation and without it, and must give the same tokens and the same text. The run ends
+with a table of the clients.
 """
 
 import importlib.metadata
@@ -25,7 +25,6 @@ import torch
 from test_docs import FENCE, ROOT
 
 import hf_specdec
-from hf_specdec.generate import strategy
 
 pytestmark = pytest.mark.clients
 
@@ -49,7 +48,7 @@ WITH_TESTS_OF_THEIR_OWN = ("transformers serve", "lm-eval", "TRL", "Jupyter")
 # What a line contains that a user writes for the sake of speculation.
 OURS = re.compile(r"hf.spec|\bdraft\b|strategy=|\"strategy\"|assistant_model|trust.remote.code")
 PROMPTS = ["def fib(n):\n", "import os\nimport sys\n", "class Stack:\n    def push(self", "for i in range("]
-TEMPLATE = "{% for message in messages %}{{ message['content'] if message['content'] is string else message['content'][0]['text'] }}{% endfor %}"
+TEMPLATE = "{% for m in messages %}{{ m.content if m.content is string else m.content[0].text }}{% endfor %}"
 
 
 # The page
@@ -198,11 +197,12 @@ def lines_of(block: Block) -> list[str]:
     return [line for line in block.code.replace("\\\n", " ").splitlines() if line.strip()]
 
 
-@pytest.fixture
-def folder(stand_in: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def folder(stand_in: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where processes run: `my-pair` is there."""
-    hf_specdec.SpecPair.from_pretrained(stand_in, dtype=torch.float32).save_pretrained(tmp_path / "my-pair")
-    return tmp_path
+    made = tmp_path_factory.mktemp("processes")
+    hf_specdec.SpecPair.from_pretrained(stand_in, dtype=torch.float32).save_pretrained(made / "my-pair")
+    return made
 
 
 def finish(line: str, folder: Path, environment: dict[str, str]) -> str:
@@ -230,7 +230,7 @@ metric_list:
 """
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def harness(folder: Path) -> Path:
     """A folder with `my-pair` and a task for lm-eval: 7 prompts, so batches of 4 end with one that is not full."""
     needs("lm-eval")
@@ -262,25 +262,31 @@ def lm_eval_ways() -> dict[str, list[Block]]:
     return {name: [block] for name, block in zip(names, blocks)}
 
 
+HF = """lm_eval --model hf --model_args pretrained=my-pair/target --tasks my_task --include_path my-tasks
+    --batch_size 4 --output_path results --log_samples"""
+
+
+@pytest.fixture(scope="module")
+def known(harness: Path) -> tuple[list[str], list[recording.Call]]:
+    """What lm-eval's `hf` answers, which is shown not to speculate, and its calls."""
+    answers, _ = evaluate(HF, harness, recording.environment(harness / "none", True))
+    assert not (harness / "none").exists()
+    line = lines_of(lm_eval_ways()["model type hf-spec"][0])[0]
+    again, config = evaluate(line, harness, recording.environment(harness / "plain", False))
+    assert again == answers and not config["speculation"]["drafted_tokens"]
+    assert len(answers) == 7 and len(set(answers)) > 4
+    return answers, recording.read(harness / "plain")
+
+
 @pytest.mark.parametrize("way", ["model type hf-spec", "gen_kwargs", "folder"])
-def test_lm_eval_answers_what_it_answers_without_speculation(way, harness, add_row):
+def test_lm_eval_answers_what_it_answers_without_speculation(way, harness, known, add_row):
     blocks = lm_eval_ways()[way]
     *before, line = lines_of(blocks[0])
     for other in before:
         finish(other, harness, recording.environment(harness / "exported", True))
-    answers, config = evaluate(line, harness, recording.environment(harness / "calls", True))
-    calls = recording.read(harness / "calls")
-    plain_answers, _ = evaluate(line, harness, recording.environment(harness / "plain", False))
-    equal = (answers, tokens(calls)) == (plain_answers, tokens(recording.read(harness / "plain")))
-    add_row("lm-eval", blocks, equal, calls, f", {way}")
-    hf = "lm_eval --model hf --model_args pretrained=my-pair/target --tasks my_task --include_path my-tasks"
-    known, _ = evaluate(
-        f"{hf} --batch_size 4 --output_path results --log_samples",
-        harness,
-        recording.environment(harness / "none", True),
-    )
-    assert answers == known and len(answers) == 7 and len(set(answers)) > 4
-    assert not recording.read(harness / "none")  # lm-eval alone does not speculate
+    answers, config = evaluate(line, harness, recording.environment(harness / way, True))
+    calls = recording.read(harness / way)
+    add_row("lm-eval", blocks, (answers, tokens(calls)) == (known[0], tokens(known[1])), calls, f", {way}")
     if way == "model type hf-spec":
         assert config["speculation"]["accepted_tokens"] == sum(call.accepted for call in calls)
         assert len(config["speculation"]["drafted_by_position"]) == 4  # num_assistant_tokens of the command
