@@ -7,6 +7,7 @@ Importing registers `strategy="spec"` on `generate()`:
 
 from . import metrics
 from .drafters import Draft, Drafter, DraftRequest, ModelDrafter, PromptLookupDrafter
+from .generate.attached import attach, attached
 from .generate.method import speculative
 from .generate.strategy import register, unregister
 from .models.kept import release
@@ -29,6 +30,8 @@ __all__ = [
     "SpeculationStats",
     "Suggestion",
     "Trace",
+    "attach",
+    "attached",
     "demo_pair",
     "metrics",
     "register",

@@ -2,6 +2,8 @@
 
 import copy
 import inspect
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -31,6 +33,9 @@ from .outcome import finish
 from .session import PreparedCall, prepare
 
 Assistant: TypeAlias = PreTrainedModel | Drafter | str
+
+# Arguments besides the draft and the options.
+_OTHERS = ("streamer", "tokenizer", "assistant_tokenizer", "speculation_stats", "speculation_trace")
 
 
 def speculative(
@@ -63,16 +68,37 @@ def speculative(
     Raises:
         TypeError: for an option of another name, or a record of another type.
     """
-    unknown = sorted(set(options) - set(OPTION_NAMES))
-    if unknown:
-        raise TypeError(f"speculative() got unknown options {unknown}; it knows {', '.join(OPTION_NAMES)}")
-    if not isinstance(speculation_stats, (SpeculationStats, type(None))):
-        raise TypeError(f"`speculation_stats` must be a SpeculationStats, got {type(speculation_stats).__name__}")
-    if not isinstance(speculation_trace, (Trace, type(None))):
-        raise TypeError(f"`speculation_trace` must be a Trace, got {type(speculation_trace).__name__}")
-
     tokenizers = tokenizer, assistant_tokenizer
+    others = {
+        "tokenizer": tokenizer,
+        "assistant_tokenizer": assistant_tokenizer,
+        "speculation_stats": speculation_stats,
+        "speculation_trace": speculation_trace,
+    }
+    check_arguments("speculative", others | options)
     return SpeculativeMethod(assistant_model, streamer, tokenizers, speculation_stats, speculation_trace, options)
+
+
+def check_arguments(caller: str, arguments: dict[str, Any]) -> None:
+    """Raise a TypeError for arguments that `speculative()` does not know, and for records of another type.
+
+    Args:
+        caller: the name of the function that was given them.
+        arguments: all but `assistant_model`.
+    """
+    unknown = sorted(arguments.keys() - {*OPTION_NAMES, *_OTHERS})
+    if unknown:
+        raise TypeError(f"{caller}() got unknown options {unknown}; it knows {', '.join((*OPTION_NAMES, *_OTHERS))}")
+    for name, kind in (("speculation_stats", SpeculationStats), ("speculation_trace", Trace)):
+        record = arguments.get(name)
+        if record is not None and not isinstance(record, kind):
+            raise TypeError(f"`{name}` must be a {kind.__name__}, got {type(record).__name__}")
+    for name in ("tokenizer", "assistant_tokenizer"):
+        if isinstance(arguments.get(name), (str, Path)):
+            raise TypeError(
+                f"`{name}` must be a tokenizer, got the name {str(arguments[name])!r}: load it with "
+                "AutoTokenizer.from_pretrained"
+            )
 
 
 class SpeculativeMethod:
@@ -95,6 +121,7 @@ class SpeculativeMethod:
         self._options = options
         self._call: dict[str, Any] = {}
         self._calls: list[object] = []  # one entry per call; copies share it
+        self._record: Callable[[SpeculationStats, SpeculationStats | None], None] | None = None
 
     def of_call(self, call: dict[str, Any]) -> "SpeculativeMethod":
         """A copy that knows the arguments of one `generate()` call, by name.
@@ -103,6 +130,12 @@ class SpeculativeMethod:
         """
         method = copy.copy(self)
         method._call = call
+        return method
+
+    def recorded_by(self, record: Callable[[SpeculationStats, SpeculationStats | None], None]) -> "SpeculativeMethod":
+        """A copy that hands the statistics of each decoding over at its end, with those that should be filled too."""
+        method = copy.copy(self)
+        method._record = record
         return method
 
     @property
@@ -150,7 +183,7 @@ class SpeculativeMethod:
         Args:
             together: see `resolve_options`.
         """
-        stats = SpeculationStats() if self._stats is None else self._stats
+        stats = SpeculationStats() if self._stats is None or self._record is not None else self._stats
         captured = captured_seconds()
         decoding = prepare(call, drafter, options, self._streamer, stats, self._trace)
         models = [call.model, drafter.model] if isinstance(drafter, ModelDrafter) else [call.model]
@@ -164,10 +197,12 @@ class SpeculativeMethod:
                 stats.packing_seconds += packing_seconds
                 width = decoding.run()
                 decoding.streamer.end()
-                return finish(decoding, width, call)
+                return finish(decoding, width, call, stats if self._stats is None else self._stats)
         finally:
             decoding.release()
             stats.capture_seconds += captured_seconds() - captured
+            if self._record is not None:
+                self._record(stats, self._stats)
 
 
 def check_handed_over(call: dict[str, Any]) -> None:

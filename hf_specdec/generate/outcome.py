@@ -7,13 +7,18 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEnc
 from ..loop.decoding import SpeculativeDecoding
 from ..models.cached import CachedModel
 from ..models.self_fed import SelfFedModel
+from ..records.stats import SpeculationStats
 from .session import PreparedCall
 
 
 def finish(
-    decoding: SpeculativeDecoding, width: int, call: PreparedCall
+    decoding: SpeculativeDecoding, width: int, call: PreparedCall, stats: SpeculationStats
 ) -> GenerateDecoderOnlyOutput | GenerateEncoderDecoderOutput | Tensor:
-    """The result of `generate()` for a finished decoding, with the cache that vanilla would return."""
+    """The result of `generate()` for a finished decoding, with the cache that vanilla would return.
+
+    Args:
+        stats: the statistics for the caller.
+    """
     cache, target = call.cache, decoding.target
     wants_dict = bool(call.config.return_dict_in_generate)
     if isinstance(target, SelfFedModel):
@@ -45,7 +50,7 @@ def finish(
             cross_attentions=recorder.cross_attentions(steps),
             decoder_hidden_states=recorder.hidden_states(steps),
         )
-    output.speculation = decoding.stats
+    output.speculation = stats
     return output
 
 

@@ -38,13 +38,15 @@ _SMALL_BYTES = 1 << 20
 _LEAST_ROUNDS, _MOST_ROUNDS, _MARGIN = 3, 9, 1.05
 # How much of a weight to measure with.
 _TRIED_BYTES = 1 << 24
+# Words of 8 bytes whose sum is kept. A prime, as rows have lengths with many divisors.
+_RUN = 1021
 # Number of tokens per product to pack for.
 _TOKENS = 16
 
 
 class _Packed(NamedTuple):
     weight: Tensor  # oneDNN's
-    sums: Tensor  # by row, of the model's own weight: they reveal changes
+    fingerprint: tuple[Tensor, Tensor]  # of the model's own weight
 
 
 class _Pair(NamedTuple):
@@ -117,8 +119,8 @@ def _packed_layers(model: nn.Module, wanted: bool, new_tokens: int, by_clock: bo
     if not (wanted or often or any(layer in _kept for layer in layers)):
         return {}  # before measuring anything
     layers = [layer for layer in layers if not by_clock or _gains_by_it(layer.weight)]
-    if any(layer in _kept and not _is_still(layer.weight, _kept[layer]) for layer in layers):
-        for layer in layers:  # all of them: permuted weights may have the same sums
+    if _have_changed(layers):
+        for layer in layers:
             _kept.pop(layer, None)
         if not wanted:
             _changing.add(model)
@@ -131,7 +133,8 @@ def _packed_layers(model: nn.Module, wanted: bool, new_tokens: int, by_clock: bo
     if wanted or pays:
         for layer in layers:
             if layer not in _kept:
-                _kept[layer] = _Packed(_pack(layer.weight), _sums(layer.weight))
+                sums, rest = _fingerprint(layer.weight)
+                _kept[layer] = _Packed(_pack(layer.weight), (sums, rest.clone()))
     if wanted and not layers:
         logger.warning_once(
             f"`speculation_pack_weights` finds nothing to pack in {type(model).__name__}: it has no linear layers "
@@ -205,14 +208,26 @@ def _pack(weight: Tensor) -> Tensor:
     return packed
 
 
-def _sums(weight: Tensor) -> Tensor:
-    """`[rows]` int64 sums of the raw memory: rounding hides no change, and it is as fast as reading."""
-    return weight.detach().view(torch.int64).sum(dim=1)
+def _fingerprint(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """int64 sums of the raw memory in runs of _RUN words, and what is left after the last of them.
+
+    Rounding hides no change, and it is as fast as reading. Runs begin elsewhere in each row, so exchanged rows and
+    columns show too.
+    """
+    words = weight.view(torch.int64)
+    runs, left = divmod(words.numel(), _RUN)
+    whole = words.as_strided((runs, _RUN), (_RUN, 1))
+    return whole.sum(dim=1), words.as_strided((left,), (1,), words.storage_offset() + runs * _RUN)
 
 
-def _is_still(weight: Tensor, packed: _Packed) -> bool:
-    same_kind = (weight.dtype, weight.shape) == (packed.weight.dtype, packed.weight.shape)
-    return same_kind and torch.equal(_sums(weight), packed.sums)
+def _have_changed(layers: list[Any]) -> bool:
+    """Whether any weights are not as they were when they were packed."""
+    known = [(layer.weight, _kept[layer]) for layer in layers if layer in _kept]
+    if any((own.dtype, own.shape) != (kept.weight.dtype, kept.weight.shape) for own, kept in known):
+        return True
+    now = [part for own, _ in known for part in _fingerprint(own)]
+    before = [part for _, kept in known for part in kept.fingerprint]
+    return bool(known) and not torch.equal(torch.cat(now), torch.cat(before))
 
 
 def _multiply(tokens: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 import functools
 import tempfile
+import threading
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +38,7 @@ from .pair_file import FILE_NAME, ModelReference, PairConfig
 
 logger = logging.get_logger(__name__)
 
+_loading = threading.Lock()  # so that calls that begin together load a draft once
 DEMO_PAIR = Path(__file__).parents[1] / "assets" / "demo_pair"
 # Arguments of `generate()` that only speculation uses.
 SPECULATION_ARGUMENTS = {*OPTION_NAMES, "assistant_tokenizer", "speculation_stats", "speculation_trace"}
@@ -127,22 +129,28 @@ class SpecPair:
         """`target.generate(...)` with the draft, as the pair file recommends; arguments of the call take precedence.
 
         If the pair file says that speculation does not pay, the target decodes alone, unless the call passes a
-        `strategy` or an `assistant_model`.
+        `strategy` or an `assistant_model`. With `strategy="vanilla"` it always does. A strategy or an `assistant_model`
+        may also be in the call's generation config.
         """
-        if not self.config.speculate and not kwargs.keys() & {"strategy", "assistant_model"}:
+        given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+        named = {name for name in ("strategy", "assistant_model") if getattr(given, name, None) is not None}
+        named |= kwargs.keys() & {"strategy", "assistant_model"}
+        strategy = kwargs.get("strategy", getattr(given, "strategy", None) or "spec")
+        if strategy == "vanilla":
+            return self.target.generate(*args, **{"tokenizer": self.tokenizer, **kwargs, "strategy": strategy})
+        if not self.config.speculate and not named:
             logger.warning_once(
                 f"{FILE_NAME} says that speculation does not pay for this pair: the target decodes alone, and "
                 'speculation options are ignored. Pass strategy="spec" to speculate anyway.'
             )
             kwargs = {name: value for name, value in kwargs.items() if name not in SPECULATION_ARGUMENTS}
             return self.target.generate(*args, **{"tokenizer": self.tokenizer, **kwargs})
-        if "assistant_model" not in kwargs:
-            given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+        if "assistant_model" not in named:
             options = {k: v for k, v in self.config.recommended.items() if getattr(given, k, None) is None}
             # The tokenizers were compared on loading; passing one for both avoids doing so in every call.
             one = {"tokenizer": self.tokenizer, "assistant_tokenizer": self.tokenizer}
             kwargs = {"assistant_model": self.draft, **one, **options, **kwargs}
-        return self.target.generate(*args, **{"strategy": "spec", **kwargs})
+        return self.target.generate(*args, **{**kwargs, "strategy": strategy})
 
     @functools.cached_property
     def compatibility(self) -> Compatibility:
@@ -290,16 +298,28 @@ def make_drafter(
         raise ValueError("`assistant_model` and `prompt_lookup_num_tokens` each choose a drafter: pass one of them")
     if isinstance(assistant_model, (str, Path)):
         of_the_target = (target.name_or_path,) if assistant_model == "auto" else ()
-        assistant_model = load_draft(str(assistant_model), target.dtype, model_device(target), *of_the_target)
+        with _loading:
+            assistant_model = load_draft(str(assistant_model), target.dtype, model_device(target), *of_the_target)
+    draft = draft_model(assistant_model)
+    check_mode(draft, "`assistant_model`", "assistant_model")
+    check_draft_model(draft, target, tokenizer, assistant_tokenizer)
+    return ModelDrafter(draft, options.assistant_confidence_threshold, options.compiles("draft"))
+
+
+def draft_model(assistant_model: object) -> PreTrainedModel:
+    """The model that drafts: `assistant_model` itself, or the one inside an adapter's wrapper.
+
+    Raises:
+        TypeError: if it is no model of transformers.
+    """
     draft = unwrapped(assistant_model)
     if not isinstance(draft, torch.nn.Module) or not hasattr(draft, "config"):
         raise TypeError(
             "`assistant_model` must be a transformers model, a Hub id or local path, or a hf_specdec.Drafter, "
             f"got {type(draft).__name__}"
         )
-    check_mode(draft, "`assistant_model`", "assistant_model")
-    check_draft_model(draft, target, tokenizer, assistant_tokenizer)
-    return ModelDrafter(draft, options.assistant_confidence_threshold, options.compiles("draft"))
+    model: PreTrainedModel = draft
+    return model
 
 
 @functools.lru_cache(maxsize=4)

@@ -3,7 +3,7 @@
 Only counters are stored; every rate is a property. Nothing here knows about models or tensors.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from . import fragment
@@ -211,6 +211,15 @@ class SpeculationStats(RowStats):
             }
         )
 
+    def merge(self, other: "SpeculationStats") -> None:
+        """Add what `other` has counted, as if it had been counted here."""
+        own = [counter.name for counter in fields(self) if counter.name not in ("per_row", "iterations")]
+        _merge(self, other, own)
+        self.per_row.extend(RowStats() for _ in range(len(other.per_row) - len(self.per_row)))
+        for mine, theirs in zip(self.per_row, other.per_row):
+            _merge(mine, theirs, [counter.name for counter in fields(theirs)])
+        self.iterations += other.iterations
+
     def add_prefill(self, seconds: float, target_forwards: int, compile_seconds: float = 0.0) -> None:
         """Count the work before the first iteration; `compile_seconds` of it were compiling."""
         self.prefill_seconds += seconds - compile_seconds
@@ -268,6 +277,17 @@ class SpeculationStats(RowStats):
 
 def _ratio(part: int, whole: int) -> float:
     return part / whole if whole else 0.0
+
+
+def _merge(mine: RowStats, theirs: RowStats, names: list[str]) -> None:
+    """Add the counters of these names, which are numbers or lists of numbers."""
+    for name in names:
+        counts, more = getattr(mine, name), getattr(theirs, name)
+        if isinstance(counts, list):
+            _grow(counts, len(more))
+            counts[: len(more)] = [a + b for a, b in zip(counts, more)]
+        else:
+            setattr(mine, name, counts + more)
 
 
 def _grow(counts: list[int], size: int) -> None:

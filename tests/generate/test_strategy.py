@@ -4,6 +4,7 @@ import copy
 import functools
 import importlib
 from collections.abc import Iterator
+from contextlib import nullcontext
 from threading import Barrier, Thread
 from typing import Any
 
@@ -143,13 +144,285 @@ def test_an_unknown_strategy_is_an_error_that_lists_the_known_ones(strategy):
     target, draft = pair()
     with pytest.raises(ValueError, match=f"Unknown strategy {strategy!r}.*'spec'"):
         target.generate(**prompts(1), **GREEDY, assistant_model=draft, strategy=strategy)
-    assert list(STRATEGIES) == ["spec"]
+    assert list(STRATEGIES) == ["spec", "vanilla"]
 
 
-def test_a_strategy_and_a_custom_decoding_method_cannot_both_decide():
+@pytest.mark.parametrize("strategy", ["spec", "vanilla"])
+def test_a_strategy_and_a_custom_decoding_method_cannot_both_decide(strategy):
     target, draft = pair()
-    with pytest.raises(ValueError, match="`custom_generate` both choose the decoding method"):
-        generate(target, draft, **prompts(1), custom_generate=hf_specdec.speculative(draft))
+    method = hf_specdec.speculative(draft)
+    message = f"`strategy='{strategy}'` and `custom_generate` both choose the decoding method"
+    with pytest.raises(ValueError, match=message):
+        target.generate(**prompts(1), **GREEDY, strategy=strategy, custom_generate=method)
+
+
+# A strategy in a generation config
+
+
+def config_with(**more: Any) -> GenerationConfig:
+    return GenerationConfig(**GREEDY, pad_token_id=0, num_assistant_tokens=3, **more)
+
+
+@pytest.fixture
+def decodings(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What drafts, in each decoding of ours; transformers' assisted decoding is out of reach."""
+    seen: list[Any] = []
+    prepare = hf_specdec.generate.method.prepare
+
+    def counting(call: Any, drafter: Any, *args: Any) -> Any:
+        seen.append(getattr(drafter, "model", drafter))
+        return prepare(call, drafter, *args)
+
+    monkeypatch.setattr(hf_specdec.generate.method, "prepare", counting)
+    monkeypatch.setattr(GenerationMixin, "_assisted_decoding", lambda *args, **kwargs: 1 / 0)
+    return seen
+
+
+@pytest.fixture
+def own() -> Iterator[tuple[Any, Any]]:
+    """A pair whose generation configs the test may change."""
+    target, draft = copy.deepcopy(pair())
+    yield target, draft
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("way", ["keyword", "positional", "model"])
+def test_a_strategy_in_a_config_is_honoured(way, own, decodings):
+    target, draft = own
+    ids = prompts(1)["input_ids"]
+    expected = target.generate(ids, **GREEDY)
+    if way == "model":
+        target.generation_config.strategy = "spec"
+        out = target.generate(ids, **GREEDY, assistant_model=draft)
+    elif way == "keyword":
+        out = target.generate(inputs=ids, generation_config=config_with(strategy="spec"), assistant_model=draft)
+    else:
+        out = target.generate(ids, config_with(strategy="spec"), assistant_model=draft)
+    assert out.equal(expected)
+    assert decodings == [draft]
+
+
+@pytest.mark.parametrize(
+    ("argument", "call", "model", "speculates"),
+    [
+        (None, None, "spec", True),
+        (None, "spec", "vanilla", True),
+        (None, "vanilla", "spec", False),
+        ("vanilla", "spec", "spec", False),
+        ("spec", "vanilla", "vanilla", True),
+        ("vanilla", None, "nonsense", False),
+        (None, None, None, False),
+    ],
+)
+def test_the_call_beats_its_config_which_beats_the_models(argument, call, model, speculates, own, decodings):
+    target, _ = own
+    expected = target.generate(**prompts(2), **GREEDY)
+    target.generation_config.strategy = model
+    out = target.generate(**prompts(2), generation_config=config_with(strategy=call), strategy=argument)
+    assert out.equal(expected)
+    assert len(decodings) == speculates
+
+
+@pytest.mark.parametrize("place", ["call", "model"])
+def test_an_unknown_strategy_in_a_config_is_an_error_that_lists_the_known_ones(place, own):
+    target, _ = own
+    config = GenerationConfig(strategy="nonsense")
+    target.generation_config = config if place == "model" else target.generation_config
+    where = {"model": "in the model's generation config", "call": "in the generation config of the call"}[place]
+    with pytest.raises(ValueError, match=f"Unknown strategy 'nonsense' {where}; known strategies: 'spec', 'vanilla'"):
+        target.generate(**prompts(1), **({"generation_config": config} if place == "call" else {}))
+
+
+def test_a_strategy_is_saved_and_loaded_with_its_config(own, tmp_path, decodings):
+    target, draft = own
+    expected = target.generate(**prompts(1), **GREEDY)
+    config = config_with(strategy="spec", max_matching_ngram_size=3)
+    config.save_pretrained(tmp_path)
+    loaded = GenerationConfig.from_pretrained(tmp_path)
+    assert (loaded.strategy, loaded.num_assistant_tokens) == ("spec", 3)
+    assert target.generate(**prompts(1), generation_config=loaded, assistant_model=draft).equal(expected)
+    target.generation_config = config
+    target.save_pretrained(tmp_path / "target")
+    target = LlamaForCausalLM.from_pretrained(tmp_path / "target")
+    assert target.generate(**prompts(1), assistant_model=draft).equal(expected)
+    assert decodings == [draft] * 2
+
+
+def test_with_a_strategy_in_a_config_no_draft_means_look_up(own, decodings):
+    target, _ = own
+    target.generate(**prompts(1), generation_config=config_with(strategy="spec"))
+    assert [type(drafter) for drafter in decodings] == [hf_specdec.PromptLookupDrafter]
+
+
+@pytest.mark.core
+def test_vanilla_is_plain_also_in_transformers_assisted_generation(own, monkeypatch):
+    """Its draft gets the target's config, strategy included."""
+    target, draft = own
+    expected = target.generate(**prompts(1), **GREEDY)
+    monkeypatch.setattr(hf_specdec.generate.method, "prepare", lambda *args: 1 / 0)
+    target.generation_config.strategy = "spec"
+    assert target.generate(**prompts(1), **GREEDY, strategy="vanilla", assistant_model=draft).equal(expected)
+    target.generation_config.strategy, draft.generation_config.strategy = None, "spec"
+    with hf_specdec.attached(draft):
+        assert target.generate(**prompts(1), **GREEDY, assistant_model=draft).equal(expected)
+
+
+@pytest.mark.parametrize("positional", [False, True])
+def test_a_decoding_method_of_the_call_beats_a_strategy_in_a_config(positional, own, decodings):
+    target, draft = own
+    expected = target.generate(**prompts(1), **GREEDY)
+    target.generation_config.strategy = "spec"
+
+    def theirs(model: Any, input_ids: Any, **kwargs: Any) -> Any:
+        return model.generate(input_ids, **GREEDY)  # itself plain
+
+    ids, config = prompts(1)["input_ids"], config_with(strategy="spec")
+    for method, speculations in ((theirs, 0), (hf_specdec.speculative(draft), 1)):
+        if positional:
+            out = target.generate(ids, config, *[None] * 8, method)
+        else:
+            out = target.generate(ids, generation_config=config, custom_generate=method)
+        assert out.equal(expected)
+        assert len(decodings) == speculations
+
+
+class Shouting(LlamaForCausalLM):
+    def generate(self, *args: Any, volume: int = 0, **kwargs: Any) -> Any:
+        self.heard = volume
+        return super().generate(*args, **kwargs)
+
+
+class Forgetting(LlamaForCausalLM):
+    def generate(self, input_ids: Any, generation_config: Any = None, **kwargs: Any) -> Any:
+        return super().generate(input_ids, generation_config)
+
+
+@pytest.mark.parametrize("place", ["call", "model", "attached"])
+def test_a_model_that_overrides_generate_speculates_once(place, decodings):
+    target, draft = pair()
+    loud = like(target, Shouting)
+    config = config_with(strategy="spec" if place == "call" else None)
+    loud.generation_config.strategy = "spec" if place == "model" else None
+    expected = target.generate(**prompts(2), **GREEDY)
+    with hf_specdec.attached(loud, draft) if place == "attached" else nullcontext():
+        out = loud.generate(**prompts(2), generation_config=config, assistant_model=draft, volume=11)
+        assert out.equal(expected)
+        assert (decodings, loud.heard) == ([draft], 11)
+        assert loud.generate(**prompts(2), generation_config=config, strategy="vanilla").equal(expected)
+        assert len(decodings) == 1
+    with pytest.raises(
+        ValueError, match=r"cannot be used with Forgetting: its own `generate\(\)` does not decode token"
+    ):
+        forgetful = like(target, Forgetting)
+        forgetful.generation_config.strategy = "spec"
+        forgetful.generate(prompts(2)["input_ids"], config)
+    assert len(decodings) == 1
+
+
+def like(model: Any, kind: Any) -> Any:
+    """The same model, of another class."""
+    other = kind(model.config).eval()
+    other.load_state_dict(model.state_dict())
+    other.generation_config = copy.deepcopy(model.generation_config)
+    return other
+
+
+# Other arguments of ours in a generation config
+
+
+def test_a_draft_in_the_config_of_a_call_is_used_as_it_is(own, decodings):
+    """A copy in each call would take memory, and lose what is kept of the draft."""
+    target, draft = own
+    expected = target.generate(**prompts(2), **GREEDY)
+    config = config_with(strategy="spec", speculation_stats=SpeculationStats())
+    config.assistant_model = draft
+    for _ in range(2):
+        assert target.generate(**prompts(2), generation_config=config).equal(expected)
+    assert all(model is draft for model in decodings) and len(decodings) == 2
+    assert config.assistant_model is draft
+    assert 0 < config.speculation_stats.accepted_tokens < config.speculation_stats.drafted_tokens
+    assert config.speculation_stats.committed_tokens == 2 * 2 * 14
+    assert type(config) is GenerationConfig
+
+
+@pytest.mark.core
+def test_transformers_itself_makes_saves_and_loads_no_config_with_a_draft(tmp_path):
+    """So there is none for us to honour; a draft is set later, or `hf_specdec.attached` does without configs."""
+    for make in (GenerationConfig, lambda **given: GenerationConfig.from_dict(given)):
+        with pytest.raises(ValueError, match="`assistant_model` is not a valid argument of `GenerationConfig`"):
+            make(assistant_model="org/draft")
+    config = GenerationConfig(strategy="spec")
+    config.assistant_model = "org/draft"
+    with pytest.raises(ValueError, match="`assistant_model` is not a valid argument of `GenerationConfig`"):
+        config.save_pretrained(tmp_path)
+
+
+def test_an_argument_beats_the_same_in_the_config_of_the_call(own, decodings):
+    target, draft = own
+    other, given, stats = copy.deepcopy(draft), SpeculationStats(), SpeculationStats()
+    config = config_with(strategy="spec", speculation_stats=stats)
+    config.assistant_model = draft
+    target.generate(**prompts(1), generation_config=config, assistant_model=other, speculation_stats=given)
+    assert decodings == [other]
+    assert given.committed_tokens == 14
+    assert stats.committed_tokens == 0
+
+
+def test_records_and_tokenizers_in_the_config_of_a_call_are_used(own):
+    target, draft = own
+    tokenizer = make_tokenizer()
+    trace = hf_specdec.Trace()
+    free = target.generate(**prompts(1), **GREEDY)[0]
+    stop = tokenizer.decode(free[16:18])
+    config = config_with(strategy="spec", tokenizer=tokenizer, speculation_trace=trace, stop_strings=[stop])
+    out = target.generate(**prompts(1), generation_config=config, assistant_model=draft)
+    assert out.equal(target.generate(**prompts(1), **GREEDY, stop_strings=[stop], tokenizer=tokenizer))
+    assert out.shape[1] < len(free)
+    assert trace.iterations and trace.tokenizer is tokenizer
+
+
+def test_the_model_config_may_name_a_draft_unless_the_call_chooses_another(own, tmp_path, decodings):
+    target, draft = own
+    draft.save_pretrained(tmp_path)
+    target.generation_config.strategy, target.generation_config.assistant_model = "spec", str(tmp_path)
+    target.generate(**prompts(1), **GREEDY)
+    assert decodings[0].name_or_path == str(tmp_path)
+    target.generate(**prompts(1), **GREEDY, assistant_model=draft)
+    assert decodings[1] is draft
+    target.generate(**prompts(1), **GREEDY, prompt_lookup_num_tokens=2)
+    assert type(decodings[2]) is hf_specdec.PromptLookupDrafter
+
+
+@pytest.mark.parametrize(
+    "name", ["assistant_model", "tokenizer", "assistant_tokenizer", "speculation_stats", "speculation_trace"]
+)
+def test_objects_in_the_models_own_config_are_an_error_that_names_them(name, own):
+    """Transformers copies that config in each call: records would stay empty, and drafts multiply."""
+    target, draft = own
+    objects = {
+        "assistant_model": draft,
+        "speculation_stats": SpeculationStats(),
+        "speculation_trace": hf_specdec.Trace(),
+    }
+    setattr(target.generation_config, name, objects.get(name, make_tokenizer()))
+    with pytest.raises(ValueError, match=f"`{name}` in the model's own generation config is a .*`hf_specdec.attached`"):
+        target.generate(**prompts(1), **GREEDY, strategy="spec")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("speculation_stats", {}, "`speculation_stats` must be a SpeculationStats, got dict"),
+        ("speculation_trace", "yes", "`speculation_trace` must be a Trace, got str"),
+        ("tokenizer", "org/model", "`tokenizer` must be a tokenizer, got the name 'org/model': load it with"),
+        ("assistant_model", 3, "`assistant_model` must be a transformers model, a Hub id or local path, or a"),
+    ],
+)
+def test_values_in_a_config_that_are_not_what_they_should_be_are_an_error(name, value, message):
+    config = config_with(strategy="spec")
+    setattr(config, name, value)
+    with pytest.raises(TypeError, match=message):
+        pair()[0].generate(**prompts(1), generation_config=config)
 
 
 # Entry points
@@ -165,15 +438,8 @@ def test_arguments_may_be_positional():
 
 
 def test_models_that_override_generate_and_call_super():
-    class Shouting(LlamaForCausalLM):
-        def generate(self, *args: Any, volume: int = 0, **kwargs: Any) -> Any:
-            self.heard = volume
-            return super().generate(*args, **kwargs)
-
     target, draft = pair()
-    loud = Shouting(target.config).eval()
-    loud.load_state_dict(target.state_dict())
-    loud.generation_config = target.generation_config
+    loud = like(target, Shouting)
     assert generate(loud, draft, **prompts(2), volume=11).equal(target.generate(**prompts(2), **GREEDY))
     assert loud.heard == 11
 

@@ -65,18 +65,19 @@ def record_this_process() -> None:
 def recording(speculate: Callable[..., Any], speculates: bool, record: Callable[[Call], None]) -> Callable[..., Any]:
     """`speculate`, one of `strategy.STRATEGIES`, which records each call, or makes it without its arguments."""
     from hf_specdec import SpeculationStats
+    from hf_specdec.generate.strategy import STRATEGIES
     from hf_specdec.pairs.pair import SPECULATION_ARGUMENTS
 
-    def run(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    def run(*args: Any, **kwargs: Any) -> Any:
         if speculates:
             given = kwargs.get("speculation_stats")
             stats = SpeculationStats() if given is None else given
             before = stats.drafted_tokens, stats.accepted_tokens
-            result = speculate(original, model, *args, **kwargs | {"speculation_stats": stats})
+            result = speculate(*args, **kwargs | {"speculation_stats": stats})
             counts = stats.drafted_tokens - before[0], stats.accepted_tokens - before[1]
         else:
             plain = {k: v for k, v in kwargs.items() if k not in SPECULATION_ARGUMENTS | {"assistant_model"}}
-            result, counts = original(model, *args, **plain), (0, 0)
+            result, counts = STRATEGIES["vanilla"](*args, **plain), (0, 0)
         record(Call(getattr(result, "sequences", result).tolist(), *counts))
         return result
 

@@ -207,6 +207,16 @@ def _swap_hidden_units(model: PreTrainedModel) -> None:
         layer.weight.data.copy_(layer.weight.data.roll(8, dims=dim))
 
 
+def _roll_columns(model: PreTrainedModel) -> None:
+    weight = model.model.layers[0].mlp.up_proj.weight.data
+    weight.copy_(weight.roll(8, dims=1))
+
+
+def _exchange_columns(model: PreTrainedModel) -> None:
+    weight = model.lm_head.weight.data
+    weight[:, [4, 5, 20, 21]] = weight[:, [20, 21, 4, 5]]
+
+
 def _train(model: PreTrainedModel) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
     ids = make_prompts(2)["input_ids"]
@@ -232,7 +242,17 @@ def _exchange_layer(model: PreTrainedModel) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [_halve, _swap_rows, _swap_hidden_units, _train, _load, _replace, _exchange_layer],
+    [
+        _halve,
+        _swap_rows,
+        _swap_hidden_units,
+        _roll_columns,
+        _exchange_columns,
+        _train,
+        _load,
+        _replace,
+        _exchange_layer,
+    ],
     ids=lambda f: f.__name__,
 )
 def test_changed_weights_are_noticed(

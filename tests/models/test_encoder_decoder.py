@@ -1,5 +1,6 @@
 """Encoder-decoder models as targets: the encoder runs once, and the decoder is verified in blocks like any model."""
 
+import contextlib
 import copy
 import functools
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from transformers import (
     EncoderDecoderModel,
     FSMTConfig,
     FSMTForConditionalGeneration,
+    GenerationConfig,
     GenerationMixin,
     LlamaConfig,
     M2M100Config,
@@ -134,6 +136,31 @@ def test_only_decoders_that_are_told_positions_let_rows_run_apart(name: str) -> 
     assert bool(Abilities.of(pair(name)[0]).ragged) == (name == "whisper")
     if name == "whisper":
         assert Abilities.of(distilled()).ragged_drafts, "its forward does not name positions, but hands them on"
+
+
+@pytest.mark.parametrize("place", ["attached", "config of the call", "config of the model"])
+@pytest.mark.parametrize("name", ["t5", "whisper"])
+def test_a_strategy_that_is_not_an_argument(name: str, place: str) -> None:
+    """Whisper has a `generate()` of its own, which acts on a draft that it sees."""
+    target, draft = copy.deepcopy(pair(name))
+    stats = hf_specdec.SpeculationStats()
+    expected = target.generate(**inputs(name, 2), **GREEDY)
+    if place == "config of the model":
+        target.generation_config.strategy = "spec"
+    config = GenerationConfig(strategy="spec" if place == "config of the call" else None, speculation_stats=stats)
+    if place == "config of the call":
+        config.assistant_model = draft
+        given: dict[str, Any] = {"generation_config": config}
+    else:
+        given = {"assistant_model": draft, "speculation_stats": stats}
+    with hf_specdec.attached(target, draft) if place == "attached" else contextlib.nullcontext() as attachment:
+        given = given if attachment is None else {"speculation_stats": stats}
+        assert target.generate(**inputs(name, 2), **GREEDY, **given).equal(expected)
+        plain = target.generate(**inputs(name, 2), **GREEDY, strategy="vanilla")
+        assert plain.equal(expected)
+    assert 0 < stats.accepted_tokens < stats.drafted_tokens
+    if attachment is not None:
+        assert (attachment.calls, attachment.stats.committed_tokens) == (1, stats.committed_tokens)
 
 
 def test_a_row_does_not_depend_on_the_other_rows() -> None:

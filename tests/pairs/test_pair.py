@@ -419,6 +419,32 @@ def test_a_pair_that_does_not_pay_decodes_without_and_says_so_once(loaded, caplo
 
 
 @pytest.mark.parametrize("speculate", [True, False])
+@pytest.mark.parametrize("in_config", [True, False])
+def test_a_pair_decodes_as_the_strategy_of_the_call_says(in_config, speculate, loaded):
+    chosen = copy.copy(loaded)
+    chosen.config = PairConfig(speculate=speculate)
+    expected = loaded.target.generate(**prompts(1), **GREEDY)
+    for strategy, speculates in (("vanilla", False), ("spec", True)):
+        way = {"generation_config": GenerationConfig(strategy=strategy)} if in_config else {"strategy": strategy}
+        seen: list[int] = []
+        hook = loaded.draft.register_forward_pre_hook(lambda *args, seen=seen: seen.append(1))
+        assert chosen.generate(**prompts(1), **GREEDY, **way).equal(expected)
+        hook.remove()
+        assert bool(seen) is speculates
+
+
+def test_a_pair_uses_the_draft_in_the_config_of_a_call(loaded):
+    trace, other = Trace(), copy.deepcopy(loaded.draft)
+    seen: list[int] = []
+    other.register_forward_pre_hook(lambda *args: seen.append(1))
+    config = GenerationConfig()
+    config.assistant_model = other
+    loaded.generate(**prompts(1), **GREEDY, generation_config=config, speculation_trace=trace)
+    assert seen
+    assert drafted(trace) == 5  # the recommendation applies to the pair's own draft
+
+
+@pytest.mark.parametrize("speculate", [True, False])
 def test_the_pairs_tokenizer_serves_stop_strings(tokenizer, speculate):
     chosen = SpecPair(*pair(), tokenizer, PairConfig(speculate=speculate))
     free = chosen.target.generate(**prompts(1), **GREEDY)[0]

@@ -37,6 +37,27 @@ def filled(iterations: list[Iteration]) -> SpeculationStats:
     return stats
 
 
+def test_merging_counts_as_if_it_had_been_counted_in_one():
+    # Batches of different sizes, and drafts of different lengths, in both orders.
+    calls = [random_iterations(1, rows=2), [], random_iterations(2, rows=4), [iteration(row_step(9, 9))]]
+    for order in (calls, calls[::-1]):
+        merged = SpeculationStats()
+        for number, call in enumerate(order):
+            one = filled(call)
+            one.add_prefill(0.5, number, compile_seconds=0.25)
+            one.draft_prefill_forwards, one.packing_seconds, one.capture_seconds = 3 * number, 0.75, 2.0
+            before = asdict(one)
+            merged.merge(one)
+            assert asdict(one) == before
+        expected = filled([step for call in order for step in call])
+        expected.add_prefill(4 * 0.5, 0 + 1 + 2 + 3, compile_seconds=4 * 0.25)
+        expected.draft_prefill_forwards, expected.packing_seconds, expected.capture_seconds = 3 * 6, 4 * 0.75, 4 * 2.0
+        assert merged == expected
+        one.per_row[0].committed_tokens += 1  # nothing is shared
+        one.accepted_length_histogram.append(7)
+        assert merged == expected
+
+
 @pytest.mark.parametrize(
     ("step", "own_token", "kind"),
     [
