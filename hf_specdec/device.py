@@ -92,7 +92,10 @@ def is_hooked(model: torch.nn.Module, inside: bool = False) -> bool:
 
 
 def model_device(model: PreTrainedModel) -> torch.device:
-    """The device of a model's inputs; if accelerate has offloaded its weights, the device that it computes on."""
+    """The device of a model's inputs; if accelerate has offloaded its weights, the device that it computes on.
+
+    Exported repositories import it too (`assets/export/generate.py.txt`).
+    """
     if model.device.type == "meta":
         for module in model.modules():
             hook: Any = getattr(module, "_hf_hook", None)

@@ -43,7 +43,7 @@ use_env() {
         die "expected an interpreter at $VENV/bin/python, found none that starts; remove .venv and run this again."
 
     now="$(fingerprint)"
-    for stamp in "$VENV/.installed-${extra:-base}" "$VENV/.installed-dev"; do # dev includes all others
+    for stamp in "$VENV/.installed-${extra:-base}" "$VENV/.installed-dev"; do # dev includes all but clients
         [ "$(cat -- "$stamp" 2>/dev/null)" = "$now" ] && return
     done
 

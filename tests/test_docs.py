@@ -28,9 +28,11 @@ PACKAGE = Path(hf_specdec.__file__).parent
 DEMO_PAIR = PACKAGE / "assets" / "demo_pair"
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+CLIENTS = ROOT / "docs" / "clients.md"  # tests/integrations runs it, where the packages that it needs are installed
 ON_THE_HUB = {"Qwen/Qwen3-8B": DEMO_PAIR / "target", "Qwen/Qwen3-0.6B": DEMO_PAIR / "draft"}
 FENCE = re.compile(r"(?P<before>[^\n]*)\n```(?P<language>\w+)\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
 NOT_RUN = re.compile(r"<!-- not run: .+ -->")
+OTHER_PROGRAMS = ("hf", "lm_eval", "pip", "python", "transformers")
 
 
 class Block(NamedTuple):
@@ -69,7 +71,7 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(loads, "from_pretrained", redirected(loads.from_pretrained))
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name)
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python") and page != CLIENTS], ids=name)
 def test_code_of_a_page_runs(
     page: Path, no_hub: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
@@ -119,10 +121,10 @@ def scripts() -> Iterator[None]:
 def test_commands_are_ones_that_exist(
     scripts: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With their options: scripts parse them as they are; for others, the names are looked up in the help."""
+    """With their options: scripts parse them as they are; for others of ours, the names are looked up in the help."""
     for where, (command, *given) in commands():
         options = {word.split("=")[0] for word in given if word.startswith("--")}
-        if command == "pip":
+        if command in OTHER_PROGRAMS:
             continue
         if command == "hf-specdec":
             assert given[0] in cli.COMMANDS, where

@@ -11,8 +11,8 @@ import hf_specdec
 PACKAGE = Path(hf_specdec.__file__).parent
 # From the top down: what stands in one line may import what stands in later ones, and nothing else of the package.
 STOREYS = (
-    *("__main__", "cli", "tools", "__init__", "generate", "pairs", "loop", "drafters", "models", "cache", "sampling"),
-    *("kernels", "records", "metrics", "options", "device"),
+    *("__main__", "cli", "integrations", "tools", "__init__", "generate", "pairs", "loop", "drafters", "models"),
+    *("cache", "sampling", "kernels", "records", "metrics", "options", "device"),
 )
 # Assigned to by the one folder that may; the kernels exchange functions through `kernels/swap.py`, and put them back.
 PATCHING = "generate"

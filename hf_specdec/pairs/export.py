@@ -4,6 +4,7 @@ Reads the models' configurations if it can, and writes text files; loads no weig
 """
 
 import json
+import os
 import pprint
 import re
 import shlex
@@ -55,7 +56,9 @@ def export_pair(pair: PairConfig, to: str, folder: str | Path) -> Exported:
         notes.insert(
             0, "Measurements found that speculation **does not pay** for this pair (`speculate` in its pair file)."
         )
-    files["README.md"] = _fill(f"{to}.md", pair, notes=_bullets(notes))
+    # A target's own folder has a README.md of its own.
+    is_model = (Path(folder) / "config.json").is_file()
+    files["custom_generate/README.md" if is_model else "README.md"] = _fill(f"{to}.md", pair, notes=_bullets(notes))
     return Exported(_write(files, Path(folder)), tuple(notes))
 
 
@@ -152,16 +155,41 @@ def _sglang(pair: PairConfig, gamma: int) -> tuple[dict[str, str], list[str]]:
 
 def _custom_generate(pair: PairConfig, gamma: int) -> tuple[dict[str, str], list[str]]:
     _refuse_encoder_decoders(_config(pair.target), _config(pair.draft))
+    place = _place_of_draft(pair)
+    values = {"draft_place": f"{place!r}, {pair.draft.revision!r}", "recommended": pprint.pformat(pair.recommended)}
     files = {
-        "custom_generate/generate.py": _fill("generate.py.txt", pair, recommended=pprint.pformat(pair.recommended)),
+        "custom_generate/generate.py": _fill("generate.py.txt", pair, **values),
         "custom_generate/requirements.txt": (TEMPLATES / "requirements.txt").read_text(encoding="utf-8"),
     }
-    notes = (
-        ["The models are local folders: put their Hub ids into README.md before sharing this."]
-        if _folders(pair)
-        else []
-    )
+    notes = []
+    if _folders(pair):
+        notes.append("Models are local folders: put their Hub ids into README.md before sharing this.")
+    if place.startswith("."):
+        notes.append(
+            f"The draft is looked for at `{place}`, relative to the folder that the target is loaded from: move them "
+            "together."
+        )
     return files, notes
+
+
+def _place_of_draft(pair: PairConfig) -> str:
+    """The draft's Hub id; or its folder relative to the target's, beginning with a dot.
+
+    Not relative to the exported folder: transformers runs a copy of the code, which does not know where it came from. A
+    target does.
+    """
+    target, draft = pair.target.name_or_path, pair.draft.name_or_path
+    folders = _folders(pair)
+    if draft not in folders:
+        return draft
+    if target not in folders:
+        raise ValueError(
+            f"The draft {draft} is a local folder, which generate.py finds from the target's, but the target {target} "
+            "is on the Hub: name the draft by Hub id, or download the target "
+            f"(`hf download {target} --local-dir FOLDER`) and export with --target FOLDER"
+        )
+    place = Path(os.path.relpath(draft, target)).as_posix()
+    return place if place.startswith(".") else f"./{place}"
 
 
 EXPORTERS: dict[str, Callable[[PairConfig, int], tuple[dict[str, str], list[str]]]] = {
@@ -208,7 +236,7 @@ def _folders(pair: PairConfig) -> list[str]:
 
 
 def _fill(template: str, pair: PairConfig, **values: str) -> str:
-    """Fill a template; models appear as Markdown and as arguments of `from_pretrained`, folders without their path."""
+    """Fill a template; models as Markdown, the target as arguments of `from_pretrained`, folders without a path."""
     on_the_hub = []
     for role, reference in (("target", pair.target), ("draft", pair.draft)):
         name, argument = Path(reference.name_or_path).name, f"PATH_OR_HUB_ID_OF_THE_{role.upper()}"

@@ -5,9 +5,12 @@ Tests have no real servers: their programs are replaced by one that writes its a
 
 import copy
 import dataclasses
+import gc
 import importlib.abc
 import json
+import os
 import runpy
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,8 +20,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_prompts
+from hub_server import Hub
 from huggingface_hub import ModelCard
-from transformers import AutoModelForCausalLM, WhisperConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, WhisperConfig
 
 import hf_specdec
 from hf_specdec.pairs import DEMO_PAIR
@@ -281,13 +285,6 @@ def test_the_repository_gives_vanillas_tokens(repository, llama_pair, batch):
     assert speculate(repository, llama_pair, **inputs, **GREEDY).equal(expected)
 
 
-def test_the_prompt_may_be_positional(repository, llama_pair):
-    inputs, (target, draft) = make_prompts(1), llama_pair
-    arguments: dict[str, Any] = {"custom_generate": repository, "trust_remote_code": True, "assistant_model": draft}
-    out = target.generate(inputs["input_ids"], **arguments, **GREEDY)
-    assert out.equal(target.generate(inputs["input_ids"], **GREEDY))
-
-
 def test_the_repository_samples_as_the_strategy_does(repository, llama_pair):
     inputs = make_prompts(2)
     sampled = {"do_sample": True, "temperature": 0.8, "num_return_sequences": 3, "max_new_tokens": 12}
@@ -350,13 +347,92 @@ def test_all_that_the_pair_recommends_is_in_the_code(export, tmp_path):
     assert code["RECOMMENDED"] == recommended
 
 
-def test_without_a_draft_the_repository_looks_up_the_prompt(repository, llama_pair):
-    arguments: dict[str, Any] = {"custom_generate": repository, "trust_remote_code": True, "max_matching_ngram_size": 1}
+@pytest.fixture
+def loaded(saved) -> Any:
+    """The saved target, loaded by name."""
+    return AutoModelForCausalLM.from_pretrained(saved / "target")
+
+
+def by_itself(target: Any, *args: Any, **kwargs: Any) -> hf_specdec.SpeculationStats:
+    """Statistics of a call that names no draft; it must give vanilla's tokens."""
     stats = hf_specdec.SpeculationStats()
+    options = {name: kwargs.pop(name) for name in ("custom_generate", "trust_remote_code") if name in kwargs}
+    out = target.generate(*args, **kwargs, **options, speculation_stats=stats)
+    assert out.equal(type(target).generate(target, *args, **{k: v for k, v in kwargs.items() if k in PLAIN}))
+    return stats
+
+
+PLAIN = {*GREEDY, "input_ids", "attention_mask", "generation_config"}
+
+
+def test_the_repository_loads_the_pairs_draft_once_and_says_so(repository, loaded, saved, caplog):
+    arguments: dict[str, Any] = {"custom_generate": repository, "trust_remote_code": True, **GREEDY}
+    for _ in range(2):
+        stats = by_itself(loaded, **make_prompts(2), **arguments)
+        assert 0 < stats.accepted_tokens < stats.drafted_tokens and stats.draft_forwards
+        assert len(stats.drafted_by_position) == 3  # as the pair recommends
+    said = [record.message for record in caplog.records if "hf_specdec: " in record.message]
+    assert said == [f"hf_specdec: {saved / 'target'} decodes with strategy='spec' and the draft ../draft"]
+
+
+def test_the_draft_gets_the_targets_dtype(repository, saved):
+    target = AutoModelForCausalLM.from_pretrained(saved / "target", dtype=torch.bfloat16)
+    target.generate(**make_prompts(1), **GREEDY, custom_generate=repository, trust_remote_code=True)
+    (code,) = (module for name, module in sys.modules.items() if name.endswith("custom_generate.generate"))
+    assert code.drafts[target].dtype == torch.bfloat16
+    del target
+    gc.collect()
+    assert not code.drafts  # which keep no target alive
+
+
+@pytest.mark.parametrize("by", ["the call", "its config", "a drafter"])
+def test_a_call_may_choose_how_to_draft(repository, loaded, by):
+    lookup = {"prompt_lookup_num_tokens": 4, "max_matching_ngram_size": 1}
+    options: dict[str, Any] = {
+        "the call": {**GREEDY, **lookup},
+        "its config": {"generation_config": GenerationConfig(**GREEDY, **lookup)},
+        "a drafter": {**GREEDY, "assistant_model": hf_specdec.PromptLookupDrafter(1)},
+    }[by]
     inputs = {"input_ids": make_prompts(1)["input_ids"].repeat(1, 2)}
-    out = llama_pair[0].generate(**inputs, **arguments, **GREEDY, speculation_stats=stats)
-    assert out.equal(llama_pair[0].generate(**inputs, **GREEDY))
+    stats = hf_specdec.SpeculationStats()
+    out = loaded.generate(
+        **inputs, **options, custom_generate=repository, trust_remote_code=True, speculation_stats=stats
+    )
+    assert out.equal(loaded.generate(**inputs, **GREEDY))
     assert stats.drafted_tokens and not stats.draft_forwards
+
+
+def test_a_config_comes_before_what_the_pair_recommends(repository, loaded):
+    config = GenerationConfig(num_assistant_tokens=2, **GREEDY)
+    stats = hf_specdec.SpeculationStats()
+    arguments: dict[str, Any] = {"custom_generate": repository, "trust_remote_code": True}
+    loaded.generate(**make_prompts(1), generation_config=config, **arguments, speculation_stats=stats)
+    assert len(stats.drafted_by_position) == 2
+
+
+def test_a_draft_that_is_not_there_is_named(repository, llama_pair, saved, tmp_path):
+    arguments: dict[str, Any] = {"custom_generate": repository, "trust_remote_code": True}
+    with pytest.raises(ValueError, match=r"draft \.\./draft of the target in memory could not be .* `assistant_model`"):
+        llama_pair[0].generate(**make_prompts(1), **GREEDY, **arguments)
+    shutil.copytree(saved / "target", tmp_path / "moved" / "target")
+    moved = AutoModelForCausalLM.from_pretrained(tmp_path / "moved" / "target")
+    with pytest.raises(ValueError, match=r"draft \.\./draft of the target .*/moved/target could not be loaded"):
+        moved.generate(**make_prompts(1), **GREEDY, **arguments)
+
+
+def test_the_code_names_a_draft_on_the_hub_with_its_revision(tmp_path):
+    pair = pair_to_export(None, "org/target", "org/draft")
+    pair = dataclasses.replace(pair, draft=ModelReference("org/draft", "abc"))
+    export_pair(pair, "custom-generate", tmp_path)
+    code = runpy.run_path(str(tmp_path / "custom_generate" / "generate.py"))
+    assert (code["DRAFT"], code["REVISION"]) == ("org/draft", "abc")
+
+
+def test_a_local_draft_needs_a_local_target(saved, tmp_path):
+    pair = pair_to_export(None, "org/target", str(saved / "draft"))
+    with pytest.raises(ValueError, match=r"/draft is a local folder, .* but the target org/target is on the Hub: name"):
+        export_pair(pair, "custom-generate", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_repository_works_after_unregister(repository, llama_pair):
@@ -368,13 +444,105 @@ def test_the_repository_works_after_unregister(repository, llama_pair):
         hf_specdec.register()
 
 
-def test_a_repository_with_weights_does_not_call_itself(repository, llama_pair):
-    llama_pair[0].save_pretrained(repository)
-    target = AutoModelForCausalLM.from_pretrained(repository, trust_remote_code=True)
+# Beside a target's weights
+
+
+@pytest.fixture
+def beside(llama_pair, tmp_path, monkeypatch) -> Path:
+    """A target's folder with the exported code, whose draft is in ../draft; the pair recommends γ = 3."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    pair = tmp_path / "pair"
+    for name, model in zip(("target", "draft"), llama_pair):
+        model.save_pretrained(pair / name)
+    (pair / "target" / "README.md").write_text("The target's own.")
+    config = {"recommended": {"num_assistant_tokens": 3}}
+    PairConfig(ModelReference("./target"), ModelReference("./draft"), **config).save(pair)
+    exported = export_pair(pair_to_export(str(pair), None, None), "custom-generate", pair / "target")
+    assert pair / "target" / "custom_generate" / "README.md" in exported.files
+    assert (pair / "target" / "README.md").read_text() == "The target's own."
+    return pair / "target"
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_beside_weights_every_call_speculates(beside, batch):
+    target = AutoModelForCausalLM.from_pretrained(beside, trust_remote_code=True)
     assert target.generate.func.__name__ == "generate" and "hf_specdec" in target.generate.func.__globals__
+    stats = by_itself(target, **make_prompts(batch), **GREEDY)
+    assert 0 < stats.accepted_tokens < stats.drafted_tokens and len(stats.drafted_by_position) == 3
+
+
+def test_arguments_may_be_positional(beside):
+    target = AutoModelForCausalLM.from_pretrained(beside, trust_remote_code=True)
+    ids = make_prompts(1)["input_ids"]
+    assert by_itself(target, ids, **GREEDY).accepted_tokens
+    config = GenerationConfig(num_assistant_tokens=2, **GREEDY)
+    assert len(by_itself(target, ids, config).drafted_by_position) == 2  # the config, not the recommendation
+
+
+def test_a_call_may_name_the_strategy(beside):
+    target = AutoModelForCausalLM.from_pretrained(beside, trust_remote_code=True)
     stats = hf_specdec.SpeculationStats()
-    out = target.generate(**make_prompts(2), **GREEDY, assistant_model=llama_pair[1], speculation_stats=stats)
-    assert out.equal(llama_pair[0].generate(**make_prompts(2), **GREEDY)) and stats.accepted_tokens
+    target.generate(**make_prompts(1), **GREEDY, strategy="spec", speculation_stats=stats)
+    assert stats.accepted_tokens and stats.draft_forwards
+
+
+def test_without_trust_the_folder_is_an_ordinary_model(beside, llama_pair):
+    target = AutoModelForCausalLM.from_pretrained(beside)
+    assert "generate" not in vars(target)
+
+
+def test_targets_with_the_same_code_have_their_own_drafts(beside, tmp_path):
+    """Same names, same code: transformers imports it once."""
+    shutil.copytree(beside.parent, tmp_path / "other")
+    AutoModelForCausalLM.from_pretrained(beside).save_pretrained(tmp_path / "other" / "draft")
+    rates = []
+    for folder in (beside, tmp_path / "other" / "target"):
+        target = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+        rates.append(by_itself(target, **make_prompts(1), **GREEDY).acceptance_rate)
+    assert rates[0] < 1 == rates[1]  # the other's draft is its target
+
+
+ON_THE_HUB = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+
+target = AutoModelForCausalLM.from_pretrained("org/both", trust_remote_code=True)
+plain = AutoModelForCausalLM.from_pretrained("org/both")
+inputs = {"input_ids": torch.tensor([[5, 6, 7]]), "max_new_tokens": 16, "do_sample": False}
+out = target.generate(**inputs, return_dict_in_generate=True)
+assert out.sequences.tolist() == plain.generate(**inputs).tolist()
+assert out.speculation.draft_forwards and out.speculation.accepted_tokens
+"""
+
+
+def test_a_hub_repository_may_hold_target_and_draft(beside, tmp_path):
+    """A real client, in a process of its own, against the server of hub_server.py."""
+    shutil.copytree(beside.parent / "draft", beside / "draft")
+    code = beside / "custom_generate" / "generate.py"
+    code.write_text(code.read_text().replace("'../draft'", "'./draft'"))
+    with Hub() as hub:
+        hub.add("org/both", beside)
+        environment = os.environ | {
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "PYTHONPATH": str(Path(hf_specdec.__file__).parents[1]),
+        }
+        done = subprocess.run([sys.executable, "-c", ON_THE_HUB], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "hf_specdec: org/both decodes with strategy='spec' and the draft ./draft" in done.stderr
+
+
+def test_the_place_of_a_draft_inside_the_target_begins_with_a_dot(beside):
+    shutil.copytree(beside.parent / "draft", beside / "draft")
+    pair = pair_to_export(None, str(beside), str(beside / "draft"))
+    export_pair(pair, "custom-generate", beside.parent / "out")
+    assert "DRAFT, REVISION = './draft', None" in (beside.parent / "out/custom_generate/generate.py").read_text()
+
+
+# Trust, requirements, card
 
 
 def test_the_code_needs_to_be_trusted(repository, llama_pair):
@@ -419,7 +587,7 @@ def test_the_card_is_ready_for_the_hub(export, saved, tmp_path):
     pair = pair_to_export(None, "org/target", "org/draft", revision="v1")
     card = ModelCard(readme(export_pair(pair, "custom-generate", tmp_path / "hub")))
     assert card.data.base_model == ["org/target", "org/draft"]
-    assert 'from_pretrained("org/target", revision="v1")' in card.text and 'from_pretrained("org/draft")' in card.text
+    assert 'from_pretrained("org/target", revision="v1")' in card.text
 
 
 SCRIPT = """
