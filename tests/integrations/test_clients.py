@@ -36,7 +36,7 @@ CLIENTS = {
     "lm-eval": ("lm_eval",),
     "xgrammar": ("xgrammar",),
     "outlines": ("outlines",),
-    "llguidance": ("llguidance", "outlines"),
+    "llguidance": ("llguidance",),
     "lm-format-enforcer": ("lm-format-enforcer",),
     "TRL": ("trl",),
     "langchain-huggingface": ("langchain-huggingface",),
