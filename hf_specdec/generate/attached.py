@@ -58,7 +58,7 @@ class Attachment:
 
     Attributes:
         stats: statistics of all its calls, without `iterations`.
-        calls: how many calls of `generate()` have speculated with it.
+        calls: how many calls of `generate()` it has decoded, or begun to decode.
     """
 
     def __init__(self, target: nn.Module, draft: Assistant | None, options: dict[str, Any]):

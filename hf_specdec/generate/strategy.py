@@ -271,9 +271,8 @@ def _chosen(model: PreTrainedModel, config: Any, defaults: Defaults | None) -> t
     Args:
         config: the call's generation config, or None.
     """
-    if getattr(
-        config, "is_assistant", None
-    ):  # a draft of transformers' own assisted decoding, with the target's config
+    # A draft of transformers' own assisted decoding gets the config of the target.
+    if getattr(config, "is_assistant", None):
         return None, ""
     if getattr(config, "strategy", None) is not None:
         return config.strategy, " in the generation config of the call"

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier, Event, Thread
+from time import sleep
 from typing import Any
 
 import pytest
@@ -115,6 +116,10 @@ def test_an_error_in_the_block_or_in_a_call_detaches():
     with hf_specdec.attached(target, draft) as attachment:
         with pytest.raises(ValueError, match="`num_beams` is 2"):
             plain(target, num_beams=2)
+        calls = attachment.calls
+        with pytest.raises(ValueError, match="`max_new_tokens` must be greater than 0"):
+            plain(target, max_new_tokens=0)
+        assert attachment.calls == calls  # nothing was decoded
         assert plain(target).equal(expected)
     assert attachment.stats.committed_tokens == 14
 
@@ -136,6 +141,7 @@ def test_the_newest_attachment_counts_and_each_removes_itself():
             third.detach()
             assert who_speculates() == [0, 1, 0]
             third.attach()
+            first.attach()  # attached already: it stays where it is
         assert who_speculates() == [0, 0, 1]
     assert who_speculates() == [0, 0, 1]
     third.detach()
@@ -327,6 +333,27 @@ def test_calls_that_begin_together_load_a_draft_once(tmp_path):
     assert load_draft.cache_info().misses == 1
 
 
+def test_statistics_of_calls_at_once_are_added_one_after_another(monkeypatch):
+    target, draft = pair()
+    merge, inside, start = SpeculationStats.merge, list[int](), Barrier(3)
+
+    def watched(self: SpeculationStats, other: SpeculationStats) -> None:
+        assert not inside
+        inside.append(1)
+        sleep(0.05)  # long enough for the others to arrive
+        merge(self, other)
+        inside.clear()
+
+    def work(_: int) -> Any:
+        start.wait()
+        return plain(target)
+
+    monkeypatch.setattr(SpeculationStats, "merge", watched)
+    with hf_specdec.attached(target, draft) as attachment, ThreadPoolExecutor(3) as pool:
+        list(pool.map(work, range(3)))
+    assert attachment.stats.committed_tokens == 3 * 14
+
+
 def test_a_drafter_serves_one_call_at_a_time():
     target, draft = pair()
     drafter = hf_specdec.ModelDrafter(draft)
@@ -431,6 +458,19 @@ def test_a_wrapper_is_attached_to_inside(wrap):
         plain(wrapper if hasattr(wrapper, "generate") else wrapper.module)
         plain(target)
     assert attachment.calls == 2
+
+
+def test_wrappers_of_other_kinds():
+    target, draft = pair()
+
+    class Adapted:
+        def get_base_model(self) -> Any:
+            return target
+
+    for wrapper in (Adapted(), Passing(nn.Sequential(nn.Identity(), Passing(target)))):
+        with hf_specdec.attached(wrapper, draft) as attachment:
+            plain(target)
+        assert attachment.calls == 1
 
 
 def test_an_adapter_is_attached_to_inside():

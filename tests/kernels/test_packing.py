@@ -296,6 +296,18 @@ def test_another_dtype_is_another_weight(products: list[int]) -> None:
         assert len(products) == before
 
 
+def test_another_shape_is_another_weight(products: list[int]) -> None:
+    """Of the same memory."""
+    layer = nn.Linear(16, 8, bias=False)
+    with torch.no_grad():
+        for inputs in (16, 8):
+            layer.weight.data = layer.weight.data.view(-1, inputs)
+            expected = layer(torch.ones(1, inputs))
+            with packed_linears([layer], True, 0):
+                torch.testing.assert_close(layer(torch.ones(1, inputs)), expected)
+    assert len(products) == 2
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_other_dtypes_are_refused_as_by_pytorch(dtype: torch.dtype, products: list[int]) -> None:
     layer = nn.Linear(16, 8, dtype=dtype)
