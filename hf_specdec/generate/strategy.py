@@ -4,7 +4,8 @@
 `custom_generate`, so transformers prepares inputs, processors, criteria and cache as for any other strategy.
 
 The strategy of a call is, in this order: the argument, that of the call's generation config, "spec" if an attachment
-counts for the model (`attached.py`), that of the model's generation config. A `custom_generate` beats all but the first.
+counts for the model (`attached.py`), that of the model's generation config. All but the first give way to a
+`custom_generate`.
 """
 
 import copy
@@ -33,7 +34,9 @@ _overrides: dict[Any, Callable[..., Any]] = {}  # by class, the original of its 
 
 
 class _Thread(threading.local):
-    """Attributes: is_settled: the strategy of the call in progress is; calls of `generate()` inside do not choose again."""
+    """Attributes:
+        is_settled: the strategy of the call in progress is; calls of `generate()` inside of it do not choose again.
+    """
 
     is_settled = False
 
