@@ -35,7 +35,7 @@ _overrides: dict[Any, Callable[..., Any]] = {}  # by class, the original of its 
 
 class _Thread(threading.local):
     """Attributes:
-        is_settled: the strategy of the call in progress is; calls of `generate()` inside of it do not choose again.
+    is_settled: the strategy of the call in progress is; calls of `generate()` inside of it do not choose again.
     """
 
     is_settled = False
