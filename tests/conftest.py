@@ -173,8 +173,8 @@ def path_under_test(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
         # With measured times it would hardly ever draft here: tiny targets cost no more than their drafts.
         plan, rng = Optimal.plan, random.Random(0)
 
-        def wander(self: Optimal, rows: int) -> int:
-            return rng.randint(0, self._max_gamma) if plan(self, rows) >= 0 else 0
+        def wander(self: Optimal, *args: int) -> int:
+            return rng.randint(0, self._max_gamma) if plan(self, *args) >= 0 else 0
 
         monkeypatch.setattr(Optimal, "plan", wander)
 
