@@ -4,9 +4,12 @@ The names are those of transformers' generation config. A value given to `genera
 config, which beats the draft model's.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import GenerationMode
 from transformers.utils import logging
@@ -21,10 +24,13 @@ DEFAULTS: dict[str, Any] = {
     "prompt_lookup_num_tokens": None,
     "max_matching_ngram_size": 2,
     "assistant_early_exit": None,
+    "speculation_acceptance": "token",
+    "speculation_seed": None,  # drawn from torch's generator
     "speculation_compile": False,
     "speculation_pack_weights": None,  # if it pays
 }
 OPTION_NAMES = tuple(DEFAULTS)
+ACCEPTANCE_RULES = ("token", "block", "coupled")  # values of `speculation_acceptance`
 COMPILABLE = ("draft", "target", "attention")  # names that `speculation_compile` accepts
 # `cache_implementation` for a cache of fixed size; all but the first are deprecated names in transformers.
 STATIC_KINDS = ("static", "sliding_window", "hybrid", "hybrid_chunked")
@@ -40,6 +46,8 @@ class Options:
     prompt_lookup_num_tokens: int | None
     max_matching_ngram_size: int
     assistant_early_exit: int | None
+    speculation_acceptance: str
+    speculation_seed: int | Sequence[int] | None
     speculation_compile: bool | str
     speculation_pack_weights: bool | None
 
@@ -58,6 +66,7 @@ class Options:
             raise TypeError(f"`assistant_confidence_threshold` must be a number, got {threshold!r} of type {kind}")
         if not 0.0 <= threshold <= 1.0:
             raise ValueError(f"`assistant_confidence_threshold` is a probability between 0 and 1, got {threshold!r}")
+        self._check_acceptance()
         packs: Any = self.speculation_pack_weights
         compiles: Any = self.speculation_compile
         if packs is not None and not isinstance(packs, bool):
@@ -72,6 +81,24 @@ class Options:
             raise ValueError(
                 "`assistant_early_exit` is not supported by strategy='spec' yet: pass a draft model as "
                 "`assistant_model`, or `prompt_lookup_num_tokens`"
+            )
+
+    def _check_acceptance(self) -> None:
+        acceptance: Any = self.speculation_acceptance
+        seed: Any = self.speculation_seed
+        if acceptance not in ACCEPTANCE_RULES:
+            names = ", ".join(map(repr, ACCEPTANCE_RULES))
+            raise ValueError(f"`speculation_acceptance` must be one of {names}, got {acceptance!r}")
+        if seed is None:
+            return
+        seeds = seed.tolist() if isinstance(seed, Tensor) and seed.ndim == 1 else seed
+        seeds = seeds if isinstance(seeds, (list, tuple)) else [seeds]
+        if not seeds or not all(isinstance(s, Integral) and not isinstance(s, bool) for s in seeds):
+            raise TypeError(f"`speculation_seed` must be an int, or a list of one per row, got {seed!r}")
+        if acceptance != "coupled":
+            raise ValueError(
+                f"`speculation_seed` is for `speculation_acceptance='coupled'`, but that is {acceptance!r}: set it to "
+                "'coupled', or seed torch's generator with `torch.manual_seed` instead"
             )
 
     def compiles(self, part: str) -> bool:

@@ -12,6 +12,7 @@ from transformers import LogitsProcessorList
 from ..device import to_device
 from ..models.encoder_side import EncoderSide
 from ..sampling.context import Context
+from ..sampling.rules import Rule
 
 # Whether to draft another token, given the draft's probabilities for the latest ones, by active row.
 GoOn = Callable[[list[float]], bool]
@@ -80,7 +81,7 @@ class DraftRequest:
     """What a drafter may need to know about a `generate()` call, besides its context.
 
     Attributes:
-        do_sample: whether the target samples. Then drafts may be drawn, with their distributions in `Draft.probs`.
+        rule: draws draft tokens as the target's choice of tokens asks for (`Rule.draw`).
         vocab_size: ids below this are the target's tokens.
         processors: those of the call's logits processors that may be applied to drafts.
         lockstep: all rows always have the same number of columns.
@@ -91,7 +92,7 @@ class DraftRequest:
         go_on: drafters with `shows_confidence` call it after each token but the last, and stop when it returns False.
     """
 
-    do_sample: bool
+    rule: Rule
     vocab_size: int
     lockstep: bool = False
     processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
@@ -100,6 +101,11 @@ class DraftRequest:
     inputs: dict[str, Any] = field(default_factory=dict)
     encoder: EncoderSide | None = None
     go_on: GoOn | None = None
+
+    @property
+    def do_sample(self) -> bool:
+        """Whether the target samples. Then drafts may be drawn, with their distributions in `Draft.probs`."""
+        return self.rule.samples
 
 
 class Drafter(ABC):

@@ -18,7 +18,6 @@ from ..models.kept import borrow
 from ..models.layout import Layout
 from ..models.multimodal_prompt import FirstForward, prepared_call, show, split_axes
 from ..models.self_fed import SelfFedModel
-from ..sampling.acceptance import draw
 from ..sampling.context import Context
 from ..sampling.processors import BlockProcessors, drafts_of
 from ..sampling.row_processors import Constraint, forced_token
@@ -30,8 +29,7 @@ logger = logging.get_logger(__name__)
 class ModelDrafter(Drafter):
     """Drafts with a smaller language model that has the target's vocabulary, and its encoder inputs if there are any.
 
-    Greedy calls draft the argmax. Sampling calls draw from the draft's processed distribution, the q of the acceptance
-    test.
+    Tokens are drawn from its processed scores by the call's rule: the argmax in greedy calls.
 
     Args:
         model: the draft model (`assistant_model` in `generate()`).
@@ -135,15 +133,11 @@ class ModelDrafter(Drafter):
             scores = self._forced_scores(context, step)
             if scores is None:
                 scores = self._next_scores(context, step, drawn)
-            highest, argmax = scores[:, 0].max(dim=-1, keepdim=True)
-            best.append(highest)
-            if self._call.do_sample:
-                q = scores.softmax(dim=-1).nan_to_num(nan=1.0)
-                drawn = draw(q[:, 0])
-                probs.append(q)
-            else:
-                drawn = argmax
+            best.append(scores.amax(dim=-1))
+            drawn, q = self._call.rule.draw(scores, context, step)
             tokens.append(drawn)
+            if q is not None:
+                probs.append(q)
             if self._call.processors:
                 context.write_drafts(drawn, offset=step)  # processors see them
             if self.confidence_threshold and not self.shows_confidence:  # reading it would wait for the device

@@ -47,6 +47,7 @@ from ..records.stats import SpeculationStats
 from ..records.trace import Trace
 from ..sampling.context import Context
 from ..sampling.processors import for_call, known, unknown_names
+from ..sampling.rules import make_rule
 
 logger = logging.get_logger(__name__)
 
@@ -141,6 +142,15 @@ def prepare(
     processors = for_call(call.processors, context.host[:, : context.prompt_width], vocab_size)
     if sequential := unknown_names(processors):
         processors = call.processors
+    rule = make_rule(
+        bool(call.config.do_sample), options.speculation_acceptance, options.speculation_seed, context.batch_size
+    )
+    if sequential and rule.judges_blocks:
+        raise ValueError(
+            f"`speculation_acceptance='block'` judges the drafts of a block together, but {', '.join(sequential)} may "
+            "keep state, so it is called step by step: use 'token' or 'coupled', or declare the processor with "
+            "`hf_specdec.pure` if it has no state"
+        )
     lockstep = _needs_lockstep(checked, drafter, sequential)
     feeding = _feeding(checked, lockstep)
     unbounded = _needs_unbounded_windows(checked, lockstep, stopping)
@@ -154,7 +164,7 @@ def prepare(
     if target.encoded is not None and checked.cross is not None:
         target.encoded.load(checked.cross)
     request = DraftRequest(
-        do_sample=bool(call.config.do_sample),
+        rule=rule,
         vocab_size=vocab_size,
         lockstep=lockstep,
         processors=known(processors),

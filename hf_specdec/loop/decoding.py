@@ -21,7 +21,7 @@ from ..models.self_fed import SelfFedModel
 from ..models.target import Target
 from ..records.stats import Iteration, SpeculationStats
 from ..records.trace import Trace
-from ..sampling.acceptance import Verdict, accept_greedy, accept_sampled
+from ..sampling.acceptance import Verdict
 from ..sampling.context import Context
 from ..sampling.processors import BlockProcessors
 from . import invariants
@@ -194,7 +194,7 @@ class SpeculativeDecoding:
         context = self.context
         scores = BlockProcessors(self.processors)(logits, context)
         lengths = draft.lengths_on(scores.device)
-        verdict = self._judge(draft.tokens, lengths, draft.probs, scores)
+        verdict = self.request.rule.judge(draft.tokens, lengths, draft.probs, scores, context)
         tokens, accepted, drafted = self._to_host(verdict, draft, lengths, logits, scores)
         count = [n + 1 for n in accepted]
         if self.lockstep:
@@ -270,7 +270,8 @@ class SpeculativeDecoding:
             scores = self.processors(view, full)
             probs = None if draft.probs is None else draft.probs[:, i : i + 1]
             here = scores[index][:, None].expand(-1, 1 + (i < draft.tokens.shape[1]), -1)
-            verdict = self._judge(draft.tokens[:, i : i + 1], (lengths > i).long(), probs, here)
+            drafted = draft.tokens[:, i : i + 1]
+            verdict = self.request.rule.judge(drafted, (lengths > i).long(), probs, here, context, offset=i)
             # The scores of a row that has ended in this block do not matter.
             ended = to_device([why is not None for why in committed.finished], scores.device)
             verdict = verdict._replace(valid=verdict.valid | ended)
@@ -315,11 +316,6 @@ class SpeculativeDecoding:
                     committed.finished[slot] = reason or "stopping_criteria"
         all_done = len(self.stopping.columns) == context.batch_size
         return [] if all_done else [slot for slot in going if committed.finished[slot] is None]
-
-    def _judge(self, tokens: Tensor, lengths: Tensor, probs: Tensor | None, scores: Tensor) -> Verdict:
-        if self.request.do_sample:
-            return accept_sampled(tokens, lengths, probs, scores)
-        return accept_greedy(tokens, lengths, scores)
 
     def _to_host(
         self, verdict: Verdict, draft: Draft, lengths: Tensor, logits: Tensor, scores: Tensor

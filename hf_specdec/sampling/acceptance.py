@@ -76,6 +76,44 @@ def accept_sampled(draft_tokens: Tensor, draft_lengths: Tensor, q: Tensor | None
     return Verdict(tokens, accepted, _valid(~p.sum(dim=-1).isnan(), accepted))
 
 
+def accept_block(draft_tokens: Tensor, draft_lengths: Tensor, q: Tensor | None, scores: Tensor) -> Verdict:
+    """Block verification (Sun et al. 2025, Algorithm 2), for all rows at once. It keeps no fewer drafts.
+
+    Keep the longest prefix of i drafts for which u_i < h_i. With P_0 = 1 and P_i = min(1, P_{i-1} p(x_i) / q(x_i)), and
+    Z_i the sum of max(P_i p - q, 0) at the position after draft i, h_i is Z_i / (Z_i + 1 - P_i), and P_i after the last
+    draft. Then draw from norm(max(P_i p - q, 0)), or from p after the last draft.
+
+    Args, and the distribution of the committed tokens: as for `accept_sampled`.
+    """
+    gamma = draft_tokens.shape[1]
+    if gamma == 0 or q is None:  # with deterministic drafts both rules accept equally many
+        return accept_sampled(draft_tokens, draft_lengths, q, scores)
+    p = scores.softmax(dim=-1)
+    rows = torch.arange(len(p), device=p.device)
+    p_draft = p[:, :gamma].gather(-1, draft_tokens[..., None]).squeeze(-1)  # [rows, γ]
+    q_draft = q.gather(-1, draft_tokens[..., None]).squeeze(-1)
+    prefix = [torch.ones_like(p_draft[:, 0])]
+    for i in range(gamma):
+        prefix.append((prefix[-1] * p_draft[:, i] / q_draft[:, i]).clamp(max=1))
+    kept = torch.stack(prefix, dim=1)  # [rows, γ + 1], P_0 .. P_γ
+
+    over = (kept[:, :gamma, None] * p[:, :gamma] - q).clamp(min=0).sum(dim=-1)[:, 1:]  # [rows, γ - 1], Z_1 .. Z_{γ-1}
+    # Where p = q both Z and 1 - P are 0, and so is the next u - h.
+    more = torch.where(over > 0, over / (over + 1 - kept[:, 1:gamma]), (kept[:, 1:gamma] >= 1).to(over.dtype))
+    index = torch.arange(1, gamma + 1, device=p.device)
+    is_last = index == draft_lengths[:, None]
+    h = torch.where(is_last, kept[:, 1:], torch.nn.functional.pad(more, (0, 1)))
+    holds = (torch.rand_like(h) < h) & (index <= draft_lengths[:, None])
+    accepted = (holds * index).amax(dim=1)
+
+    p_own, scale = p[rows, accepted], kept[rows, accepted]
+    rejected = (accepted < draft_lengths)[:, None]
+    q_own = torch.where(rejected, q[rows, accepted.clamp(max=gamma - 1)], 0.0)
+    own = draw(residual(torch.where(rejected, scale[:, None] * p_own, p_own), q_own).nan_to_num(nan=1.0))
+    tokens = torch.cat([draft_tokens, own], dim=1).scatter(1, accepted[:, None], own)
+    return Verdict(tokens, accepted, _valid(~p.sum(dim=-1).isnan(), accepted))
+
+
 def draw(p: Tensor) -> Tensor:
     """`[rows, 1]`: a token drawn from each row's distribution `[rows, vocab]`, never one of probability 0.
 

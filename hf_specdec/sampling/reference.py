@@ -43,6 +43,42 @@ def accept_sampled(
     return [*committed, choose(p[len(drafts)])]
 
 
+def accept_block(
+    drafts: Sequence[int],
+    q: Sequence[Distribution],
+    p: Sequence[Distribution],
+    u: Sequence[float],
+    choose: Callable[[Distribution], int],
+) -> list[int]:
+    """The committed set of block verification (Sun et al. 2025, Algorithm 2). Arguments as for `accept_sampled`."""
+    accepted, kept, kept_there = 0, 1.0, 1.0
+    for i, x in enumerate(drafts):
+        kept = min(kept * p[i][x] / q[i][x], 1)
+        if i + 1 < len(drafts):
+            over = sum(max(kept * p_x - q_x, 0) for p_x, q_x in zip(p[i + 1], q[i + 1]))
+            h = over / (over + 1 - kept) if over > 0 else kept >= 1
+        else:
+            h = kept
+        if u[i] < h:  # a later draft may be kept where an earlier one is not
+            accepted, kept_there = i + 1, kept
+    if accepted == len(drafts):
+        return [*drafts, choose(p[accepted])]
+    return [*drafts[:accepted], choose(residual([kept_there * p_x for p_x in p[accepted]], q[accepted]))]
+
+
+def accept_coupled(
+    drafts: Sequence[int], scores: Sequence[Sequence[float]], noise: Sequence[Sequence[float]]
+) -> list[int]:
+    """The committed set of coupled sampling: greedy, on scores with the noise of each position.
+
+    Args:
+        scores: the target's γ + 1 logarithms of p, up to a constant each.
+        noise: Gumbel noise of the γ + 1 positions.
+    """
+    sums = [[s + g for s, g in zip(*position)] for position in zip(scores, noise)]
+    return accept_greedy(drafts, [max(range(len(row)), key=row.__getitem__) for row in sums])
+
+
 def residual(p: Distribution, q: Distribution) -> Distribution:
     """norm(max(p - q, 0)); p itself when p = q."""
     difference = [max(p_x - q_x, 0) for p_x, q_x in zip(p, q)]

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, PreTrainedModel
 from hf_specdec import Draft, Drafter, DraftRequest, ModelDrafter, PromptLookupDrafter, SpeculationStats
 from hf_specdec.loop import decoding
 from hf_specdec.sampling.context import Context
+from hf_specdec.sampling.rules import Greedy
 
 EOS = 77  # ends two of the rows of these tests early
 NEW_TOKENS = 24
@@ -374,7 +375,7 @@ def look_up(
 
 
 def propose(drafter: Drafter, context: Context, max_tokens: int, vocab: int = 100) -> list[list[int]]:
-    drafter.start(DraftRequest(False, vocab), context)
+    drafter.start(DraftRequest(Greedy(), vocab), context)
     draft = drafter.propose(context, max_tokens)
     assert ((draft.tokens >= 0) & (draft.tokens < vocab)).all()
     return [tokens[:n] for tokens, n in zip(draft.tokens.tolist(), draft.row_lengths, strict=True)]

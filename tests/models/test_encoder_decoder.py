@@ -46,6 +46,7 @@ from hf_specdec.drafters import DraftRequest, PromptLookupDrafter
 from hf_specdec.models.abilities import Abilities
 from hf_specdec.models.encoder_side import EncoderSide
 from hf_specdec.sampling.context import Context
+from hf_specdec.sampling.rules import Greedy
 
 NEW_TOKENS = 20
 GREEDY: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
@@ -714,7 +715,7 @@ def test_prompt_lookup_reads_what_the_encoder_was_given() -> None:
     encoder = EncoderSide(None, mask, more={}, inputs=ids, input_name="input_ids", module=module, batch_size=2)
     drafter = PromptLookupDrafter(max_matching_ngram_size=2)
     context = Context(torch.tensor([[0, START, 5], [START, 11, 5]]), first=[1, 0], max_length=20, pad_token_id=0)
-    drafter.start(DraftRequest(False, VOCAB, encoder=encoder), context)
+    drafter.start(DraftRequest(Greedy(), VOCAB, encoder=encoder), context)
     draft = drafter.propose(context, 4)
     assert draft.row_lengths == [2, 0]
     assert draft.tokens[0, :2].tolist() == [9, 8]
