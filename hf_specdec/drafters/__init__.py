@@ -1,7 +1,8 @@
 """Drafters propose tokens. `base.py` has the protocol; each other file has one drafter."""
 
 from .base import Draft, Drafter, DraftRequest
+from .early_exit import EarlyExitDrafter
 from .model import ModelDrafter
 from .prompt_lookup import PromptLookupDrafter
 
-__all__ = ["Draft", "DraftRequest", "Drafter", "ModelDrafter", "PromptLookupDrafter"]
+__all__ = ["Draft", "DraftRequest", "Drafter", "EarlyExitDrafter", "ModelDrafter", "PromptLookupDrafter"]

@@ -35,6 +35,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -44,6 +45,7 @@ from transformers import PreTrainedModel
 
 from ..pairs.pair import SpecPair
 from ..records.stats import SpeculationStats
+from ..sampling.noise import gumbel, state
 from .arguments import Prompt, encode
 
 TOP = 20  # tokens per position whose logits are compared
@@ -241,6 +243,34 @@ def decode(target: PreTrainedModel, inputs: dict[str, Tensor], new_tokens: int, 
     rows = cut(out.sequences[:, inputs["input_ids"].shape[1] :], target)
     logits, scores = (torch.stack(steps, dim=1).float() for steps in (out.logits, out.scores))
     return [Row(tokens, logits[i, : len(tokens)], scores[i, : len(tokens)]) for i, tokens in enumerate(rows)]
+
+
+@contextmanager
+def coupled_choice(seeds: list[int], attention_mask: Tensor) -> Iterator[list[Tensor]]:
+    """Inside, `torch.multinomial` draws as `speculation_acceptance="coupled"` does: for vanilla `generate()`.
+
+    No logits processor could do that, because transformers appends its own after it.
+
+    Args:
+        seeds: by row.
+        attention_mask: `[rows, columns]`, of the prompt.
+
+    Yields: the scores with noise of each step, `[rows, vocab]`, as they come.
+    """
+    lengths: list[int] = (attention_mask.shape[1] - attention_mask.long().argmax(dim=1)).tolist()
+    steps: list[Tensor] = []
+
+    def choose(probs: Tensor, num_samples: int) -> Tensor:
+        places = [state(seed, length + len(steps)) for seed, length in zip(seeds, lengths)]
+        steps.append(probs.log() + gumbel(places, probs.shape[1], probs.device))
+        return steps[-1].argmax(dim=1, keepdim=True)
+
+    original = torch.multinomial
+    torch.multinomial = choose
+    try:
+        yield steps
+    finally:
+        torch.multinomial = original
 
 
 def cut(tokens: Tensor, model: PreTrainedModel) -> list[list[int]]:
