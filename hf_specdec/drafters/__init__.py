@@ -2,6 +2,7 @@
 
 from .base import Draft, Drafter, DraftRequest
 from .model import ModelDrafter
+from .parallel import ParallelDrafter
 from .prompt_lookup import PromptLookupDrafter
 
-__all__ = ["Draft", "DraftRequest", "Drafter", "ModelDrafter", "PromptLookupDrafter"]
+__all__ = ["Draft", "DraftRequest", "Drafter", "ModelDrafter", "ParallelDrafter", "PromptLookupDrafter"]

@@ -114,12 +114,14 @@ class Drafter(ABC):
     Attributes:
         in_vocabulary: proposals are always in the target's vocabulary, so the loop need not check.
         shows_confidence: it calls `DraftRequest.go_on`, and reading its probabilities does not wait for a device.
+        drafts_at_once: it makes all drafts of an iteration in one forward, so their number costs nothing.
         reads_prompts: its first proposal takes longer for longer prompts.
         compile_seconds: wall time that the last `start` spent compiling.
     """
 
     in_vocabulary = False
     shows_confidence = False
+    drafts_at_once = False
     reads_prompts = False
     compile_seconds = 0.0
 
