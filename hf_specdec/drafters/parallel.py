@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..device import to_device
-from ..models.compiled import BLOCKS
+from ..models.compiled import BLOCKS, LONGEST
 from ..models.target import aligned
 from ..sampling.context import Context
 from .base import DraftRequest
@@ -74,6 +74,11 @@ class ParallelDrafter(ModelDrafter):
                 f"`assistant_model` ({type(self.model).__name__}) cannot draft in parallel: its state goes on over one "
                 "token at a time. Use another draft, or remove `pard_token` from its config"
             )
+
+    def unread(self, context: Context) -> int:
+        """Nothing, if the next forward reads it along: then its time is that of any forward."""
+        unread = super().unread(context)
+        return unread if unread > LONGEST * len(context.rows) else 0
 
     def _room(self, context: Context) -> int:
         if self.cached.prompt_is_unread:  # a forward of its own, which predicts one token

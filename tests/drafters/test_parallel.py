@@ -12,7 +12,14 @@ from test_drafters import Watched
 from test_recurrent import ARCHITECTURES as RECURRENT
 from test_sampling import ALARM, Case, law_and_suspect, p_value, samples
 from torch import Tensor
-from transformers import LlamaConfig, LogitsProcessor, MistralConfig, PreTrainedModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    LlamaConfig,
+    LogitsProcessor,
+    MistralConfig,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import hf_specdec
 from hf_specdec import Draft, ParallelDrafter, SpeculationStats
@@ -253,7 +260,7 @@ def test_coupled_text_depends_on_the_seed_alone(dense: PreTrainedModel) -> None:
         assert 0 < stats.accepted_tokens < stats.drafted_tokens
 
 
-# ------------------------------------------------------------------------------------------------- which models draft so
+# ------------------------------------------------------------------------------------------------ which models draft so
 
 
 def test_the_config_decides(dense: PreTrainedModel) -> None:
