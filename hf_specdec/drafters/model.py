@@ -169,7 +169,7 @@ class ModelDrafter(Drafter):
         """
         go_on, longest, after = self._call.go_on, max(lengths), step + drawn.shape[1]
         if not self.shows_confidence or (self.confidence_threshold == 0 and (go_on is None or step + 1 >= longest)):
-            return [min(n, after) for n in lengths], after >= longest
+            return lengths, after >= longest
         confidence: list[float]
         for count, confidence in enumerate(self._confidence(scores, drawn).T.tolist(), step + 1):
             unsure = [p < self.confidence_threshold for p in confidence]
