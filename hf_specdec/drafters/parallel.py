@@ -93,7 +93,7 @@ class ParallelDrafter(ModelDrafter):
         cached, chunk = self.cached, self._call.prefill_chunk_size
         missing = cached.missing(context)
         too_long = chunk is not None and max(missing) + most - 1 > chunk
-        uneven = max(missing) - min(missing) > most
+        uneven = max(missing) - min(missing) > LONGEST
         if max(missing) > 1 and (too_long or uneven or cached.has_states):
             cached.prefill(context, chunk)
 
