@@ -6,7 +6,7 @@ Importing registers `strategy="spec"` on `generate()`:
 """
 
 from . import metrics
-from .drafters import Draft, Drafter, DraftRequest, ModelDrafter, PromptLookupDrafter
+from .drafters import Draft, Drafter, DraftRequest, ModelDrafter, ParallelDrafter, PromptLookupDrafter
 from .generate.attached import attach, attached
 from .generate.method import speculative
 from .generate.strategy import register, unregister
@@ -29,6 +29,7 @@ __all__ = [
     "MatcherProcessor",
     "ModelDrafter",
     "PairConfig",
+    "ParallelDrafter",
     "PromptLookupDrafter",
     "RowProcessor",
     "SpecPair",

@@ -3,6 +3,15 @@
 from .base import Draft, Drafter, DraftRequest
 from .early_exit import EarlyExitDrafter
 from .model import ModelDrafter
+from .parallel import ParallelDrafter
 from .prompt_lookup import PromptLookupDrafter
 
-__all__ = ["Draft", "DraftRequest", "Drafter", "EarlyExitDrafter", "ModelDrafter", "PromptLookupDrafter"]
+__all__ = [
+    "Draft",
+    "DraftRequest",
+    "Drafter",
+    "EarlyExitDrafter",
+    "ModelDrafter",
+    "ParallelDrafter",
+    "PromptLookupDrafter",
+]

@@ -117,6 +117,7 @@ class Drafter(ABC):
     Attributes:
         in_vocabulary: proposals are always in the target's vocabulary, so the loop need not check.
         shows_confidence: it calls `DraftRequest.go_on`, and reading its probabilities does not wait for a device.
+        drafts_at_once: it makes all drafts of an iteration in one forward, so their number costs nothing.
         reads_prompts: its first proposal takes longer for longer prompts.
         uses_target: it drafts with the target itself, on its cache.
         compile_seconds: wall time that the last `start` spent compiling.
@@ -124,6 +125,7 @@ class Drafter(ABC):
 
     in_vocabulary = False
     shows_confidence = False
+    drafts_at_once = False
     reads_prompts = False
     uses_target = False
     compile_seconds = 0.0

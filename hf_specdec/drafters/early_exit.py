@@ -92,5 +92,5 @@ class EarlyExitDrafter(ModelDrafter):
     def _room(self, context: Context) -> int:
         return context.max_length  # the target's positions suffice for whatever may be committed
 
-    def _catch_up(self, context: Context) -> None:
+    def _catch_up(self, context: Context, most: int) -> None:
         """Nothing to do: the target has read the text."""

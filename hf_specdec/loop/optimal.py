@@ -5,11 +5,12 @@ lossless whatever the estimates are: a decision depends only on past iterations,
 dropped together with all drafts after them.
 
 The decision. An iteration that drafts γ tokens in each row costs V(γ + 1) + γ·D, where V is the target's forward and D
-a forward of the draft. It commits 1 + a1 + a1·a2 + ... tokens per row, where aj is the probability that draft j is
-accepted if all drafts before it are. The best γ maximises their ratio R. On a CPU, the draft's confidence can be read
-without waiting for a device, so the decision is made token by token: a draft is worth its probability of being
-accepted, and none is made once that is below R·(D + V'), where V' is what one more token adds to V (optimal stopping of
-a renewal process). Costs are relative to plain decoding (see `costs.py`).
+a forward of the draft (just one D if that forward makes all drafts). It commits 1 + a1 + a1·a2 + ... tokens per row,
+where aj is the probability that draft j is accepted if all drafts before it are. The best γ maximises their ratio R. On
+a CPU, the draft's confidence can be read without waiting for a device, so the decision is made token by token: a draft
+is worth its probability of being accepted, and none is made once that is below R·(D + V'), where V' is what one more
+token adds to V (optimal stopping of a renewal process). Drafts of one forward are cut there; how many it makes is
+decided before, by position. Costs are relative to plain decoding (see `costs.py`).
 
 Where even the best R is below that of plain decoding, γ is 0: drafting *pauses*. Now and then a draft checks whether
 that has changed. What it costs more than plain decoding is a debt, which is paid off by 0.5% of the time of the plain
@@ -93,9 +94,11 @@ class Estimates:
 
     Args:
         draft_cost: the cost of a draft's forward before it was measured, relative to the target's.
+        at_once: one forward makes all drafts of an iteration (`Drafter.drafts_at_once`).
     """
 
-    def __init__(self, draft_cost: float = _DRAFT_COST) -> None:
+    def __init__(self, draft_cost: float = _DRAFT_COST, at_once: bool = False) -> None:
+        self.at_once = at_once
         self.by_position: list[Share] = []
         self.by_confidence = [Share() for _ in range(_BINS)]
         self._draft_cost = draft_cost
@@ -111,7 +114,7 @@ class Estimates:
         """The cost of iterations over about this many rows."""
         size = rows.bit_length()
         if size not in self._costs:
-            self._costs[size] = CostEstimates(rows, self._draft_cost)
+            self._costs[size] = CostEstimates(rows, self._draft_cost, self.at_once)
         return self._costs[size]
 
     def rate(self, rows: int) -> Rate:
@@ -143,11 +146,11 @@ _estimates: "weakref.WeakKeyDictionary[object, weakref.WeakKeyDictionary[object,
 _estimates = weakref.WeakKeyDictionary()
 
 
-def estimates_for(target: object, drafter: object) -> Estimates:
+def estimates_for(target: object, drafter: object, at_once: bool = False) -> Estimates:
     """The estimates of this target with this draft model (or the target itself, for drafters without a model)."""
     known = _estimates.setdefault(target, weakref.WeakKeyDictionary())
-    if drafter not in known:
-        known[drafter] = Estimates(_believed_cost(target, drafter))
+    if drafter not in known or known[drafter].at_once != at_once:
+        known[drafter] = Estimates(_believed_cost(target, drafter), at_once)
     return known[drafter]
 
 
@@ -226,12 +229,12 @@ class Optimal:
             known.paused.add(size)
             known.regret = 0.0
             if was_paused:
-                return gamma if not self._reads_confidence else self._max_gamma
+                return self._max_gamma if self._reads_confidence and not known.at_once else gamma
             known.debt = max(known.debt, _LEAST_PAUSE * _PROBING, min(self._costs.iteration(1) - 1, 1.0))
             return 0
         if self._gain < 1 + _DOUBTFUL * doubt and estimates.since_plain >= _BETWEEN_PLAIN:
             return 0
-        if self._reads_confidence:
+        if self._reads_confidence and not known.at_once:  # else γ is chosen before the draft's forward
             return self._bound
         tries_more = estimates.drafted_seen % _MORE == 0  # else an unlucky position would never be tried again
         return min(self._bound, gamma + tries_more)

@@ -101,7 +101,8 @@ def make_schedule(name: str, gamma: int | None, target: object, drafter: Any) ->
         raise ValueError(f"`num_assistant_tokens_schedule` must be one of {', '.join(SCHEDULES)}, got {name!r}")
     owner = getattr(drafter, "model", None)
     if name == "optimal":
-        return Optimal(gamma or MAX_GAMMA, estimates_for(target, owner or target), drafter.shows_confidence)
+        estimates = estimates_for(target, owner or target, drafter.drafts_at_once)
+        return Optimal(gamma or MAX_GAMMA, estimates, drafter.shows_confidence)
     if name == "constant":
         return Constant(gamma or DEFAULT_GAMMA)
     return Heuristic(gamma or DEFAULT_GAMMA, owner if name == "heuristic" else None)
