@@ -5,7 +5,6 @@ from transformers import PreTrainedModel
 from ..models.cached import CachedModel
 from ..models.early_exit import EarlyExit, layers_path, resumes
 from ..sampling.context import Context
-from ..sampling.processors import BlockProcessors
 from .base import Draft, DraftRequest, no_draft
 from .model import ModelDrafter
 
@@ -43,8 +42,8 @@ class EarlyExitDrafter(ModelDrafter):
     def start(self, call: DraftRequest, context: Context) -> None:
         target = call.target
         assert isinstance(target, CachedModel), "the session refuses other targets"
-        self._call, self._target = call, target
-        self._process = BlockProcessors(call.processors)
+        self._serve(call)
+        self._target = target
         self._exit = EarlyExit(self.model, self.layers)
         self.cached = CachedModel(self._exit.draft, target.cache, target.layout, encoded=target.encoded)
         self._resumes = not target.cache.states and target.static is None and bool(resumes(self.model, self.layers))

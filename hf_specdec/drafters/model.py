@@ -63,10 +63,13 @@ class ModelDrafter(Drafter):
     def takes_ragged_rows(self) -> bool:
         return bool(Abilities.of(self.model).ragged_drafts)
 
-    def start(self, call: DraftRequest, context: Context) -> None:
+    def _serve(self, call: DraftRequest) -> None:
         self._call = call
         self._process = BlockProcessors(call.processors)
         self._is_blind = all(type(processor) in BLIND for processor in call.processors)
+
+    def start(self, call: DraftRequest, context: Context) -> None:
+        self._serve(call)
         config = self.model.config.get_text_config(decoder=True)
         limits = (getattr(config, name, None) for name in ("max_position_embeddings", "max_target_positions"))
         self._max_positions: int = next(filter(None, limits), context.max_length)
