@@ -6,7 +6,7 @@ Importing registers `strategy="spec"` on `generate()`:
 """
 
 from . import metrics
-from .drafters import Draft, Drafter, DraftRequest, ModelDrafter, PromptLookupDrafter
+from .drafters import Draft, Drafter, DraftRequest, Either, ModelDrafter, PromptLookupDrafter, SuffixDrafter
 from .generate.attached import attach, attached
 from .generate.method import speculative
 from .generate.strategy import register, unregister
@@ -26,6 +26,7 @@ __all__ = [
     "Draft",
     "DraftRequest",
     "Drafter",
+    "Either",
     "MatcherProcessor",
     "ModelDrafter",
     "PairConfig",
@@ -33,6 +34,7 @@ __all__ = [
     "RowProcessor",
     "SpecPair",
     "SpeculationStats",
+    "SuffixDrafter",
     "Suggestion",
     "Trace",
     "attach",

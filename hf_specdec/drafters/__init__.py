@@ -1,7 +1,9 @@
 """Drafters propose tokens. `base.py` has the protocol; each other file has one drafter."""
 
 from .base import Draft, Drafter, DraftRequest
+from .either import Either
 from .model import ModelDrafter
 from .prompt_lookup import PromptLookupDrafter
+from .suffix import SuffixDrafter
 
-__all__ = ["Draft", "DraftRequest", "Drafter", "ModelDrafter", "PromptLookupDrafter"]
+__all__ = ["Draft", "DraftRequest", "Drafter", "Either", "ModelDrafter", "PromptLookupDrafter", "SuffixDrafter"]

@@ -30,6 +30,8 @@ class Draft:
         valid: `[rows]` bool, False where the draft model gave no distribution (NaN, or all -inf).
         limits: `[rows]` int64, the same as `lengths` where only the device knows: of the two, the smaller one counts.
         given: the tokens before they were cut to the vocabulary, if they may be outside it.
+        confidence: by row, for each of its tokens the probability that it is accepted if those before it are, where the
+            drafter knows that without waiting for a device.
     """
 
     tokens: Tensor
@@ -38,6 +40,7 @@ class Draft:
     valid: Tensor | None = None
     limits: Tensor | None = None
     given: Tensor | None = None
+    confidence: list[list[float]] | None = None
 
     @property
     def row_lengths(self) -> list[int]:
@@ -139,6 +142,11 @@ class Drafter(ABC):
 
     def end(self) -> None:
         """The `generate()` call is over, or has raised an error after `start`."""
+
+    @property
+    def owner(self) -> object:
+        """What the estimates of a schedule belong to, from call to call: the draft model, else all drafters of the kind."""
+        return getattr(self, "model", type(self))
 
     @property
     def forwards(self) -> int:

@@ -143,12 +143,12 @@ _estimates: "weakref.WeakKeyDictionary[object, weakref.WeakKeyDictionary[object,
 _estimates = weakref.WeakKeyDictionary()
 
 
-def estimates_for(target: object, drafter: object) -> Estimates:
-    """The estimates of this target with this draft model (or the target itself, for drafters without a model)."""
+def estimates_for(target: object, owner: object) -> Estimates:
+    """The estimates of this target with the drafters of one owner (`Drafter.owner`)."""
     known = _estimates.setdefault(target, weakref.WeakKeyDictionary())
-    if drafter not in known:
-        known[drafter] = Estimates(_believed_cost(target, drafter))
-    return known[drafter]
+    if owner not in known:
+        known[owner] = Estimates(_believed_cost(target, owner))
+    return known[owner]
 
 
 def _believed_cost(target: object, draft: object) -> float:

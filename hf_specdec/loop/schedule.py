@@ -95,13 +95,12 @@ def make_schedule(name: str, gamma: int | None, target: object, drafter: Any) ->
         name: one of `SCHEDULES`.
         gamma: the first draft length, and for "optimal" the longest; `None` for the schedule's own choice.
         target: the target model; costs depend on it.
-        drafter: estimates are remembered for its `model`, if it has one.
+        drafter: estimates are remembered for its `owner`.
     """
     if name not in SCHEDULES:
         raise ValueError(f"`num_assistant_tokens_schedule` must be one of {', '.join(SCHEDULES)}, got {name!r}")
-    owner = getattr(drafter, "model", None)
     if name == "optimal":
-        return Optimal(gamma or MAX_GAMMA, estimates_for(target, owner or target), drafter.shows_confidence)
+        return Optimal(gamma or MAX_GAMMA, estimates_for(target, drafter.owner), drafter.shows_confidence)
     if name == "constant":
         return Constant(gamma or DEFAULT_GAMMA)
-    return Heuristic(gamma or DEFAULT_GAMMA, owner if name == "heuristic" else None)
+    return Heuristic(gamma or DEFAULT_GAMMA, getattr(drafter, "model", None) if name == "heuristic" else None)
