@@ -145,7 +145,7 @@ class Drafter(ABC):
 
     @property
     def owner(self) -> object:
-        """What the estimates of a schedule belong to, from call to call: the draft model, else all drafters of the kind."""
+        """What estimates belong to that a schedule keeps: the draft model, or else all drafters of this kind."""
         return getattr(self, "model", type(self))
 
     @property

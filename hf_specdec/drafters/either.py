@@ -47,7 +47,7 @@ class Either(Drafter):
         self.shows_confidence = self.first.shows_confidence
         self.reads_prompts = self.first.reads_prompts
         self._seen, self._mean = 0, _PRIOR  # drafts of the model that were judged, tokens that each brought
-        # By row, its end before the iteration: of those that take the model's draft, and of those that copy beside them.
+        # By row, its end before the iteration: of rows that take the model's draft, and of those that copy beside them.
         self._asked: dict[int, int] = {}
         self._copied: dict[int, int] = {}
 

@@ -22,11 +22,12 @@ from transformers import PreTrainedTokenizerBase
 from ..device import CPU
 from ..sampling.context import Context
 from .base import Draft, Drafter, DraftRequest, GoOn
-from .suffix_index import NOTHING, Continuation, Found, Limits
+from .suffix_index import Continuation, Found, Limits
 from .suffix_texts import CallTexts, Memory, Text, only_tokens
 
 _FORMAT = "hf_specdec suffix drafter 1"
 _MOST_IDS = 2**31  # ids are below this
+_MOST_DEPTH = 1024
 
 
 class SuffixDrafter(Drafter):
@@ -41,7 +42,7 @@ class SuffixDrafter(Drafter):
         depth: the longest run of tokens that is compared.
         factor: a draft has at most so many tokens for each token of the run that it follows.
         min_probability: a draft ends before it is less probable than this.
-        max_tokens: how many tokens of earlier texts are kept, with one more for each text. They take about 45 bytes each.
+        max_tokens: how many tokens of earlier texts are kept, and one more for each text. Each takes about 45 bytes.
         max_requests: how many texts are kept. The oldest are forgotten first.
 
     Raises:
@@ -198,9 +199,6 @@ class SuffixDrafter(Drafter):
         return drafter
 
 
-_MOST_DEPTH = 1024
-
-
 def score(confidence: list[float]) -> float:
     """How many tokens of a draft are expected to be accepted, given each one's probability after those before it."""
     alive, total = 1.0, 0.0
@@ -259,15 +257,10 @@ def _ids(text: Any, number: int) -> np.ndarray:
         raise TypeError(f"{where} a {type(text).__name__}")
     if isinstance(text, np.ndarray) and text.ndim != 1:
         raise ValueError(f"{where} an array of shape {text.shape}: expected one axis")
-    wrong = next(
-        (i for i in text if not isinstance(i, (Integral, np.integer)) or isinstance(i, (bool, np.bool_))), None
-    )
+    wrong = next((i for i in text if not isinstance(i, Integral) or isinstance(i, bool)), None)
     if wrong is not None:
         raise TypeError(f"{where} {wrong!r} of type {type(wrong).__name__} among the ids: expected ints")
     ids = np.array(text, np.int64)
     if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < _MOST_IDS:
         raise ValueError(f"{where} ids from {ids.min()} to {ids.max()}: expected ids from 0 to {_MOST_IDS - 1}")
     return ids.astype(np.int32)
-
-
-__all__ = ["NOTHING", "SuffixDrafter"]

@@ -179,7 +179,7 @@ class SuffixIndex:
         1/m after a run of m tokens, as a single occurrence of a short run says little.
 
         Args:
-            own: the positions of the text that is continued. A copy that comes to its end goes on with the copied tokens.
+            own: the positions of the text that is continued. A copy that comes to its end goes on with what was copied.
         """
         if not found.places:
             return NOTHING

@@ -1,4 +1,4 @@
-"""The texts that a `SuffixDrafter` searches: the rows of the call in progress, and what it remembers of earlier calls."""
+"""The texts that a `SuffixDrafter` searches: the rows of the call in progress, and those of earlier calls."""
 
 from collections import deque
 from collections.abc import Iterator
