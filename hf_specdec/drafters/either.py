@@ -83,8 +83,12 @@ class Either(Drafter):
 
     def start(self, call: DraftRequest, context: Context) -> None:
         self._call, self._asked, self._copied = call, {}, {}
-        self.suffix.start(replace(call, go_on=None), context)
         self.first.start(replace(call, go_on=None if call.go_on is None else self._go_on), context)
+        try:
+            self.suffix.start(replace(call, go_on=None), context)
+        except BaseException:
+            self.first.end()  # else it would not be told that this call is over
+            raise
         self.compile_seconds = self.first.compile_seconds + self.suffix.compile_seconds
 
     def propose(self, context: Context, max_tokens: int) -> Draft:

@@ -6,6 +6,7 @@ It suits agents, editing, repeated prompts and several samples of one prompt.
 
 import json
 import math
+import threading
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from numbers import Integral
@@ -103,6 +104,12 @@ class SuffixDrafter(Drafter):
         return f"SuffixDrafter({self.remembered_texts} texts, {self.remembered_tokens} tokens)"
 
     def start(self, call: DraftRequest, context: Context) -> None:
+        if self._texts is not None and self._thread != threading.get_ident():
+            raise RuntimeError(
+                "A SuffixDrafter serves one `generate()` call at a time, and another thread is in one: give each thread "
+                "a drafter of its own"
+            )
+        self._thread = threading.get_ident()
         self._context, self._go_on, self._vocab_size = context, call.go_on, call.vocab_size
         encoded = None if call.encoder is None else call.encoder.token_ids()
         rows = [] if encoded is None else [only_tokens(ids, call.vocab_size) for ids in encoded.to(CPU)]

@@ -12,7 +12,7 @@ A link leads to a run with the same hash, perhaps one that was overwritten since
 compared with the tokens that are there.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -88,8 +88,19 @@ class SuffixIndex:
         # By size: the latest place after each hash, and by place the one before; 0 stands for none.
         self._latest = [np.zeros(2**bits, np.int32) for _ in self._sizes]
         self._before = [np.zeros(len(self.tokens), np.int32) for _ in self._sizes]
-        self._views = [(memoryview(a), memoryview(b)) for a, b in zip(self._latest, self._before)]  # faster one by one
         self._back = np.arange(1, depth + 2)
+        self._view()
+
+    def _view(self) -> None:
+        """Make views of the links, which are faster to read one by one."""
+        self._views = [(memoryview(a), memoryview(b)) for a, b in zip(self._latest, self._before)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_views"}  # views cannot be copied
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._view()
 
     @property
     def nbytes(self) -> int:
