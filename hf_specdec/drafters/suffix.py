@@ -106,8 +106,8 @@ class SuffixDrafter(Drafter):
     def start(self, call: DraftRequest, context: Context) -> None:
         if self._texts is not None and self._thread != threading.get_ident():
             raise RuntimeError(
-                "A SuffixDrafter serves one `generate()` call at a time, and another thread is in one: give each thread "
-                "a drafter of its own"
+                "A SuffixDrafter serves one `generate()` call at a time, and another thread is in one: give each "
+                "thread its own drafter"
             )
         self._thread = threading.get_ident()
         self._context, self._go_on, self._vocab_size = context, call.go_on, call.vocab_size
