@@ -11,6 +11,7 @@ from transformers import LogitsProcessorList
 
 from ..device import to_device
 from ..models.encoder_side import EncoderSide
+from ..models.target import Target
 from ..sampling.context import Context
 from ..sampling.rules import Rule
 
@@ -92,6 +93,7 @@ class DraftRequest:
         static: forwards should have fixed shapes.
         inputs: the prompt as given to `generate()`, if it is more than tokens; else empty.
         encoder: the encoder's side of an encoder-decoder target.
+        target: the model that verifies; only for drafters that say so with `uses_target`.
         go_on: drafters with `shows_confidence` call it after each token but the last, and stop when it returns False.
     """
 
@@ -103,6 +105,7 @@ class DraftRequest:
     static: bool = False
     inputs: dict[str, Any] = field(default_factory=dict)
     encoder: EncoderSide | None = None
+    target: Target | None = None
     go_on: GoOn | None = None
 
     @property
@@ -118,12 +121,14 @@ class Drafter(ABC):
         in_vocabulary: proposals are always in the target's vocabulary, so the loop need not check.
         shows_confidence: it calls `DraftRequest.go_on`, and reading its probabilities does not wait for a device.
         reads_prompts: its first proposal takes longer for longer prompts.
+        uses_target: it drafts with the target itself, on its cache.
         compile_seconds: wall time that the last `start` spent compiling.
     """
 
     in_vocabulary = False
     shows_confidence = False
     reads_prompts = False
+    uses_target = False
     compile_seconds = 0.0
 
     def start(self, call: DraftRequest, context: Context) -> None:

@@ -28,7 +28,7 @@ class Either(Drafter):
         suffix: a drafter that says how sure it is (`Draft.confidence`), such as `SuffixDrafter`.
 
     Raises:
-        TypeError: if these are not drafters.
+        TypeError, ValueError: if these are not drafters, or not two, or draft on the target's cache.
     """
 
     def __init__(self, model_draft: PreTrainedModel | Drafter, suffix: Drafter):
@@ -38,6 +38,8 @@ class Either(Drafter):
             )
         if not isinstance(suffix, Drafter):
             raise TypeError(f"`suffix` must be a hf_specdec.Drafter, got {type(suffix).__name__}")
+        if getattr(model_draft, "uses_target", False) or suffix.uses_target:
+            raise ValueError("hf_specdec.Either cannot use drafters that work on the target's own cache: pass others")
         if suffix is model_draft:
             raise ValueError("`model_draft` and `suffix` are the same drafter: pass two")
         self.first = model_draft if isinstance(model_draft, Drafter) else ModelDrafter(model_draft)

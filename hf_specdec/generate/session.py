@@ -153,6 +153,11 @@ def prepare(
         )
     lockstep = _needs_lockstep(checked, drafter, sequential)
     feeding = _feeding(checked, lockstep)
+    if drafter.uses_target and feeding is Feeding.SELF_FED:
+        raise ValueError(
+            f"`assistant_early_exit` drafts on the target's cache, but {type(call.model).__name__} carries its own "
+            "state from step to step: pass a draft model as `assistant_model`"
+        )
     unbounded = _needs_unbounded_windows(checked, lockstep, stopping)
     draft_length = options.prompt_lookup_num_tokens or options.num_assistant_tokens
     schedule = make_schedule(options.num_assistant_tokens_schedule, draft_length, call.model, drafter)
@@ -172,6 +177,7 @@ def prepare(
         static=target.static is not None and call.is_static,
         inputs={} if prompt.first_forward is None or prompt.past else call.given,
         encoder=checked.encoder,
+        target=target,
         go_on=schedule.go_on,
     )
     return SpeculativeDecoding(

@@ -18,7 +18,7 @@ from transformers import (
 from transformers.utils import logging
 
 from ..device import model_device
-from ..drafters import Drafter, Either, ModelDrafter, PromptLookupDrafter
+from ..drafters import Drafter, EarlyExitDrafter, Either, ModelDrafter, PromptLookupDrafter
 from ..models.checks import check_mode, unwrapped
 from ..options import OPTION_NAMES, Options
 from ..records import fragment
@@ -284,6 +284,13 @@ def make_drafter(
         raise ValueError(
             f"`speculation_compile='attention'` is for CPUs, and the target is on {model_device(target)}: leave it out"
         )
+    if options.assistant_early_exit is not None:
+        for name, other in (
+            ("assistant_model", assistant_model),
+            ("prompt_lookup_num_tokens", options.prompt_lookup_num_tokens),
+        ):
+            if other is not None:
+                raise ValueError(f"`assistant_early_exit` and `{name}` each choose a drafter: pass one of them")
     has_none = assistant_model is None or isinstance(assistant_model, Drafter)
     if has_none and options.speculation_compile == "draft":
         raise ValueError(
@@ -295,6 +302,8 @@ def make_drafter(
         check_draft_model(assistant_model.given_model, target, tokenizer, assistant_tokenizer)
     if isinstance(assistant_model, Drafter):
         return assistant_model
+    if options.assistant_early_exit is not None:
+        return EarlyExitDrafter(target, options.assistant_early_exit, options.assistant_confidence_threshold)
     if assistant_model is None:
         return PromptLookupDrafter(options.max_matching_ngram_size)
     if options.prompt_lookup_num_tokens is not None:

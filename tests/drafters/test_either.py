@@ -11,6 +11,7 @@ from conftest import SIZES, VOCAB, make_model, make_pair, make_prompts, perturbe
 from transformers import LlamaConfig, PreTrainedModel, Qwen3NextConfig
 
 from hf_specdec import Draft, Drafter, DraftRequest, Either, ModelDrafter, SpeculationStats, SuffixDrafter
+from hf_specdec.drafters import EarlyExitDrafter
 from hf_specdec.loop import invariants
 from hf_specdec.loop.optimal import estimates_for
 from hf_specdec.sampling.context import Context
@@ -274,6 +275,8 @@ def test_bad_arguments_are_named() -> None:
         Either(draft, draft)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="`model_draft` and `suffix` are the same drafter"):
         Either(suffix, suffix)
+    with pytest.raises(ValueError, match="cannot use drafters that work on the target's own cache"):
+        Either(EarlyExitDrafter(target, 1), suffix)
     other = make_model(LlamaConfig(**SIZES | {"vocab_size": 5000}))
     with pytest.raises(ValueError, match="vocab"):
         target.generate(**make_prompts(1), strategy="spec", assistant_model=Either(other, suffix), max_new_tokens=3)

@@ -204,6 +204,8 @@ class Sums(RowProcessor):
 CASES = {
     "γ=3": Case(new_tokens=4, options={"num_assistant_tokens": 3}),
     "γ=1, hot": Case(options={"num_assistant_tokens": 1, "temperature": 1.5}),
+    "block": Case(new_tokens=4, options={"num_assistant_tokens": 3, "speculation_acceptance": "block"}),
+    "coupled": Case(options={"num_assistant_tokens": 3, "speculation_acceptance": "coupled", "top_k": 6}),
     "a close draft": Case("close model", options={"num_assistant_tokens": 3}, new_tokens=4),
     "cold, top-k": Case(options={"num_assistant_tokens": 3, "temperature": 0.7, "top_k": 4}),
     "top-p": Case(options={"num_assistant_tokens": 3, "top_p": 0.8}),
