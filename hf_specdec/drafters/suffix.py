@@ -43,7 +43,7 @@ class SuffixDrafter(Drafter):
         depth: the longest run of tokens that is compared.
         factor: a draft has at most so many tokens for each token of the run that it follows.
         min_probability: a draft ends before it is less probable than this.
-        max_tokens: how many tokens of earlier texts are kept, and one more for each text. Each takes about 45 bytes.
+        max_tokens: how many tokens of earlier texts are kept, and one more for each text. Each takes 45 to 65 bytes.
         max_requests: how many texts are kept. The oldest are forgotten first.
 
     Raises:

@@ -160,11 +160,11 @@ def test_memory_takes_no_more_bytes_than_its_limit_says() -> None:
     memory = Memory(64, 50_000, 100_000)
     for number in range(400):
         memory.add(Text(np.arange(number, number + 500, dtype=np.int32)))
-    assert memory.index.nbytes < 50 * 50_000
+    assert memory.index.nbytes < 66 * 50_000
     few = Memory(64, 50_000, 2)
     for number in range(400):
         few.add(Text(np.arange(number, number + 500, dtype=np.int32)))
-    assert few.index.nbytes < 50 * 10_000  # for as much as is held, not as was seen
+    assert few.index.nbytes < 66 * 10_000  # for as much as is held, not as was seen
 
 
 def test_of_a_text_that_is_too_long_the_end_is_kept() -> None:
