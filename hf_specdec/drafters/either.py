@@ -131,10 +131,10 @@ class Either(Drafter):
             brought = max(context.ends[row] - end - 1, 0)
             self._mean += max(1 / (self._seen + 2), _GAIN) * (brought - self._mean)
         self.suffix.commit(context)
-        if self._copied:  # there the model has drafted too, and nothing of that was committed
-            before = copy.copy(context)
-            before.ends = [min(self._copied.get(row, end), end) for row, end in enumerate(context.ends)]
-            self.first.commit(before)
+        if self._copied:  # there the model has drafted too, but others' tokens were committed: as after a rejection
+            first_only = copy.copy(context)
+            first_only.ends = [min(self._copied.get(row, end) + 1, end) for row, end in enumerate(context.ends)]
+            self.first.commit(first_only)
         self.first.commit(context)
         self._asked, self._copied = {}, {}
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import safetensors
 import torch
-from safetensors.numpy import save_file
+from safetensors.numpy import save as serialized
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -177,7 +177,8 @@ class SuffixDrafter(Drafter):
             "lengths": np.array([len(text.tokens) for text in texts], np.int64),
             "known": np.array([text.known for text in texts], np.int64),
         }
-        save_file(arrays, str(path), {"format": _FORMAT, "settings": json.dumps(settings)})
+        content = serialized(arrays, {"format": _FORMAT, "settings": json.dumps(settings)})
+        Path(path).write_bytes(content)
 
     @classmethod
     def load(cls, path: str | Path) -> "SuffixDrafter":

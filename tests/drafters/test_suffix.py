@@ -248,7 +248,7 @@ def test_a_corpus_may_be_texts_or_ids(tokenizer: PreTrainedTokenizerFast) -> Non
     ids = tokenizer("the cat sat", add_special_tokens=False)["input_ids"]
     forms: list[Any] = [["the cat sat"], [ids], [tuple(ids)], [torch.tensor(ids)], [np.array(ids)], iter([ids])]
     for corpus in forms:
-        drafter = SuffixDrafter(corpus, tokenizer if corpus == ["the cat sat"] else None)
+        drafter = SuffixDrafter(corpus, tokenizer if corpus is forms[0] else None)
         assert [text.tokens.tolist() for text in drafter._memory] == [ids]
         assert propose(drafter, [[95, *ids[:3]]], 2) == [ids[3:5]]
     assert SuffixDrafter([], None).remembered_texts == SuffixDrafter([[]]).remembered_texts == 0
