@@ -58,7 +58,7 @@ class SuffixDrafter(Drafter):
         corpus: Iterable[str | Sequence[int]] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
-        depth: int = 64,
+        depth: int = 24,
         factor: float = 4.0,
         min_probability: float = 0.1,
         max_tokens: int = 1_000_000,
@@ -69,7 +69,7 @@ class SuffixDrafter(Drafter):
             ("max_tokens", max_tokens, 1),
             ("max_requests", max_requests, 0),
         ):
-            if not isinstance(value, Integral) or isinstance(value, bool):
+            if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"`{name}` must be an int, got {value!r} of type {type(value).__name__}")
             if value < least:
                 raise ValueError(f"`{name}` must be at least {least}, got {value}")
@@ -87,6 +87,7 @@ class SuffixDrafter(Drafter):
         self.depth, self.factor, self.min_probability = int(depth), float(factor), float(min_probability)
         self._memory = Memory(self.depth, int(max_tokens), int(max_requests))
         self._texts: CallTexts | None = None
+        self._thread = 0
         for ids in _encoded(corpus, tokenizer):
             self._memory.add(Text(ids))
 
@@ -265,7 +266,7 @@ def _ids(text: Any, number: int) -> np.ndarray:
         raise TypeError(f"{where} a {type(text).__name__}")
     if isinstance(text, np.ndarray) and text.ndim != 1:
         raise ValueError(f"{where} an array of shape {text.shape}: expected one axis")
-    wrong = next((i for i in text if not isinstance(i, Integral) or isinstance(i, bool)), None)
+    wrong = next((i for i in text if isinstance(i, bool) or not isinstance(i, Integral)), None)
     if wrong is not None:
         raise TypeError(f"{where} {wrong!r} of type {type(wrong).__name__} among the ids: expected ints")
     ids = np.array(text, np.int64)

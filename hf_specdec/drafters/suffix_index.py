@@ -23,7 +23,7 @@ _WORD = 2**64 - 1
 _BASE, _MIX = 0x9E3779B97F4A7C15, 0xD1B54A32D192ED03  # odd
 _POWERS = [pow(_BASE, j, 2**64) for j in range(_SIZES[-1])]
 _ONE_BY_ONE = 24  # tokens, from which on numpy is faster than Python
-VOTERS = 64  # places that are looked at, the latest ones
+VOTERS = 32  # places that are looked at, the latest ones
 
 
 class Continuation(NamedTuple):
@@ -89,18 +89,21 @@ class SuffixIndex:
         self._latest = [np.zeros(2**bits, np.int32) for _ in self._sizes]
         self._before = [np.zeros(len(self.tokens), np.int32) for _ in self._sizes]
         self._back = np.arange(1, depth + 2)
-        self._view()
+        self._make_views()
 
-    def _view(self) -> None:
-        """Make views of the links, which are faster to read one by one."""
-        self._views = [(memoryview(a), memoryview(b)) for a, b in zip(self._latest, self._before)]
+    def _make_views(self) -> None:
+        """Single values are read faster through these."""
+        self._view = self.tokens.data
+        self._links = [(latest.data, before.data) for latest, before in zip(self._latest, self._before)]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_views"}  # views cannot be copied
+        return {
+            name: value for name, value in vars(self).items() if name not in ("_view", "_links")
+        }  # not to be copied
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._view()
+        self._make_views()
 
     @property
     def nbytes(self) -> int:
@@ -113,16 +116,19 @@ class SuffixIndex:
             linked: `[end - begin]` bool, which of them; by default all.
         """
         if end - begin <= _ONE_BY_ONE and linked is None:
+            longest = self._sizes[-1]
+            tokens = self.tokens[begin + 1 - longest : end][::-1].tolist()
             for place in range(begin + 1, end + 1):
-                for (latest, before), mixed in zip(self._views, self._hashes(place)):
+                tail = tokens[end - place : end - place + longest]
+                for (latest, before), mixed in zip(self._links, _hashes(tail, self._sizes)):
                     slot = mixed >> self._shift
                     before[place] = latest[slot]
                     latest[slot] = place
             return
         # Of runs that end at `start`, `start + 1`, ...: the sum of tokens times powers of the base, doubled in length.
         start = begin - self._sizes[-1] + 1
-        tokens = self.tokens[start:end]
-        known, sums, power = tokens >= 0, tokens.astype(np.uint64), _BASE
+        ids = self.tokens[start:end]
+        known, sums, power = ids >= 0, ids.astype(np.uint64), _BASE
         for level, size in enumerate(self._sizes):
             if level:
                 half = size // 2
@@ -147,16 +153,10 @@ class SuffixIndex:
         self._before[level][places] = before
         self._latest[level][slots] = places  # the last one of equal slots stays
 
-    def _hashes(self, place: int) -> list[int]:
-        """The hashes of the runs that end before a place: fewer where a text begins."""
-        return _hashes(self.tokens[place - self._sizes[-1] : place][::-1].tolist(), self._sizes)
-
     def query(self, end: int) -> Query:
         """The text that ends before position `end`, to be looked up here or in another index of equal depth."""
-        tail = self.tokens[end - self._back]
-        tail[tail < 0] = _NEVER
-        tail[-1] = _NEVER
-        return Query(tail, _hashes(tail[: self._sizes[-1]].tolist(), self._sizes))
+        tail = self.tokens[end - self.depth - 1 : end][::-1]
+        return Query(np.where(tail < 0, _NEVER, tail), _hashes(tail[: self._sizes[-1]].tolist(), self._sizes))
 
     def find(self, query: Query, but: int = 0) -> Found:
         """Earlier occurrences of the longest run at the end of a text that has any, and of runs about as long.
@@ -166,21 +166,24 @@ class SuffixIndex:
         Args:
             but: a place that does not count.
         """
+        tokens = self._view
         for level in range(len(query.hashes) - 1, -1, -1):
-            latest, before = self._views[level]
+            latest, before = self._links[level]
             place = latest[query.hashes[level] >> self._shift]
             chain: dict[int, None] = {}  # an ordered set
             while place and place not in chain and len(chain) < VOTERS:
                 if place != but:
                     chain[place] = None
                 place = before[place]
-            if not chain:
+            places = [place for place in chain if tokens[place] >= 0]
+            if not places:
                 continue
-            places = np.fromiter(chain, np.int64, len(chain))
-            sizes = (self.tokens[places[:, None] - self._back] != query.tail).argmax(axis=1)
-            found = (sizes >= self._sizes[level]) & (self.tokens[places] >= 0)
-            if found.any():
-                return Found(places[found].tolist(), sizes[found].tolist())
+            differs = self.tokens[np.array(places)[:, None] - self._back] != query.tail
+            differs[:, -1] = True  # beyond the depth
+            size = self._sizes[level]
+            found = [(place, n) for place, n in zip(places, differs.argmax(axis=1).tolist()) if n >= size]
+            if found:
+                return Found([place for place, _ in found], [n for _, n in found])
         return Found([], [])
 
     def follow(self, found: Found, limits: "Limits", own: range = range(0)) -> Continuation:
@@ -194,32 +197,27 @@ class SuffixIndex:
         """
         if not found.places:
             return NOTHING
-        size = max(found.sizes)
-        places = [place for place, n in zip(found.places, found.sizes) if n == size]
-        most = min(limits.tokens, max(int(limits.factor * size), 1))
-        positions = np.array(places)[:, None] + np.arange(most)
-        following = self.tokens[np.minimum(positions, len(self.tokens) - 1)].tolist()
-        # By occurrence: what follows, and after how many tokens the end of the own text comes, if at all.
-        voters = [(row, own.stop - place if place in own else most) for place, row in zip(places, following)]
+        size, end, stored = max(found.sizes), own.stop, self._view
+        voters = [place for place, n in zip(found.places, found.sizes) if n == size]
         tokens: list[int] = []
         confidence: list[float] = []
         alive, score = 1.0, 0.0
-        for i in range(most):
-            votes: dict[int, list[tuple[list[int], int]]] = {}
-            for voter in voters:
-                row, period = voter
-                token = row[i] if i < period else tokens[i - period]
-                if 0 <= token < limits.vocab_size:
-                    votes.setdefault(token, []).append(voter)
-            if not votes:
-                break
-            count = sum(map(len, votes.values()))
-            token = max(votes, key=lambda token: len(votes[token]))  # of equals, the one that came last
-            voters = votes[token]
-            probability = len(voters) / (count + 1 / (size + i))
+        for i in range(min(limits.tokens, max(int(limits.factor * size), 1))):
+            said = [tokens[place + i - end] if place < end <= place + i else stored[place + i] for place in voters]
+            votes: dict[int, int] = {}
+            for token in said:
+                votes[token] = votes.get(token, 0) + 1
+            if len(votes) > 1 or not 0 <= said[0] < limits.vocab_size:
+                votes = {token: n for token, n in votes.items() if 0 <= token < limits.vocab_size}
+                if not votes:
+                    break
+            token = max(votes, key=votes.__getitem__)  # of equals, the one that came last
+            probability = votes[token] / (sum(votes.values()) + 1 / (size + i))
             alive *= probability
             if alive < limits.probability:
                 break
+            if votes[token] < len(voters):
+                voters = [place for place, other in zip(voters, said) if other == token]
             tokens.append(token)
             confidence.append(probability)
             score += alive

@@ -15,7 +15,8 @@ _FIRST_ROOM = 4096  # positions
 
 def only_tokens(ids: Tensor, vocab_size: int) -> np.ndarray:
     """`[tokens]` int32: ids on the host, with `NO_TOKEN` in place of those that are not tokens of the target."""
-    return ids.masked_fill((ids < 0) | (ids >= vocab_size), NO_TOKEN).numpy().astype(np.int32)
+    array = ids.numpy()
+    return np.where((array >= 0) & (array < vocab_size), array, NO_TOKEN).astype(np.int32)
 
 
 @dataclass(frozen=True)

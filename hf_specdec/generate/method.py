@@ -186,8 +186,8 @@ class SpeculativeMethod:
         stats = SpeculationStats() if self._stats is None or self._record is not None else self._stats
         captured = captured_seconds()
         decoding = prepare(call, drafter, options, self._streamer, stats, self._trace)
-        has_model = isinstance(drafter, (Either, ModelDrafter)) and hasattr(drafter, "model")
-        models = [call.model, drafter.model] if has_model else [call.model]
+        draft = getattr(drafter, "model", None) if isinstance(drafter, (Either, ModelDrafter)) else None
+        models = [call.model] if draft is None else [call.model, draft]
         try:
             new_tokens = decoding.context.max_length - decoding.context.prompt_width
             packed = packed_linears(models, options.speculation_pack_weights, new_tokens, by_clock=together is None)

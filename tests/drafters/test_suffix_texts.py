@@ -97,7 +97,7 @@ def test_memory_finds_all_occurrences_of_the_longest_run(alphabet: int, depth: i
     rng = random.Random(alphabet * depth)
     matched = 0
     for _ in range(40):
-        texts = [some_text(rng, alphabet, rng.randint(1, 18)) for _ in range(3)]
+        texts = [some_text(rng, alphabet, rng.randint(1, 10)) for _ in range(3)]
         memory = filled(texts, depth)
         for text in [*texts, some_text(rng, alphabet, 30)]:
             tail = text[: rng.randint(1, len(text))]
