@@ -6,7 +6,16 @@ Importing registers `strategy="spec"` on `generate()`:
 """
 
 from . import metrics
-from .drafters import Draft, Drafter, DraftRequest, ModelDrafter, ParallelDrafter, PromptLookupDrafter
+from .drafters import (
+    Draft,
+    Drafter,
+    DraftRequest,
+    Either,
+    ModelDrafter,
+    ParallelDrafter,
+    PromptLookupDrafter,
+    SuffixDrafter,
+)
 from .generate.attached import attach, attached
 from .generate.method import speculative
 from .generate.strategy import register, unregister
@@ -26,6 +35,7 @@ __all__ = [
     "Draft",
     "DraftRequest",
     "Drafter",
+    "Either",
     "MatcherProcessor",
     "ModelDrafter",
     "PairConfig",
@@ -34,6 +44,7 @@ __all__ = [
     "RowProcessor",
     "SpecPair",
     "SpeculationStats",
+    "SuffixDrafter",
     "Suggestion",
     "Trace",
     "attach",

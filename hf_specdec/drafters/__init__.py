@@ -2,16 +2,20 @@
 
 from .base import Draft, Drafter, DraftRequest
 from .early_exit import EarlyExitDrafter
+from .either import Either
 from .model import ModelDrafter
 from .parallel import ParallelDrafter
 from .prompt_lookup import PromptLookupDrafter
+from .suffix import SuffixDrafter
 
 __all__ = [
     "Draft",
     "DraftRequest",
     "Drafter",
     "EarlyExitDrafter",
+    "Either",
     "ModelDrafter",
     "ParallelDrafter",
     "PromptLookupDrafter",
+    "SuffixDrafter",
 ]

@@ -31,6 +31,8 @@ class Draft:
         valid: `[rows]` bool, False where the draft model gave no distribution (NaN, or all -inf).
         limits: `[rows]` int64, the same as `lengths` where only the device knows: of the two, the smaller one counts.
         given: the tokens before they were cut to the vocabulary, if they may be outside it.
+        confidence: by row, for each of its tokens the probability that it is accepted if those before it are, where the
+            drafter knows that without waiting for a device.
     """
 
     tokens: Tensor
@@ -39,6 +41,7 @@ class Draft:
     valid: Tensor | None = None
     limits: Tensor | None = None
     given: Tensor | None = None
+    confidence: list[list[float]] | None = None
 
     @property
     def row_lengths(self) -> list[int]:
@@ -120,6 +123,7 @@ class Drafter(ABC):
         drafts_at_once: it makes all drafts of an iteration in one forward, so their number costs nothing.
         reads_prompts: its first proposal takes longer for longer prompts.
         uses_target: it drafts with the target itself, on its cache.
+        cost_share: what one of its forwards costs, as a share of the target's; `None` to believe in parameters.
         compile_seconds: wall time that the last `start` spent compiling.
     """
 
@@ -128,6 +132,7 @@ class Drafter(ABC):
     drafts_at_once = False
     reads_prompts = False
     uses_target = False
+    cost_share: float | None = None
     compile_seconds = 0.0
 
     def start(self, call: DraftRequest, context: Context) -> None:
@@ -146,6 +151,11 @@ class Drafter(ABC):
 
     def end(self) -> None:
         """The `generate()` call is over, or has raised an error after `start`."""
+
+    @property
+    def owner(self) -> object:
+        """What estimates belong to that a schedule keeps: the draft model, or else all drafters of this kind."""
+        return getattr(self, "model", type(self))
 
     @property
     def forwards(self) -> int:

@@ -31,13 +31,20 @@ class EarlyExitDrafter(ModelDrafter):
         super().__init__(model, confidence_threshold)
         if not isinstance(layers, int) or isinstance(layers, bool):
             raise TypeError(f"`assistant_early_exit` must be an int, got {layers!r} of type {type(layers).__name__}")
-        count = len(list(model.get_submodule(layers_path(model)).children()))
+        every = list(model.get_submodule(layers_path(model)).children())
+        count = len(every)
         if not 1 <= layers < count:
             raise ValueError(
                 f"`assistant_early_exit` must be from 1 to {count - 1}, because {type(model).__name__} has {count} "
                 f"layers, got {layers}"
             )
         self.layers = layers
+        self.cost_share = layers / count
+        self._last_layer = every[layers - 1]
+
+    @property
+    def owner(self) -> object:
+        return self._last_layer  # other numbers of layers are other drafts
 
     def start(self, call: DraftRequest, context: Context) -> None:
         target = call.target

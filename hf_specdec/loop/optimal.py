@@ -23,10 +23,11 @@ spread over the tokens that a row may still get. Near the end of a call, or wher
 import itertools
 import operator
 import weakref
+from collections.abc import Hashable
 
 from torch import nn
 
-from ..drafters.base import GoOn
+from ..drafters.base import Drafter, GoOn
 from ..records.stats import Iteration
 from .costs import INSTANT, CostEstimates, Costs
 
@@ -142,21 +143,26 @@ class Estimates:
         return self.by_confidence[_bin(given)].value(given**0.5)
 
 
-_estimates: "weakref.WeakKeyDictionary[object, weakref.WeakKeyDictionary[object, Estimates]]"
+# By target, by owner of the drafter, by kind of call.
+_estimates: "weakref.WeakKeyDictionary[object, weakref.WeakKeyDictionary[object, dict[Hashable, Estimates]]]"
 _estimates = weakref.WeakKeyDictionary()
 
 
-def estimates_for(target: object, drafter: object, at_once: bool = False) -> Estimates:
-    """The estimates of this target with this draft model (or the target itself, for drafters without a model)."""
-    known = _estimates.setdefault(target, weakref.WeakKeyDictionary())
-    if drafter not in known or known[drafter].at_once != at_once:
-        known[drafter] = Estimates(_believed_cost(target, drafter), at_once)
-    return known[drafter]
+def estimates_for(target: object, drafter: Drafter, kind: Hashable = ()) -> Estimates:
+    """The estimates of this target with the drafters of one owner (`Drafter.owner`), for one kind of call."""
+    known = _estimates.setdefault(target, weakref.WeakKeyDictionary()).setdefault(drafter.owner, {})
+    kind = kind, drafter.drafts_at_once
+    if kind not in known:
+        known[kind] = Estimates(_believed_cost(target, drafter), drafter.drafts_at_once)
+    return known[kind]
 
 
-def _believed_cost(target: object, draft: object) -> float:
+def _believed_cost(target: object, drafter: Drafter) -> float:
     """Of a draft's forward: its share of the target's parameters, because decoding is bound by reading them."""
-    sizes = [sum(p.numel() for p in model.parameters()) for model in (target, draft) if isinstance(model, nn.Module)]
+    if drafter.cost_share is not None:
+        return drafter.cost_share
+    models = (target, getattr(drafter, "model", None))
+    sizes = [sum(p.numel() for p in model.parameters()) for model in models if isinstance(model, nn.Module)]
     return min(max(sizes[1] / sizes[0], 0.02), 1.0) if len(sizes) == 2 and sizes[0] else _DRAFT_COST
 
 

@@ -18,7 +18,7 @@ from transformers import (
 from transformers.utils import logging
 
 from ..device import model_device
-from ..drafters import Drafter, EarlyExitDrafter, ModelDrafter, ParallelDrafter, PromptLookupDrafter
+from ..drafters import Drafter, EarlyExitDrafter, Either, ModelDrafter, ParallelDrafter, PromptLookupDrafter
 from ..drafters.parallel import mask_token
 from ..models.checks import check_mode, unwrapped
 from ..options import OPTION_NAMES, Options
@@ -298,6 +298,9 @@ def make_drafter(
             "`speculation_compile='draft'` compiles a draft model, and this call has none: pass one as "
             "`assistant_model`, or leave the option out"
         )
+    if isinstance(assistant_model, Either) and assistant_model.given_model is not None:
+        check_mode(assistant_model.given_model, "`model_draft`", "model_draft")
+        check_draft_model(assistant_model.given_model, target, tokenizer, assistant_tokenizer)
     if isinstance(assistant_model, Drafter):
         return assistant_model
     if options.assistant_early_exit is not None:

@@ -96,9 +96,10 @@ def figures(
         "tokens_per_second": round(statistics.median(speeds), 2),
         "tokens": tokens,
         "target_forwards": forwards,
-        "block_efficiency": round(tokens / forwards / setting.batch_size, 3),
+        "block_efficiency": round(tokens / forwards * len(setting.batches) / len(record.rows), 3),
         "differing_rows": len(record.differing),
         "rows": len(record.rows),
+        "compared": record.compared,
         "peak_bytes": record.peak_bytes,
         "categories": _categories(setting, record, reference),
     }

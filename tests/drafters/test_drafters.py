@@ -15,10 +15,12 @@ from hf_specdec import (
     Draft,
     Drafter,
     DraftRequest,
+    Either,
     ModelDrafter,
     ParallelDrafter,
     PromptLookupDrafter,
     SpeculationStats,
+    SuffixDrafter,
 )
 from hf_specdec.loop import decoding
 from hf_specdec.sampling.context import Context
@@ -120,8 +122,11 @@ OURS: dict[str, Make] = {
     "a parallel model": lambda model, truth: ParallelDrafter(parallel(model)),
     "look-up of 1-grams": lambda model, truth: PromptLookupDrafter(1),
     "look-up of 3-grams": lambda model, truth: PromptLookupDrafter(3),
+    "suffixes of this call": lambda model, truth: SuffixDrafter(max_requests=0),
 }
 DRAFTERS: dict[str, Make] = OURS | {
+    "suffixes, half of the truth known": lambda model, truth: SuffixDrafter([row[:-12] for row in truth]),
+    "suffixes or a model": lambda model, truth: Either(model, SuffixDrafter(truth)),
     "random tokens": lambda model, truth: RandomTokens(),
     "random tokens with their q": lambda model, truth: HonestRandomTokens(),
     "nothing": lambda model, truth: Silent(),

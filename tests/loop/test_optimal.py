@@ -38,7 +38,7 @@ from test_sampling import chains as chains  # a fixture
 from transformers import LlamaConfig, LogitsProcessorList, PreTrainedModel
 
 from hf_specdec import SpeculationStats, options
-from hf_specdec.drafters import ModelDrafter
+from hf_specdec.drafters import ModelDrafter, PromptLookupDrafter, SuffixDrafter
 from hf_specdec.generate import session
 from hf_specdec.loop import clock, invariants, optimal, schedule
 from hf_specdec.loop.costs import Costs
@@ -682,15 +682,18 @@ def test_what_was_learned_is_kept_by_target_and_draft(
     target: PreTrainedModel, draft: PreTrainedModel, by_default: list[Any]
 ) -> None:
     other_target, other_draft = copy.deepcopy(target), copy.deepcopy(draft)
-    for t, d in ((target, draft), (target, other_draft), (other_target, draft), (target, None)):
-        assert estimates_for(t, d or t).costs(1).plain_seen == 0
+    suffixes = SuffixDrafter()
+    drafts = ((target, draft), (target, other_draft), (other_target, draft), (target, None), (target, suffixes))
+    for t, d in drafts:
+        owner = PromptLookupDrafter if d is None else SuffixDrafter if d is suffixes else d
+        assert estimates_for(t, owner).costs(1).plain_seen == 0
         call(t, d)
-        assert estimates_for(t, d or t).costs(1).plain_seen > 0
-        known = estimates_for(t, d or t)
+        assert estimates_for(t, owner).costs(1).plain_seen > 0
+        known = estimates_for(t, owner)
         call(t, d, rows=2)
-        assert estimates_for(t, d or t) is known
+        assert estimates_for(t, owner) is known
         assert by_default[-1]._estimates is by_default[-2]._estimates is known
-    assert len({id(schedule._estimates) for schedule in by_default}) == 4
+    assert len({id(schedule._estimates) for schedule in by_default}) == len(drafts)
 
 
 def test_until_it_is_measured_a_draft_costs_what_its_size_says(target: PreTrainedModel) -> None:
