@@ -21,6 +21,12 @@ from .base import DraftRequest
 from .model import ModelDrafter
 
 
+def drafter_of(model: PreTrainedModel, confidence_threshold: float = 0.0, compiles: bool = False) -> ModelDrafter:
+    """The drafter for a draft model, as its config says; arguments as for `ModelDrafter`."""
+    kind = ModelDrafter if mask_token(model) is None else ParallelDrafter
+    return kind(model, confidence_threshold, compiles)
+
+
 def mask_token(model: PreTrainedModel) -> int | None:
     """The id of a draft's mask token, `pard_token` in its config; `None` if it predicts one token per forward.
 

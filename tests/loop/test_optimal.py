@@ -35,10 +35,11 @@ from test_sampling import (
     transition_law,
 )
 from test_sampling import chains as chains  # a fixture
-from transformers import LlamaConfig, LogitsProcessorList, PreTrainedModel
+from torch import Tensor
+from transformers import LlamaConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from hf_specdec import SpeculationStats, options
-from hf_specdec.drafters import ModelDrafter, PromptLookupDrafter, SuffixDrafter
+from hf_specdec.drafters import EarlyExitDrafter, ModelDrafter, SuffixDrafter
 from hf_specdec.generate import session
 from hf_specdec.loop import clock, invariants, optimal, schedule
 from hf_specdec.loop.costs import Costs
@@ -685,22 +686,41 @@ def test_what_was_learned_is_kept_by_target_and_draft(
     suffixes = SuffixDrafter()
     drafts = ((target, draft), (target, other_draft), (other_target, draft), (target, None), (target, suffixes))
     for t, d in drafts:
-        owner = PromptLookupDrafter if d is None else SuffixDrafter if d is suffixes else d
-        assert estimates_for(t, owner).costs(1).plain_seen == 0
         call(t, d)
-        assert estimates_for(t, owner).costs(1).plain_seen > 0
-        known = estimates_for(t, owner)
+        known = by_default[-1]._estimates
+        assert known.costs(1).plain_seen > 0
         call(t, d, rows=2)
-        assert estimates_for(t, owner) is known
-        assert by_default[-1]._estimates is by_default[-2]._estimates is known
+        assert by_default[-1]._estimates is known
     assert len({id(schedule._estimates) for schedule in by_default}) == len(drafts)
 
 
 def test_until_it_is_measured_a_draft_costs_what_its_size_says(target: PreTrainedModel) -> None:
     small = make_model(LlamaConfig(**CONFIG | {"vocab_size": VOCAB, "num_hidden_layers": 1}), seed=1)
     shares = [sum(p.numel() for p in model.parameters()) for model in (small, target)]
-    assert costs(estimates_for(target, small)).draft == pytest.approx(shares[0] / shares[1])
-    assert costs(estimates_for(target, copy.deepcopy(target))).draft == 1.0
+    assert costs(estimates_for(target, ModelDrafter(small))).draft == pytest.approx(shares[0] / shares[1])
+    assert costs(estimates_for(target, ModelDrafter(copy.deepcopy(target)))).draft == 1.0
+    assert costs(estimates_for(target, EarlyExitDrafter(target, 1))).draft == 1 / target.config.num_hidden_layers
+
+
+class Unknown(LogitsProcessor):
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return scores
+
+
+def test_kinds_of_calls_are_learned_apart(
+    target: PreTrainedModel, draft: PreTrainedModel, by_default: list[Any]
+) -> None:
+    """A processor that is called step by step, or sampling, accepts other shares of the drafts."""
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"logits_processor": [Unknown()]},
+        {"do_sample": True},
+        {"do_sample": True, "speculation_acceptance": "coupled"},
+    ]
+    for kind in (*kinds, *kinds):
+        call(target, draft, **kind)
+    found = [id(schedule._estimates) for schedule in by_default]
+    assert found[:4] == found[4:] and len(set(found)) == 4
 
 
 def test_no_model_is_kept_alive(by_default: list[Any], target: PreTrainedModel) -> None:
