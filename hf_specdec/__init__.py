@@ -6,7 +6,16 @@ Importing registers `strategy="spec"` on `generate()`:
 """
 
 from . import metrics
-from .drafters import Draft, Drafter, DraftRequest, Either, ModelDrafter, PromptLookupDrafter, SuffixDrafter
+from .drafters import (
+    Draft,
+    Drafter,
+    DraftRequest,
+    Either,
+    ModelDrafter,
+    ParallelDrafter,
+    PromptLookupDrafter,
+    SuffixDrafter,
+)
 from .generate.attached import attach, attached
 from .generate.method import speculative
 from .generate.strategy import register, unregister
@@ -30,6 +39,7 @@ __all__ = [
     "MatcherProcessor",
     "ModelDrafter",
     "PairConfig",
+    "ParallelDrafter",
     "PromptLookupDrafter",
     "RowProcessor",
     "SpecPair",

@@ -4,6 +4,7 @@ from .base import Draft, Drafter, DraftRequest
 from .early_exit import EarlyExitDrafter
 from .either import Either
 from .model import ModelDrafter
+from .parallel import ParallelDrafter
 from .prompt_lookup import PromptLookupDrafter
 from .suffix import SuffixDrafter
 
@@ -14,6 +15,7 @@ __all__ = [
     "EarlyExitDrafter",
     "Either",
     "ModelDrafter",
+    "ParallelDrafter",
     "PromptLookupDrafter",
     "SuffixDrafter",
 ]

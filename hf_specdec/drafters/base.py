@@ -120,15 +120,19 @@ class Drafter(ABC):
     Attributes:
         in_vocabulary: proposals are always in the target's vocabulary, so the loop need not check.
         shows_confidence: it calls `DraftRequest.go_on`, and reading its probabilities does not wait for a device.
+        drafts_at_once: it makes all drafts of an iteration in one forward, so their number costs nothing.
         reads_prompts: its first proposal takes longer for longer prompts.
         uses_target: it drafts with the target itself, on its cache.
+        cost_share: what one of its forwards costs, as a share of the target's; `None` to believe in parameters.
         compile_seconds: wall time that the last `start` spent compiling.
     """
 
     in_vocabulary = False
     shows_confidence = False
+    drafts_at_once = False
     reads_prompts = False
     uses_target = False
+    cost_share: float | None = None
     compile_seconds = 0.0
 
     def start(self, call: DraftRequest, context: Context) -> None:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from ..device import to_device
 from ..sampling.context import Context
 from .base import Draft, Drafter, DraftRequest
-from .model import ModelDrafter
+from .parallel import drafter_of
 from .suffix import as_far_as_it_pays, score
 
 _PRIOR = 2.0  # tokens that a draft of the model is expected to bring, before any was seen
@@ -42,12 +42,13 @@ class Either(Drafter):
             raise ValueError("hf_specdec.Either cannot use drafters that work on the target's own cache: pass others")
         if suffix is model_draft:
             raise ValueError("`model_draft` and `suffix` are the same drafter: pass two")
-        self.first = model_draft if isinstance(model_draft, Drafter) else ModelDrafter(model_draft)
+        self.first = model_draft if isinstance(model_draft, Drafter) else drafter_of(model_draft)
         self.given_model = None if isinstance(model_draft, Drafter) else model_draft
         self.suffix = suffix
         self.in_vocabulary = self.first.in_vocabulary and suffix.in_vocabulary
         self.shows_confidence = self.first.shows_confidence
         self.reads_prompts = self.first.reads_prompts
+        self.drafts_at_once = self.first.drafts_at_once
         self._seen, self._mean = 0, _PRIOR  # drafts of the model that were judged, tokens that each brought
         # By row, its end before the iteration: of rows that take the model's draft, and of those that copy beside them.
         self._asked: dict[int, int] = {}

@@ -160,7 +160,8 @@ def prepare(
         )
     unbounded = _needs_unbounded_windows(checked, lockstep, stopping)
     draft_length = options.prompt_lookup_num_tokens or options.num_assistant_tokens
-    schedule = make_schedule(options.num_assistant_tokens_schedule, draft_length, call.model, drafter)
+    kind = bool(sequential), type(rule)
+    schedule = make_schedule(options.num_assistant_tokens_schedule, draft_length, call.model, drafter, kind)
     blocks = range(1, min((schedule.longest or LONGEST) + 1, LONGEST) + 1)
     make_target = functools.partial(_make_target, checked, feeding, unbounded, options.compiles("target"), blocks)
     target = make_target()

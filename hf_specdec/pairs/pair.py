@@ -18,7 +18,8 @@ from transformers import (
 from transformers.utils import logging
 
 from ..device import model_device
-from ..drafters import Drafter, EarlyExitDrafter, Either, ModelDrafter, PromptLookupDrafter
+from ..drafters import Drafter, EarlyExitDrafter, Either, PromptLookupDrafter
+from ..drafters.parallel import drafter_of
 from ..models.checks import check_mode, unwrapped
 from ..options import OPTION_NAMES, Options
 from ..records import fragment
@@ -315,7 +316,7 @@ def make_drafter(
     draft = draft_model(assistant_model)
     check_mode(draft, "`assistant_model`", "assistant_model")
     check_draft_model(draft, target, tokenizer, assistant_tokenizer)
-    return ModelDrafter(draft, options.assistant_confidence_threshold, options.compiles("draft"))
+    return drafter_of(draft, options.assistant_confidence_threshold, options.compiles("draft"))
 
 
 def draft_model(assistant_model: object) -> PreTrainedModel:

@@ -124,7 +124,7 @@ def _speculation(record: Record, result: dict[str, Any], bare: BareForwards) -> 
     if record.method.family != OURS or not stats.target_forwards:
         return {}
     drafts = stats.draft_forwards / stats.target_forwards
-    if record.method.gamma is not None:
+    if record.method.gamma is not None and drafts > 1:  # else one forward makes all drafts
         drafts = record.method.gamma
     ideal = bare.ideal(stats.block_efficiency, checked(record), drafts)
     speedup = result["decode_speedup"]

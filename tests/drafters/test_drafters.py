@@ -1,5 +1,6 @@
 """Drafters: the contract of each one with the loop, its proposals, and that no draft changes a greedy call."""
 
+import copy
 import random
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ from hf_specdec import (
     DraftRequest,
     Either,
     ModelDrafter,
+    ParallelDrafter,
     PromptLookupDrafter,
     SpeculationStats,
     SuffixDrafter,
@@ -105,11 +107,19 @@ class HonestRandomTokens(RandomTokens):
         return Draft(tokens, torch.full((*tokens.shape, VOCAB), 1 / VOCAB))
 
 
+def parallel(model: PreTrainedModel) -> PreTrainedModel:
+    """The same with a mask token."""
+    model = copy.deepcopy(model)
+    model.config.pard_token = VOCAB - 1
+    return model
+
+
 Make = Callable[[PreTrainedModel, Tensor], Drafter]
 
 OURS: dict[str, Make] = {
     "a model": lambda model, truth: ModelDrafter(model),
     "a model with a threshold": lambda model, truth: ModelDrafter(model, confidence_threshold=0.5),
+    "a parallel model": lambda model, truth: ParallelDrafter(parallel(model)),
     "look-up of 1-grams": lambda model, truth: PromptLookupDrafter(1),
     "look-up of 3-grams": lambda model, truth: PromptLookupDrafter(3),
     "suffixes of this call": lambda model, truth: SuffixDrafter(max_requests=0),

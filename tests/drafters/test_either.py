@@ -15,6 +15,7 @@ from hf_specdec.drafters import EarlyExitDrafter
 from hf_specdec.loop import invariants
 from hf_specdec.loop.optimal import estimates_for
 from hf_specdec.sampling.context import Context
+from hf_specdec.sampling.rules import Greedy
 
 NEW_TOKENS = 40
 
@@ -245,7 +246,8 @@ def test_the_optimal_schedule_runs_with_it_and_keeps_its_own_estimates() -> None
             num_assistant_tokens_schedule="optimal",
         )
         assert out.equal(expected)
-    known = [estimates_for(target, owner) for owner in (drafter.owner, suffix.owner, draft)]
+    kind = False, Greedy
+    known = [estimates_for(target, each, kind) for each in (drafter, suffix, ModelDrafter(draft))]
     assert len({id(estimates) for estimates in known}) == 3
     assert [estimates.costs(3).plain_seen > 0 for estimates in known] == [True, True, False]
 
