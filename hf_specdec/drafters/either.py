@@ -15,13 +15,14 @@ from .suffix import as_far_as_it_pays, score
 
 _PRIOR = 2.0  # tokens that a draft of the model is expected to bring, before any was seen
 _GAIN = 0.03  # the least weight of a new outcome
+_DOUBT, _KEPT = 10.0, 0.98  # tokens that copies are believed without any outcome; weight of one after an iteration
 
 
 class Either(Drafter):
-    """Each row takes the draft of `suffix` where its score is above what drafts of the model have brought so far.
+    """Each row takes the draft of `suffix` where it promises more than drafts of the model have brought so far.
 
-    The score is the number of tokens that `suffix` expects to be accepted. Where all rows take its drafts, the model
-    does not run; it reads what it has missed when it drafts again.
+    It promises the tokens that `suffix` expects to be accepted, fewer as far as earlier promises were not kept.
+    Where all rows take its drafts, the model does not run; it reads what it has missed when it drafts again.
 
     Args:
         model_draft: a draft model, or any drafter.
@@ -52,6 +53,8 @@ class Either(Drafter):
         self._seen, self._mean = 0, _PRIOR  # drafts of the model that were judged, tokens that each brought
         # By row, its end before the iteration: of rows that take the model's draft, and of those that copy beside them.
         self._asked: dict[int, int] = {}
+        self._promised: dict[int, tuple[int, float]] = {}  # of all that copy, with what was expected of their drafts
+        self._brought = self._hoped = 0.0  # what copies have brought, and what was expected of them
         self._copied: dict[int, int] = {}
 
     @property
@@ -85,7 +88,7 @@ class Either(Drafter):
         return min(self._mean, max_tokens)
 
     def start(self, call: DraftRequest, context: Context) -> None:
-        self._call, self._asked, self._copied = call, {}, {}
+        self._call, self._asked, self._copied, self._promised = call, {}, {}, {}
         self.first.start(replace(call, go_on=None if call.go_on is None else self._go_on), context)
         try:
             self.suffix.start(replace(call, go_on=None), context)
@@ -102,11 +105,14 @@ class Either(Drafter):
                 "hf_specdec.Either cannot compare them: pass a drafter that does, such as SuffixDrafter"
             )
         expected = self.expected(max_tokens)
-        self._copies = [sure if score(sure) > expected else None for sure in copied.confidence]
+        trust = (self._brought + _DOUBT) / (self._hoped + _DOUBT)
+        self._copies = [sure if trust * score(sure) > expected else None for sure in copied.confidence]
         ends = list(zip(context.rows, context.active_ends, self._copies))
         self._asked = {row: end for row, end, copy in ends if copy is None}
         if not self._asked:
-            return copied if self._call.go_on is None else as_far_as_it_pays(copied, self._call.go_on)
+            copied = copied if self._call.go_on is None else as_far_as_it_pays(copied, self._call.go_on)
+            self._promise(ends, copied)
+            return copied
         self._copied = {row: end for row, end, copy in ends if copy is not None}
         self._steps, self._stopped = 0, False
         made = self.first.propose(context, max_tokens)
@@ -114,7 +120,13 @@ class Either(Drafter):
             return made
         if self._stopped:
             copied = copied.cut([min(length, self._steps) for length in copied.row_lengths])
+        self._promise(ends, copied)
         return _mixed(made, copied, [copy is not None for copy in self._copies], self._call.vocab_size)
+
+    def _promise(self, ends: list[tuple[int, int, list[float] | None]], copied: Draft) -> None:
+        """Keep what is expected of the rows that copy, as far as their drafts go."""
+        rows = zip(ends, copied.row_lengths)
+        self._promised = {row: (end, score(sure[:n])) for (row, end, sure), n in rows if sure is not None}
 
     def _go_on(self, confidence: list[float]) -> bool:
         """What the model's drafter asks after each token: the rows that copy are as sure as their copies."""
@@ -131,13 +143,17 @@ class Either(Drafter):
             self._seen += 1
             brought = max(context.ends[row] - end - 1, 0)
             self._mean += max(1 / (self._seen + 2), _GAIN) * (brought - self._mean)
+        self._brought, self._hoped = _KEPT * self._brought, _KEPT * self._hoped
+        for row, (end, promised) in self._promised.items():
+            self._brought += max(context.ends[row] - end - 1, 0)
+            self._hoped += promised
         self.suffix.commit(context)
         if self._copied:  # there the model has drafted too, but others' tokens were committed: as after a rejection
             first_only = copy.copy(context)
             first_only.ends = [min(self._copied.get(row, end) + 1, end) for row, end in enumerate(context.ends)]
             self.first.commit(first_only)
         self.first.commit(context)
-        self._asked, self._copied = {}, {}
+        self._asked, self._copied, self._promised = {}, {}, {}
 
     def unread(self, context: Context) -> int:
         return self.first.unread(context) + self.suffix.unread(context)

@@ -285,7 +285,14 @@ def samples(case: Case, models: dict[str, PreTrainedModel]) -> tuple[np.ndarray,
 
 
 # Slow: other cases together cover these.
-LONG = ("cold, top-k", "top-p", "repetition penalty", "confidence threshold", "random drafts, q one-hot")
+LONG = (
+    "suffixes, other rows' too",
+    "cold, top-k",
+    "top-p",
+    "repetition penalty",
+    "confidence threshold",
+    "random drafts, q one-hot",
+)
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LONG)) for n in CASES])
