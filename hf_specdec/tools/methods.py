@@ -3,6 +3,7 @@
 A *way* is a name on the command line: a number is a constant γ, a word is a schedule, "default" sets nothing.
 """
 
+import argparse
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -11,18 +12,34 @@ from transformers import PreTrainedModel
 
 from ..drafters import Either, SuffixDrafter
 from ..loop.schedule import SCHEDULES
+from . import arguments
 from .measure import ASSISTED, OURS, VANILLA, Method
 
 DEFAULT = "default"
 
 # What drafts, by name on the command line: arguments of `generate()`, given the draft model. None remembers earlier
-# calls, because rounds repeat their prompts.
+# calls, because rounds repeat their prompts. Besides these there is "exit:K", the target's first K layers.
+_EXIT = "exit:"
 DRAFTERS: dict[str, Callable[[PreTrainedModel], dict[str, Any]]] = {
     "model": lambda draft: {"assistant_model": draft},
     "lookup": lambda draft: {},
     "suffix": lambda draft: {"assistant_model": SuffixDrafter(max_requests=0)},
     "either": lambda draft: {"assistant_model": Either(draft, SuffixDrafter(max_requests=0))},
 }
+
+
+def drafter(name: str) -> str:
+    """A drafter's name on the command line, for argparse."""
+    if name in DRAFTERS or (name.startswith(_EXIT) and arguments.positive(name.removeprefix(_EXIT))):
+        return name
+    raise argparse.ArgumentTypeError(f"expected {', '.join(DRAFTERS)} or {_EXIT}K, got {name!r}")
+
+
+def drafting(name: str, draft: PreTrainedModel) -> dict[str, Any]:
+    """The arguments of `generate()` for a drafter's name."""
+    if name.startswith(_EXIT):
+        return {"assistant_early_exit": int(name.removeprefix(_EXIT))}
+    return DRAFTERS[name](draft)
 
 
 def vanilla() -> Method:
@@ -53,14 +70,14 @@ def assisted_lookup(gamma: int) -> Method:
 
 
 def ours(draft: PreTrainedModel, options: dict[str, Any], label: str, drafter: str = "model") -> Method:
-    """`strategy="spec"` with a drafter (a name of `DRAFTERS`) and any options of `generate()`."""
+    """`strategy="spec"` with a drafter, by its name, and any options of `generate()`."""
     fixed = options.get("num_assistant_tokens_schedule") == "constant" and drafter == "model"
     fixed &= not options.get("assistant_confidence_threshold")
-    drafting = DRAFTERS[drafter](draft)
+    chosen = drafting(drafter, draft)
     return Method(
         f"{OURS} {label}" if drafter == "model" else f"{OURS} {drafter} {label}",
         OURS,
-        lambda: {"strategy": "spec", **drafting, **options},
+        lambda: {"strategy": "spec", **chosen, **options},
         options.get("num_assistant_tokens") if fixed else None,
     )
 

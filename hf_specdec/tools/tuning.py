@@ -85,7 +85,7 @@ def race(
     At least one round of all, and `LEAST_ROUNDS` of the winner, always run, however long they take.
 
     Args:
-        drafter: a name of `methods.DRAFTERS`.
+        drafter: its name, see `methods.drafter`.
 
     Returns: all contenders, sorted by rounds survived, then by speed-up.
     """

@@ -699,7 +699,8 @@ def test_until_it_is_measured_a_draft_costs_what_its_size_says(target: PreTraine
     shares = [sum(p.numel() for p in model.parameters()) for model in (small, target)]
     assert costs(estimates_for(target, ModelDrafter(small))).draft == pytest.approx(shares[0] / shares[1])
     assert costs(estimates_for(target, ModelDrafter(copy.deepcopy(target)))).draft == 1.0
-    assert costs(estimates_for(target, EarlyExitDrafter(target, 1))).draft == 1 / target.config.num_hidden_layers
+    deep = make_model(LlamaConfig(**CONFIG | {"vocab_size": VOCAB, "num_hidden_layers": 4}), seed=1)
+    assert costs(estimates_for(deep, EarlyExitDrafter(deep, 1))).draft == pytest.approx(1 / 4)
 
 
 class Unknown(LogitsProcessor):
