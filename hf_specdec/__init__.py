@@ -6,7 +6,7 @@ Importing registers `strategy="spec"` on `generate()`:
 """
 
 from . import metrics
-from .drafters import Draft, Drafter, DraftRequest, ModelDrafter, PromptLookupDrafter
+from .drafters import Draft, Drafter, DraftRequest, ModelDrafter, OtherTokenizerDrafter, PromptLookupDrafter
 from .generate.attached import attach, attached
 from .generate.method import speculative
 from .generate.strategy import register, unregister
@@ -28,6 +28,7 @@ __all__ = [
     "Drafter",
     "MatcherProcessor",
     "ModelDrafter",
+    "OtherTokenizerDrafter",
     "PairConfig",
     "PromptLookupDrafter",
     "RowProcessor",

@@ -89,6 +89,7 @@ class DraftRequest:
         static: forwards should have fixed shapes.
         inputs: the prompt as given to `generate()`, if it is more than tokens; else empty.
         encoder: the encoder's side of an encoder-decoder target.
+        prompt_is_embeds: the prompt has no tokens, only `inputs_embeds`.
         go_on: drafters with `shows_confidence` call it after each token but the last, and stop when it returns False.
     """
 
@@ -100,6 +101,7 @@ class DraftRequest:
     static: bool = False
     inputs: dict[str, Any] = field(default_factory=dict)
     encoder: EncoderSide | None = None
+    prompt_is_embeds: bool = False
     go_on: GoOn | None = None
 
     @property

@@ -42,6 +42,7 @@ class ModelDrafter(Drafter):
     in_vocabulary = True
     reads_prompts = True
     cached: CachedModel | SelfFedModel
+    _bounds_windows = True  # only drafts are rolled back, so layers with a window need no more than that
 
     def __init__(self, model: PreTrainedModel, confidence_threshold: float = 0.0, compiles: bool = False):
         self.model = model
@@ -71,7 +72,8 @@ class ModelDrafter(Drafter):
             self.cached = self._self_fed(context)
             return
         rows, device, static = context.batch_size, model_device(self.model), None
-        layers = cache_layers(DynamicCache(config=self.model.config), config, rows, context.max_length)
+        empty = DynamicCache(config=self.model.config)
+        layers = cache_layers(empty, config, rows, context.max_length, windowed=self._bounds_windows)
         cache = RaggedCache(rows, device, context.prompt_width + 256, context.max_length, layers)
         padded = (call.lockstep or bool(cache.states)) and max(context.first) > 0
         encoded = None if call.encoder is None else call.encoder.for_draft(self.model)
@@ -139,7 +141,7 @@ class ModelDrafter(Drafter):
             if q is not None:
                 probs.append(q)
             if self._call.processors:
-                context.write_drafts(drawn, offset=step)  # processors see them
+                self._write(context, drawn, step)  # processors see them
             if self.confidence_threshold and not self.shows_confidence:  # reading it would wait for the device
                 sure.append(self._confidence(scores, drawn) >= self.confidence_threshold)
             lengths, done = self._stop(step, lengths, scores, drawn)
@@ -153,6 +155,10 @@ class ModelDrafter(Drafter):
         if not sure:
             return draft
         return draft.up_to(1 + torch.cat(sure, dim=1)[:, :-1].long().cumprod(dim=1).sum(dim=1))
+
+    def _write(self, context: Context, drawn: Tensor, step: int) -> None:
+        """Put the drafts of one step, `[rows, 1]`, where processors and forwards find them."""
+        context.write_drafts(drawn, offset=step)
 
     def _stop(self, step: int, lengths: list[int], scores: Tensor, drawn: Tensor) -> tuple[list[int], bool]:
         """The draft length of each row as known after a step, and whether that was the last step."""
@@ -218,6 +224,19 @@ class ModelDrafter(Drafter):
 
     def _next_scores(self, context: Context, step: int, drawn: Tensor | None) -> Tensor:
         """`[rows, 1, vocab]` float32, processed, for the token after the first `step` drafts, `drawn` the last one."""
+        logits = self._next_logits(context, step, drawn)
+        if not self._call.processors:
+            return logits
+        scores = self._process(logits, context, offset=step)
+        # If processors leave no token, draw from the unprocessed distribution: q is still what was drawn from.
+        return torch.where(scores.amax(dim=-1, keepdim=True).isfinite(), scores, logits)
+
+    def _next_logits(self, context: Context, step: int, drawn: Tensor | None) -> Tensor:
+        """The same, not processed."""
+        return _fit_vocabulary(self._forward(context, step, drawn), self._call.vocab_size)
+
+    def _forward(self, context: Context, step: int, drawn: Tensor | None) -> Tensor:
+        """`[rows, 1, draft vocab]` float32, the draft model's logits after the first `step` drafts of `context`."""
         missing = [n + step for n in self.cached.missing(context)]
         equal = min(missing) == max(missing)
         logits = self.cached.forward(
@@ -227,12 +246,7 @@ class ModelDrafter(Drafter):
             self.cached.forget(context.rows, [max(missing) - n for n in missing])  # fill after a row's own tokens
             last = to_device(missing, logits.device)[:, None, None] - 1
             logits = logits.gather(1, last.expand(-1, 1, logits.shape[2]))
-        logits = _fit_vocabulary(logits.float().to(context.tokens.device), self._call.vocab_size)
-        if not self._call.processors:
-            return logits
-        scores = self._process(logits, context, offset=step)
-        # If processors leave no token, draw from the unprocessed distribution: q is still what was drawn from.
-        return torch.where(scores.amax(dim=-1, keepdim=True).isfinite(), scores, logits)
+        return logits.float().to(context.tokens.device)
 
 
 def _fit_vocabulary(logits: Tensor, vocab_size: int) -> Tensor:

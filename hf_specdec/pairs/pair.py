@@ -18,7 +18,7 @@ from transformers import (
 from transformers.utils import logging
 
 from ..device import model_device
-from ..drafters import Drafter, ModelDrafter, PromptLookupDrafter
+from ..drafters import Drafter, ModelDrafter, OtherTokenizerDrafter, PromptLookupDrafter
 from ..models.checks import check_mode, unwrapped
 from ..options import OPTION_NAMES, Options
 from ..records import fragment
@@ -29,6 +29,7 @@ from .compatibility import (
     check_draft_model,
     compare,
     devices_of,
+    differing_tokens,
     dtype_of,
     quantity,
     vocabulary_check,
@@ -147,10 +148,19 @@ class SpecPair:
             return self.target.generate(*args, **{"tokenizer": self.tokenizer, **kwargs})
         if "assistant_model" not in named:
             options = {k: v for k, v in self.config.recommended.items() if getattr(given, k, None) is None}
-            # The tokenizers were compared on loading; passing one for both avoids doing so in every call.
-            one = {"tokenizer": self.tokenizer, "assistant_tokenizer": self.tokenizer}
-            kwargs = {"assistant_model": self.draft, **one, **options, **kwargs}
+            kwargs = {"assistant_model": self.draft, **self.tokenizers, **options, **kwargs}
         return self.target.generate(*args, **{**kwargs, "strategy": strategy})
+
+    @functools.cached_property
+    def tokenizers(self) -> dict[str, PreTrainedTokenizerBase]:
+        """Arguments of `generate()`: `tokenizer` and `assistant_tokenizer`.
+
+        They are compared once. If they are the same, one is passed for both, so that no call compares them again.
+        """
+        other = self.draft_tokenizer
+        if other is None or not differing_tokens(self.tokenizer, other)[0]:
+            other = self.tokenizer
+        return {"tokenizer": self.tokenizer, "assistant_tokenizer": other}
 
     @functools.cached_property
     def compatibility(self) -> Compatibility:
@@ -274,8 +284,8 @@ def make_drafter(
             in the target's pair file or the catalogue, a `Drafter`, or `None` for prompt look-up.
         target: the model that it drafts for.
         options: the call's options.
-        tokenizer: the target's tokenizer; used only if vocabulary sizes differ.
-        assistant_tokenizer: the draft's tokenizer; likewise.
+        tokenizer: the target's tokenizer. If the draft's differs, drafts are translated.
+        assistant_tokenizer: the draft's tokenizer.
 
     Raises:
         ValueError, TypeError: if `assistant_model` is not a drafter, or does not fit the target.
@@ -302,8 +312,16 @@ def make_drafter(
             assistant_model = load_draft(str(assistant_model), target.dtype, model_device(target), *of_the_target)
     draft = draft_model(assistant_model)
     check_mode(draft, "`assistant_model`", "assistant_model")
-    check_draft_model(draft, target, tokenizer, assistant_tokenizer)
-    return ModelDrafter(draft, options.assistant_confidence_threshold, options.compiles("draft"))
+    different = check_draft_model(draft, target, tokenizer, assistant_tokenizer)
+    threshold = options.assistant_confidence_threshold
+    if different is None:
+        return ModelDrafter(draft, threshold, options.compiles("draft"))
+    if options.speculation_compile == "draft":
+        raise ValueError(
+            "`speculation_compile='draft'` does not compile drafts with another tokenizer than the target's: leave it "
+            "out"
+        )
+    return OtherTokenizerDrafter(draft, *different, threshold)
 
 
 def draft_model(assistant_model: object) -> PreTrainedModel:
