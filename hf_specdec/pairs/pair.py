@@ -162,6 +162,11 @@ class SpecPair:
             other = self.tokenizer
         return {"tokenizer": self.tokenizer, "assistant_tokenizer": other}
 
+    @property
+    def has_two_tokenizers(self) -> bool:
+        """Whether the draft has another tokenizer than the target."""
+        return self.tokenizers["assistant_tokenizer"] is not self.tokenizer
+
     @functools.cached_property
     def compatibility(self) -> Compatibility:
         """The report made when the pair was loaded, including notes."""
