@@ -75,6 +75,7 @@ class Bridge:
         self.draft = TokenBytes(draft_tokenizer, "assistant_tokenizer")
         self.to_draft = _same_role(self.target, self.draft)
         self.to_target = _same_role(self.draft, self.target)
+        self._shared: dict[tuple[int, int], Shared] = {}
         of_target, of_draft = self.overlap
         how = "by token, over those that they share" if self.by_token else "as text, which the target's encodes"
         logger.info(
@@ -91,17 +92,22 @@ class Bridge:
     @cached_property
     def overlap(self) -> tuple[float, float]:
         """The share of the target's tokens that stand for the bytes of one of the draft's, and the other way round."""
-        target, draft = self.target.by_bytes().keys(), self.draft.by_bytes().keys()
+        target, draft = self.target.by_bytes.keys(), self.draft.by_bytes.keys()
         common = len(target & draft)
         return common / max(len(target), 1), common / max(len(draft), 1)
 
     def shared(self, vocab_size: int, draft_size: int) -> Shared:
-        """The tokens of both, of those that the models know.
+        """The tokens of both, of those that the models know; on the host.
 
         Args:
             vocab_size, draft_size: ids below these are known to target and draft.
         """
-        to_target, to_draft = self.target.by_bytes(), self.draft.by_bytes()
+        if (vocab_size, draft_size) not in self._shared:
+            self._shared[vocab_size, draft_size] = self._find_shared(vocab_size, draft_size)
+        return self._shared[vocab_size, draft_size]
+
+    def _find_shared(self, vocab_size: int, draft_size: int) -> Shared:
+        to_target, to_draft = self.target.by_bytes, self.draft.by_bytes
         first: dict[int, int] = {}  # of the target -> of the draft
         more: dict[int, list[int]] = {}
         for draft, piece in enumerate(self.draft.pieces[:draft_size]):
@@ -240,11 +246,18 @@ def bridge_between(tokenizer: PreTrainedTokenizerBase, draft_tokenizer: PreTrain
     Raises:
         ValueError: if the tokens of one of them cannot be mapped to bytes.
     """
-    known = _bridges.setdefault(tokenizer, weakref.WeakKeyDictionary())
-    sizes = len(tokenizer), len(draft_tokenizer)
-    if draft_tokenizer not in known or known[draft_tokenizer][0] != sizes:
-        known[draft_tokenizer] = sizes, Bridge(tokenizer, draft_tokenizer)
-    return known[draft_tokenizer][1]
+    bridge = known_bridge(tokenizer, draft_tokenizer)
+    if bridge is None:
+        bridge = Bridge(tokenizer, draft_tokenizer)
+        bridges = _bridges.setdefault(tokenizer, weakref.WeakKeyDictionary())
+        bridges[draft_tokenizer] = (len(tokenizer), len(draft_tokenizer)), bridge
+    return bridge
+
+
+def known_bridge(tokenizer: PreTrainedTokenizerBase, draft_tokenizer: PreTrainedTokenizerBase) -> Bridge | None:
+    """The bridge between two tokenizers, if it has been made and they have not grown since."""
+    sizes, bridge = _bridges.get(tokenizer, {}).get(draft_tokenizer, (None, None))
+    return bridge if sizes == (len(tokenizer), len(draft_tokenizer)) else None
 
 
 def _same_role(one: TokenBytes, other: TokenBytes) -> dict[int, int]:

@@ -74,7 +74,7 @@ class OtherTokenizerDrafter(ModelDrafter):
         check_kind(model)
         self.bridge = bridge_between(tokenizer, assistant_tokenizer)
         self.by_token = self.bridge.by_token if by is None else by == "token"
-        check_size("assistant_tokenizer", assistant_tokenizer, "`assistant_model`", model)
+        check_size("assistant_tokenizer", self.bridge.draft.size, "`assistant_model`", model)
 
     def start(self, call: DraftRequest, context: Context) -> None:
         if call.prompt_is_embeds:
@@ -232,13 +232,13 @@ def check_kind(model: PreTrainedModel) -> None:
         )
 
 
-def check_size(argument: str, tokenizer: PreTrainedTokenizerBase, owner: str, model: PreTrainedModel) -> None:
+def check_size(argument: str, size: int, owner: str, model: PreTrainedModel) -> None:
     """Raise a ValueError if a tokenizer has more tokens than its model: it must be another model's.
 
-    Tokens that were added to its base vocabulary may be unknown to the model.
+    Args:
+        size: of its base vocabulary; tokens that were added to it may be unknown to the model.
     """
-    known, added = model.config.get_text_config(decoder=True).vocab_size, tokenizer.get_added_vocab()
-    size = max((i for token, i in tokenizer.get_vocab().items() if token not in added), default=-1) + 1
+    known = model.config.get_text_config(decoder=True).vocab_size
     if size > known:
         raise ValueError(
             f"`{argument}` has {size} tokens, but {owner} ({type(model).__name__}) knows only {known}: it is not its "

@@ -7,6 +7,7 @@ tokenizer's own description: its decoder, pre-tokenizer and normalizer.
 import json
 import re
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -39,6 +40,7 @@ class TokenBytes:
         roles: ids by role: "bos", "eos", "pad"...
         prefix: the special tokens that it puts before a text.
         adds_space: it puts a space of its own before a text.
+        size: one more than the largest id of its base vocabulary, without added tokens.
         begins_with_space: the bytes of a text's first token begin with a space that is not in the text.
 
     Raises:
@@ -55,6 +57,7 @@ class TokenBytes:
         special = {i for i, token in added.items() if token["special"]} | {*tokenizer.all_special_ids}
         meaning = self._meaning(decoders, form.get("model", {}), words)
         vocabulary = tokenizer.get_vocab()
+        self.size = max((i for i in vocabulary.values() if i not in added), default=-1) + 1
         self.pieces: list[bytes | None] = [None] * (max(vocabulary.values(), default=-1) + 1)
         self.names: dict[int, str] = {}
         self._fallback: set[int] = set()  # ids of tokens that are written as a byte's number
@@ -70,7 +73,7 @@ class TokenBytes:
         self.adds_space = backend is None or _adds_space(form)
         self.begins_with_space = self.adds_space or words or any(step["type"] == "WordPiece" for step in decoders)
         self._encode = self._encoder(tokenizer, form if backend is not None else None)
-        self._byte_ids = {piece[0]: i for piece, i in self.by_bytes().items() if len(piece) == 1}
+        self._byte_ids = {piece[0]: i for piece, i in self.by_bytes.items() if len(piece) == 1}
         self._check()
 
     def encode(self, data: bytes) -> list[int]:
@@ -89,6 +92,7 @@ class TokenBytes:
                 data = data[error.end :]
         return ids
 
+    @cached_property
     def by_bytes(self) -> dict[bytes, int]:
         """The token for each sequence of bytes that is one; of several, one that is not a byte's number."""
         found: dict[bytes, int] = {}
@@ -178,7 +182,7 @@ class TokenBytes:
 
     def _check(self) -> None:
         """Encode the bytes of some tokens: they must come back."""
-        usable = [piece for piece in self.by_bytes() if piece.strip() and _is_text(piece)]
+        usable = [piece for piece in self.by_bytes if piece.strip() and _is_text(piece)]
         probed = usable[:: max(len(usable) // _PROBED, 1)][:_PROBED]
         back = [b"".join(self.pieces[i] or b"" for i in self.encode(piece)).strip() for piece in probed]
         right = sum(piece.strip() == data for piece, data in zip(probed, back))

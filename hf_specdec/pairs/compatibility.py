@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, DynamicCache, PreTrainedModel, PreTraine
 from ..cache.layers import check_layers
 from ..cache.states import has_states
 from ..device import model_device
-from ..drafters.bridge import bridge_between
+from ..drafters.bridge import bridge_between, known_bridge
 from ..drafters.other_tokenizer import check_kind, check_size
 from ..models.abilities import Abilities
 from ..models.checks import check_config, check_states
@@ -93,7 +93,8 @@ def different_tokenizers(
     (chat and tool markers) may differ: a draft that gets them wrong is merely rejected.
 
     Raises:
-        ValueError: if that cannot be found out, or if a tokenizer has more tokens than its model.
+        ValueError: if that cannot be found out; or if they differ, and one cannot be mapped to bytes or has more tokens
+            than its model.
     """
     sizes = [_vocab_size(model) for model in (target, draft)]
     if tokenizer is None or assistant_tokenizer is None:
@@ -107,10 +108,13 @@ def different_tokenizers(
                 "their tokenizers are not known: pass both, `tokenizer` for the target's and `assistant_tokenizer` for "
                 "the draft's"
             )
-    if tokenizer is assistant_tokenizer or not differing_tokens(tokenizer, assistant_tokenizer)[0]:
+    if tokenizer is assistant_tokenizer:
         return None
-    check_size("tokenizer", tokenizer, "the target", target)
-    check_size("assistant_tokenizer", assistant_tokenizer, "`assistant_model`", draft)
+    if known_bridge(tokenizer, assistant_tokenizer) is None and not differing_tokens(tokenizer, assistant_tokenizer)[0]:
+        return None
+    bridge = bridge_between(tokenizer, assistant_tokenizer)
+    check_size("tokenizer", bridge.target.size, "the target", target)
+    check_size("assistant_tokenizer", bridge.draft.size, "`assistant_model`", draft)
     if draft.config.is_encoder_decoder or target.config.is_encoder_decoder:
         raise ValueError(
             f"Target ({type(target).__name__}) and `assistant_model` ({type(draft).__name__}) have different "
@@ -305,7 +309,7 @@ def _tokens(
     regular, added = differing_tokens(tokenizer, draft_tokenizer)
     if regular:
         complaint = _complaint(different_tokenizers, draft, target, tokenizer, draft_tokenizer)
-        complaint = complaint or _complaint(check_kind, draft) or _complaint(bridge_between, tokenizer, draft_tokenizer)
+        complaint = complaint or _complaint(check_kind, draft)
         if complaint:
             return _finding("tokens", counts, f"different tokenizers ({_ids(regular)}). {complaint}", "error")
         by = "by token" if bridge_between(tokenizer, draft_tokenizer).by_token else "as text"
