@@ -145,7 +145,7 @@ class RowText:
         self._bridge = bridge
         self.ids = list(bridge.draft.prefix)
         self._final = len(self.ids)  # how many of them no longer change
-        self._open = b""  # the text after these
+        self._open = bytearray()  # the text after these
         self._is_empty = True  # no text has come yet
         # The target's last tokens, which it may have written in another way if more text had followed.
         self._tail: list[int] = []
@@ -167,7 +167,7 @@ class RowText:
         cut = _last_word(self._open)
         if cut:
             self._close(cut)
-        self.ids += self._bridge.draft.encode(self._open)
+        self.ids += self._bridge.draft.encode(bytes(self._open))
         if not self.ids:  # a model cannot read nothing
             roles = self._bridge.draft.roles
             self.ids = [next((roles[role] for role in ("bos", "cls", "eos", "pad") if role in roles), 0)]
@@ -228,10 +228,10 @@ class RowText:
 
     def _close(self, end: int) -> None:
         """The tokens of the first `end` bytes become final."""
-        new = self._bridge.draft.encode(self._open[:end])
+        new = self._bridge.draft.encode(bytes(self._open[:end]))
         self.ids += new
         self._final += len(new)
-        self._open = self._open[end:]
+        del self._open[:end]
 
     @staticmethod
     def _begun(data: bytes, source: TokenBytes, destination: TokenBytes) -> bytes:
@@ -273,7 +273,7 @@ def _same_role(one: TokenBytes, other: TokenBytes) -> dict[int, int]:
     return {i: match for i, match in found.items() if match is not None}
 
 
-def _last_word(text: bytes) -> int:
+def _last_word(text: bytearray) -> int:
     """Where the last word begins: at a space after something else. What comes before is encoded for good.
 
     A long text without spaces is cut between two characters near its end.

@@ -27,6 +27,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from ..cache.states import has_states
 from ..device import to_host
 from ..models.abilities import Abilities
+from ..models.cached import CachedModel
 from ..sampling.context import Context
 from .base import Draft, DraftRequest
 from .bridge import RowText, bridge_between
@@ -75,6 +76,8 @@ class OtherTokenizerDrafter(ModelDrafter):
         self.bridge = bridge_between(tokenizer, assistant_tokenizer)
         self.by_token = self.bridge.by_token if by is None else by == "token"
         check_size("assistant_tokenizer", self.bridge.draft.size, "`assistant_model`", model)
+        if not self.by_token:
+            self.shows_confidence = False  # it knows that of its own tokens, not of the target's
 
     def start(self, call: DraftRequest, context: Context) -> None:
         if call.prompt_is_embeds:
@@ -94,7 +97,9 @@ class OtherTokenizerDrafter(ModelDrafter):
             text.read(context.row(row).tolist())
         self.own = self._own_context(context)
         size = self.model.config.get_text_config(decoder=True).vocab_size
-        self._shared = self.bridge.shared(call.vocab_size, size).to(context.tokens.device) if self.by_token else None
+        shared = self.bridge.shared(call.vocab_size, size) if self.by_token else None
+        self._shared = None if shared is None else shared.to(context.tokens.device)
+        self._draft_ids = None if shared is None else shared.to_draft  # on the host
         ratio = sum(self.own.lengths) / sum(context.lengths)
         self._steps_per_token = min(max(ratio, 1 / _MOST_STEPS), _MOST_STEPS)
         own = replace(call, lockstep=False, static=False, inputs={}, encoder=None)
@@ -106,6 +111,7 @@ class OtherTokenizerDrafter(ModelDrafter):
 
     def commit(self, context: Context) -> None:
         """Bring the draft's context up to date, and its cache back to where the two have the same tokens."""
+        assert isinstance(self.cached, CachedModel)
         own, lengths = self.own, self.cached.cache.lengths
         own.rows = list(context.rows)
         new = []
@@ -128,10 +134,11 @@ class OtherTokenizerDrafter(ModelDrafter):
 
     def _fed(self, row: int, committed: Sequence[int]) -> list[int]:
         """The draft's tokens that it has read after the row's text, as far as they may have been accepted."""
-        if self._shared is None:
+        if self._draft_ids is None:
             return self._drafted.get(row, [])
         # All committed tokens but the last, which is the target's own, were drafts.
-        return [self._id_of_draft(token) for token in committed[:-1]]
+        ids: list[int] = self._draft_ids[torch.tensor(committed[:-1], dtype=torch.int64)].tolist()
+        return ids
 
     def _own_context(self, context: Context) -> Context:
         ids = [text.ids for text in self._texts]
@@ -175,20 +182,17 @@ class OtherTokenizerDrafter(ModelDrafter):
         tokens: list[Tensor] = []  # each [rows, 1]
         best: list[Tensor] = []  # each [rows, 1], the score of the likeliest token
         sure: list[Tensor] = []  # each [rows, 1], whether another one may follow
-        lengths = [steps] * len(context.rows)
         for step in range(steps):
             scores = self._forward(self.own, step, tokens[-1] if tokens else None)
             best.append(scores.amax(dim=-1))
             tokens.append(scores.argmax(dim=-1))
-            if self.confidence_threshold and not self.shows_confidence:
+            if self.confidence_threshold:
                 sure.append(self._confidence(scores, tokens[-1]) >= self.confidence_threshold)
-            lengths, done = self._stop(step, lengths, scores, tokens[-1])
-            if done:
-                break
-        self._drafted = dict(zip(context.rows, _on_host(tokens, sure, lengths)))
+        self._drafted = dict(zip(context.rows, _on_host(tokens, sure))) if tokens else {}
         translated = []
-        for row, draft in self._drafted.items():
-            ids = self._texts[row].continued(draft)[:max_tokens]
+        for row in context.rows:
+            draft = self._drafted.get(row, [])
+            ids = self._texts[row].continued(draft)[:max_tokens] if draft else []
             unknown = next((i for i, token in enumerate(ids) if token >= self._call.vocab_size), len(ids))
             translated.append(ids[:unknown])
         width = max(map(len, translated))
@@ -198,21 +202,16 @@ class OtherTokenizerDrafter(ModelDrafter):
         return Draft(ids, lengths=list(map(len, translated)), valid=valid)
 
 
-def _on_host(tokens: list[Tensor], sure: list[Tensor], lengths: list[int]) -> list[list[int]]:
+def _on_host(tokens: list[Tensor], sure: list[Tensor]) -> list[list[int]]:
     """By row, the draft's tokens up to the first unsure one. The host waits here: it needs them to make text of them.
 
     Args:
-        tokens, sure: each `[rows, 1]`.
-        lengths: by row, how many tokens it has at most.
+        tokens: each `[rows, 1]`.
+        sure: the same, whether another one may follow; empty if one may follow all.
     """
-    if not tokens:
-        return [[] for _ in lengths]
     table: list[list[int]] = to_host(torch.cat([*tokens, *(s.long() for s in sure)], dim=1)).tolist()
-    drafts = []
-    for row, length in zip(table, lengths):
-        doubts = [i for i, is_sure in enumerate(row[len(tokens) :]) if not is_sure]
-        drafts.append(row[: min([length, len(tokens), *(i + 1 for i in doubts[:1])])])
-    return drafts
+    count = len(tokens)
+    return [row[: row[count:].index(0) + 1 if 0 in row[count:] else count] for row in table]
 
 
 def check_kind(model: PreTrainedModel) -> None:
@@ -223,8 +222,8 @@ def check_kind(model: PreTrainedModel) -> None:
             f"`assistant_model` ({name}) is an encoder-decoder model with another tokenizer than the target's: use a "
             "decoder-only draft"
         )
-    able = Abilities.of(model)
-    if not able.own_cache or has_states(DynamicCache(config=model.config.get_text_config(decoder=True))):
+    able, config = Abilities.of(model), model.config.get_text_config(decoder=True)
+    if not able.own_cache or has_states(DynamicCache(config=config)) or able.needs_own_code:
         raise ValueError(
             f"`assistant_model` ({name}) has another tokenizer than the target and carries a state that cannot go back "
             "to an earlier token, as it must where the two cut a text differently: use a draft with attention layers "
