@@ -276,15 +276,22 @@ def _same_role(one: TokenBytes, other: TokenBytes) -> dict[int, int]:
 def _last_word(text: bytearray) -> int:
     """Where the last word begins: at a space after something else. What comes before is encoded for good.
 
-    A long text without spaces is cut between two characters near its end.
+    A long text without such a space is cut at a line's end, else between two characters.
     """
-    cut = len(text)
-    while (cut := text.rfind(b" ", 0, cut)) > 0:
-        if not text[cut - 1 : cut].isspace():
-            break
-    if len(text) - max(cut, 0) <= _LONGEST:
-        return max(cut, 0)
+    cut = _last_after_text(text, b" ", len(text))
+    if len(text) - cut <= _LONGEST:
+        return cut
     cut = len(text) - _KEPT
+    if line := _last_after_text(text, b"\n", cut):
+        return line
     while cut and text[cut] & 0xC0 == 0x80:  # inside of a character
         cut -= 1
     return cut
+
+
+def _last_after_text(text: bytearray, byte: bytes, end: int) -> int:
+    """Where this byte comes last before `end` with something before it that is not whitespace; 0 if nowhere."""
+    while (end := text.rfind(byte, 0, end)) > 0:
+        if not text[end - 1 : end].isspace():
+            return end
+    return 0
