@@ -111,24 +111,33 @@ KINDS = ("bytes", "other bytes", "space first", "unigram", "word pieces", "chara
 EXACT = tuple(kind for kind in KINDS if kind != "word pieces")  # the others change a text
 
 
+def model_of(kind: str, window: int | None = None) -> PreTrainedModel:
+    """A tiny model that has learned from the corpus, the same one in each call."""
+    return _model(kind, window)
+
+
 @functools.cache
-def model_of(kind: str, window: int | None = None, text: str = CORPUS) -> PreTrainedModel:
+def _model(kind: str, window: int | None) -> PreTrainedModel:
     """Knows which token comes after which, from counts. Attention adds noise that depends on the context."""
     tokenizer, width = tokenizer_of(kind), 64
     config: dict[str, Any] = SIZES | {"vocab_size": len(tokenizer), "hidden_size": width, "num_hidden_layers": 1}
     config |= {"max_position_embeddings": 1024, "tie_word_embeddings": False}
     kinds = LlamaConfig(**config) if window is None else MistralConfig(**config, sliding_window=window)
     model = make_model(kinds, seed=5)
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id or 0])
+    ids = torch.tensor(tokenizer(CORPUS, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id or 0])
     counts = torch.full((len(tokenizer), len(tokenizer)), 0.02)
     counts.index_put_((ids[:-1], ids[1:]), torch.tensor(1.0), accumulate=True)
+    counts.fill_diagonal_(0.02)  # else greedy texts repeat one token
+    counts *= 1 + torch.rand(counts.shape, generator=torch.Generator().manual_seed(0)) / 2  # no ties
     scores = (counts / counts.sum(dim=1, keepdim=True)).log()
     left, values, right = torch.linalg.svd(scores - scores.mean(dim=1, keepdim=True))
     left, right = left[:, : width - 1] * values[: width - 1], right[: width - 1]
     longest = left.norm(dim=1).max() * 1.01
     rest = (longest**2 - left.norm(dim=1, keepdim=True) ** 2).sqrt()  # so that the norm before the head changes nothing
     with torch.no_grad():
-        model.get_input_embeddings().weight.copy_(torch.cat([left, rest], dim=1) / longest * 8)
+        model.get_input_embeddings().weight.copy_(
+            torch.cat([left, rest], dim=1) / longest * 80
+        )  # much larger than what attention adds
         head = torch.cat([right.T, torch.zeros(len(tokenizer), 1)], dim=1)
         model.get_output_embeddings().weight.copy_(head * longest / width**0.5)
         for layer in model.model.layers:
@@ -153,5 +162,6 @@ PROMPTS = [
 def inputs_of(kind: str, rows: int) -> dict[str, torch.Tensor]:
     tokenizer = tokenizer_of(kind)
     tokenizer.padding_side = "left"
-    batch = tokenizer(PROMPTS[:rows], return_tensors="pt", padding=True, return_token_type_ids=False)
+    given = {"add_special_tokens": False} if kind == "word pieces" else {}  # it would put an end after them
+    batch = tokenizer(PROMPTS[:rows], return_tensors="pt", padding=True, return_token_type_ids=False, **given)
     return dict(batch)
