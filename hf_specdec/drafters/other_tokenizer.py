@@ -197,9 +197,9 @@ class OtherTokenizerDrafter(ModelDrafter):
             translated.append(ids[:unknown])
         width = max(map(len, translated))
         filled = [ids + [0] * (width - len(ids)) for ids in translated]
-        ids = torch.tensor(filled, dtype=torch.int64).to(context.tokens.device, non_blocking=True)
+        block = torch.tensor(filled, dtype=torch.int64).to(context.tokens.device, non_blocking=True)
         valid = torch.cat(best, dim=1).isfinite().all(dim=1) if best else None
-        return Draft(ids, lengths=list(map(len, translated)), valid=valid)
+        return Draft(block, lengths=list(map(len, translated)), valid=valid)
 
 
 def _on_host(tokens: list[Tensor], sure: list[Tensor]) -> list[list[int]]:

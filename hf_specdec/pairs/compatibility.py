@@ -259,7 +259,7 @@ def vocabulary_check(tokenizer: Tokenizer) -> dict[str, Any]:
     return {"vocab_size": len(vocabulary), "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def _complaint(check: Callable[..., None], *arguments: Any) -> str:
+def _complaint(check: Callable[..., object], *arguments: Any) -> str:
     """The error message of a check; empty if it passes."""
     try:
         check(*arguments)
