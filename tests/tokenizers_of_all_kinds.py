@@ -50,14 +50,9 @@ def _space_first() -> Tokenizer:
 
 
 def _unigram() -> Tokenizer:
-    backend = Tokenizer(models.Unigram())
-    backend.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=320, special_tokens=["<unk>", "<s>", "</s>"], unk_token="<unk>", show_progress=False
-    )
-    backend.train_from_iterator([CORPUS.replace("\n", " ")], trainer)
-    form = json.loads(backend.to_str())["model"]
-    vocabulary = [tuple(pair) for pair in form["vocab"]] + [(name, -20.0) for name in BYTES]
+    """With the pieces of `_space_first`, because the trainer's differ from run to run."""
+    pieces = sorted(_space_first().get_vocab().items(), key=lambda item: item[1])
+    vocabulary = [(piece, -20.0 if piece in BYTES else -4 - i / 100) for piece, i in pieces]
     whole = Tokenizer(models.Unigram(vocabulary, unk_id=0, byte_fallback=True))
     whole.pre_tokenizer = pre_tokenizers.Metaspace()
     whole.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
@@ -72,12 +67,17 @@ def _with_ends(backend: Tokenizer) -> Tokenizer:
 
 def _word_pieces() -> PreTrainedTokenizerFast:
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    backend = Tokenizer(models.BPE(continuing_subword_prefix="##"))
     backend.normalizer = normalizers.BertNormalizer(lowercase=True)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    backend.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(vocab_size=400, special_tokens=special, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, continuing_subword_prefix="##", show_progress=False
+    )
     backend.train_from_iterator([CORPUS], trainer)
+    found = json.loads(backend.to_str())["model"]["vocab"].keys() - {*special}
+    vocabulary = {token: i for i, token in enumerate([*special, *sorted(found)])}  # the trainer's order differs by run
+    backend.model = models.WordPiece(vocabulary, unk_token="[UNK]")
+    backend.decoder = decoders.WordPiece()
     ends = [("[CLS]", 2), ("[SEP]", 3)]
     backend.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=ends)
     roles = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
