@@ -6,7 +6,17 @@ Importing registers `strategy="spec"` on `generate()`:
 """
 
 from . import metrics
-from .drafters import Draft, Drafter, DraftRequest, ModelDrafter, OtherTokenizerDrafter, PromptLookupDrafter
+from .drafters import (
+    Draft,
+    Drafter,
+    DraftRequest,
+    Either,
+    ModelDrafter,
+    OtherTokenizerDrafter,
+    ParallelDrafter,
+    PromptLookupDrafter,
+    SuffixDrafter,
+)
 from .generate.attached import attach, attached
 from .generate.method import speculative
 from .generate.strategy import register, unregister
@@ -26,14 +36,17 @@ __all__ = [
     "Draft",
     "DraftRequest",
     "Drafter",
+    "Either",
     "MatcherProcessor",
     "ModelDrafter",
     "OtherTokenizerDrafter",
     "PairConfig",
+    "ParallelDrafter",
     "PromptLookupDrafter",
     "RowProcessor",
     "SpecPair",
     "SpeculationStats",
+    "SuffixDrafter",
     "Suggestion",
     "Trace",
     "attach",

@@ -77,11 +77,6 @@ class Options:
         if isinstance(compiles, str) and compiles not in COMPILABLE:
             names = ", ".join(map(repr, COMPILABLE))
             raise ValueError(f"`speculation_compile` must be one of {names}, or True for all of them, got {compiles!r}")
-        if self.assistant_early_exit is not None:
-            raise ValueError(
-                "`assistant_early_exit` is not supported by strategy='spec' yet: pass a draft model as "
-                "`assistant_model`, or `prompt_lookup_num_tokens`"
-            )
 
     def _check_acceptance(self) -> None:
         acceptance: Any = self.speculation_acceptance
@@ -135,7 +130,7 @@ def resolve_options(
             explicit.get(name),
             None if value == host_defaults.get(name) else value,
             getattr(target.generation_config, name, None),
-            getattr(draft_config, name, None),
+            getattr(draft_config, name, None) if name != "assistant_early_exit" else None,  # it is about the target
         ]
         return next((value for value in candidates if value is not None), DEFAULTS[name])
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Check that speculation changes nothing: greedy outputs token by token, sampled ones by a two-sample test.
+"""Check that speculation changes nothing: greedy outputs token by token, sampled ones by seed or by a two-sample test.
 
     ./scripts/check_lossless                       # the embedded pair in float32, no network, about a minute
     ./scripts/check_lossless --dtype bfloat16      # near-ties may fall differently, as in transformers
@@ -15,6 +15,9 @@ prompt look-up, in batches of each size. The first difference of a row from vani
           (measured without speculation);
   a BUG   otherwise. Rows with the same tokens are BUGs too if their logits differ by more than the bound.
 
+Sampled with the same seeds (`speculation_acceptance="coupled"`): vanilla chooses its tokens with the noise of a seed,
+and so does speculation. Their texts are compared in the same way.
+
 Sampled: continuations of four tokens are drawn both ways. A chi-squared test compares each token, and each pair of
 adjacent tokens. The table shows how large a bias (total variation) the test finds with a probability of 90%. The null
 hypothesis allows for rounding, again measured between vanilla and a plain forward.
@@ -25,6 +28,7 @@ not fail. The last line of the output is JSON.
 """
 
 import argparse
+import functools
 import json
 from typing import Any
 
@@ -45,7 +49,7 @@ from hf_specdec.tools.arguments import (
     positive,
     quiet,
 )
-from hf_specdec.tools.lossless import BUG, IDENTICAL, GreedyResult, Way, check_greedy
+from hf_specdec.tools.lossless import BUG, IDENTICAL, TokenResult, Way, check_tokens
 from hf_specdec.tools.report import fitted
 from hf_specdec.tools.two_sample import ALARM, NEW_TOKENS, POWER, PROMPT_TOKENS, ROWS, SampledResult, check_sampled
 
@@ -54,8 +58,8 @@ SHOWN = 20  # divergences in the table; the JSON has all
 LEFT: dict[str, Any] = {"title_justify": "left", "caption_justify": "left", "box": SIMPLE_HEAD}
 
 
-def show_greedy(console: Console, results: list[GreedyResult]) -> None:
-    table = Table("speculation", title="greedy, compared with vanilla", **LEFT)
+def show_tokens(console: Console, title: str, results: list[TokenResult]) -> None:
+    table = Table("speculation", title=f"{title}, compared with vanilla", **LEFT)
     for heading in ("batch", "rows", "same", "ties", "BUGs", "α", "τ", "off by"):
         table.add_column(heading, justify="right")
     for result in results:
@@ -80,7 +84,7 @@ def show_greedy(console: Console, results: list[GreedyResult]) -> None:
     console.print(fitted(table))
 
 
-def show_divergences(console: Console, results: list[GreedyResult], tokenizer: PreTrainedTokenizerBase) -> None:
+def show_divergences(console: Console, results: list[TokenResult], tokenizer: PreTrainedTokenizerBase) -> None:
     found = [(result.way, *verdict) for result in results for verdict in result.verdicts() if verdict[1] != IDENTICAL]
     if not found:
         return
@@ -127,12 +131,12 @@ def show_sampled(console: Console, results: list[SampledResult]) -> None:
     console.print(fitted(table))
 
 
-def find_failures(greedy: list[GreedyResult], sampled: list[SampledResult]) -> list[str]:
+def find_failures(compared: list[TokenResult], sampled: list[SampledResult]) -> list[str]:
     """Evidence against losslessness, and reasons why this run did not show it."""
-    bugs = sum(verdict == BUG for result in greedy for _, verdict, _ in result.verdicts())
-    failures = [f"{bugs} rows of greedy output differ by more than rounding explains"] if bugs else []
+    bugs = sum(verdict == BUG for result in compared for _, verdict, _ in result.verdicts())
+    failures = [f"{bugs} rows differ by more than rounding explains"] if bugs else []
     failures += [f"samples differ: {r.way}, p = {r.p_value:.2g}" for r in sampled if r.differs]
-    if not any(result.stats.accepted_tokens for result in [*greedy, *sampled]):
+    if not any(result.stats.accepted_tokens for result in [*compared, *sampled]):
         failures.append("no draft was ever accepted, so nothing is shown: check that target and draft fit")
     return failures
 
@@ -169,20 +173,27 @@ def main(arguments: list[str] | None = None) -> int:
 
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("greedy", total=sum(-(-len(prompts) // way.batch_size) for way in ways))
-        greedy = check_greedy(pair, prompts, ways, args.new_tokens, lambda: progress.advance(task))
+        greedy = check_tokens(pair, prompts, ways, args.new_tokens, lambda: progress.advance(task))
+        coupled_ways = [way for way in ways if way.gamma == gammas[-1]] if args.samples else []
+        task = progress.add_task("seeds", total=sum(-(-len(prompts) // way.batch_size) for way in coupled_ways))
+        advance = functools.partial(progress.advance, task)
+        coupled = check_tokens(pair, prompts, coupled_ways, args.new_tokens, advance, args.seed)
         task = progress.add_task("sampled", total=len(sampled_prompts) * args.samples // ROWS * (len(sampled_ways) + 1))
         sampled = check_sampled(pair, sampled_prompts, sampled_ways, args.samples, lambda: progress.advance(task))
 
-    show_greedy(console, greedy)
-    show_divergences(console, greedy, pair.tokenizer)
+    for title, results in (("greedy", greedy), ("sampled with the same seeds", coupled)):
+        if results:
+            show_tokens(console, title, results)
+            show_divergences(console, results, pair.tokenizer)
     if sampled:
         show_sampled(console, sampled)
-    failures = find_failures(greedy, sampled)
+    failures = find_failures([*greedy, *coupled], sampled)
     for failure in failures:
         console.print(Text(failure, "bold red"))
     result = vars(args) | {"device": str(pair.target.device), "dtype": str(pair.target.dtype).removeprefix("torch.")}
     result |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "transformers": transformers.__version__}
-    result |= {"greedy": [r.to_dict() for r in greedy], "sampled": [r.to_dict() for r in sampled]}
+    result |= {"greedy": [r.to_dict() for r in greedy], "coupled": [r.to_dict() for r in coupled]}
+    result |= {"sampled": [r.to_dict() for r in sampled]}
     print(json.dumps(result | {"failures": failures, "lossless": not failures}))
     return 1 if failures else 0
 

@@ -151,9 +151,11 @@ class OtherTokenizerDrafter(ModelDrafter):
 
     # By token: `ModelDrafter` draws target tokens, and each is translated as it is fed.
 
-    def _next_logits(self, context: Context, step: int, drawn: Tensor | None) -> Tensor:
+    def _logits(self, context: Context, step: int, most: int, drawn: Tensor | None) -> Tensor:
+        return super()._logits(self.own, step, most, None if drawn is None else self._translated(drawn))
+
+    def _in_vocabulary(self, logits: Tensor) -> Tensor:
         assert self._shared is not None
-        logits = self._forward(self.own, step, None if drawn is None else self._translated(drawn))
         return self._shared.target_scores(logits, self._call.vocab_size)
 
     def _write(self, context: Context, drawn: Tensor, step: int) -> None:
@@ -168,8 +170,8 @@ class OtherTokenizerDrafter(ModelDrafter):
     def _room(self, context: Context) -> int:
         return super()._room(self.own)
 
-    def _catch_up(self, context: Context) -> None:
-        super()._catch_up(self.own)
+    def _catch_up(self, context: Context, most: int) -> None:
+        super()._catch_up(self.own, most)
 
     # As text.
 
@@ -178,12 +180,12 @@ class OtherTokenizerDrafter(ModelDrafter):
             return super()._propose(context, max_tokens)
         steps = min(math.ceil(max_tokens * self._steps_per_token), self._room(context))
         if steps > 0:
-            self._catch_up(context)
+            self._catch_up(context, steps)
         tokens: list[Tensor] = []  # each [rows, 1]
         best: list[Tensor] = []  # each [rows, 1], the score of the likeliest token
         sure: list[Tensor] = []  # each [rows, 1], whether another one may follow
         for step in range(steps):
-            scores = self._forward(self.own, step, tokens[-1] if tokens else None)
+            scores = super()._logits(self.own, step, 1, tokens[-1] if tokens else None)[:, -1:].float()
             best.append(scores.amax(dim=-1))
             tokens.append(scores.argmax(dim=-1))
             if self.confidence_threshold:

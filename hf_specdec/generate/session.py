@@ -24,7 +24,7 @@ from ..cache.ragged import RaggedCache
 from ..cache.states import has_states
 from ..cache.user_cache import check_user_cache
 from ..device import hidden_parameters, model_device
-from ..drafters import Drafter, DraftRequest, ModelDrafter
+from ..drafters import Drafter, DraftRequest, Either, ModelDrafter
 from ..loop.decoding import SpeculativeDecoding
 from ..loop.outputs import Recorder
 from ..loop.schedule import make_schedule
@@ -153,9 +153,15 @@ def prepare(
         )
     lockstep = _needs_lockstep(checked, drafter, sequential)
     feeding = _feeding(checked, lockstep)
+    if drafter.uses_target and feeding is Feeding.SELF_FED:
+        raise ValueError(
+            f"`assistant_early_exit` drafts on the target's cache, but {type(call.model).__name__} carries its own "
+            "state from step to step: pass a draft model as `assistant_model`"
+        )
     unbounded = _needs_unbounded_windows(checked, lockstep, stopping)
     draft_length = options.prompt_lookup_num_tokens or options.num_assistant_tokens
-    schedule = make_schedule(options.num_assistant_tokens_schedule, draft_length, call.model, drafter)
+    kind = bool(sequential), type(rule)
+    schedule = make_schedule(options.num_assistant_tokens_schedule, draft_length, call.model, drafter, kind)
     blocks = range(1, min((schedule.longest or LONGEST) + 1, LONGEST) + 1)
     make_target = functools.partial(_make_target, checked, feeding, unbounded, options.compiles("target"), blocks)
     target = make_target()
@@ -173,6 +179,7 @@ def prepare(
         inputs={} if prompt.first_forward is None or prompt.past else call.given,
         encoder=checked.encoder,
         prompt_is_embeds=prompt.input_ids.shape[1] == 0,
+        target=target,
         go_on=schedule.go_on,
     )
     return SpeculativeDecoding(
@@ -316,7 +323,7 @@ def _needs_lockstep(checked: _Checked, drafter: Drafter, unknown: list[str]) -> 
         reason = f"{type(model).__name__} has a window of {windows[0]} tokens that its cache does not know"
     elif not (answer := Abilities.of(model).ragged):
         reason = f"{type(model).__name__} cannot decode rows of different lengths together ({answer.reason})"
-    elif isinstance(drafter, ModelDrafter) and not drafter.takes_ragged_rows:
+    elif isinstance(drafter, (Either, ModelDrafter)) and not drafter.takes_ragged_rows:
         reason = f"{type(drafter.model).__name__} cannot decode rows of different lengths together"
     else:
         return False

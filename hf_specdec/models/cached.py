@@ -4,7 +4,7 @@ Owns the inputs of a forward besides tokens; `layout.py` computes the slots, pos
 Both target and draft run through it. It never chooses a token.
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,13 @@ from .layout import Layout
 from .masks import takes_position_ids
 from .multimodal_prompt import FirstForward, OfRow, OfToken
 from .target import Verified, aligned, check_logits, room_after
+
+
+class Resumable(Protocol):
+    """Has run a model's first layers over drafts (see `early_exit.py`)."""
+
+    def resumed(self, width: int) -> PreTrainedModel | None:
+        """What runs the layers after these over the first `width` tokens; `None` if the whole model must run."""
 
 
 class CachedModel:
@@ -64,6 +71,7 @@ class CachedModel:
         self.static = static
         self.encoded = encoded
         self.no_bookkeeping = no_bookkeeping(model, self.device)
+        self.early: Resumable | None = None  # what the next forward goes on from, if drafts have run its first layers
         self.at_once: int | None = None  # how many tokens one forward continues a state over; None for no limit
         self.forwards = 0  # those whose logits were needed
         self.prefill_forwards = 0
@@ -206,7 +214,9 @@ class CachedModel:
         with self.no_bookkeeping():
             if static is not None and is_plain and static.takes(len(context.rows), width):
                 return CausalLMOutputWithPast(logits=self._feed_static(static, context, width, ids)[:, -keep:])
-            output = self._feed(context, width, keep, ids, **kwargs)
+            early, self.early = self.early, None
+            model = early.resumed(width) if early is not None and is_plain else None
+            output = self._feed(context, width, keep, ids, model=model, **kwargs)
         check_logits(self.model, output, keep)
         output.logits = output.logits[:, -keep:]
         return output
@@ -249,6 +259,7 @@ class CachedModel:
         keep: int,
         ids: Tensor | None = None,
         prefill: bool = False,
+        model: PreTrainedModel | None = None,
         **kwargs: Any,
     ) -> ModelOutput:
         cache, rows = self.cache, context.rows
@@ -274,7 +285,7 @@ class CachedModel:
             inputs[name] = value.fed(rows, width) if isinstance(value, (OfRow, OfToken)) else value
         if self.encoded is not None:
             inputs = self.encoded.join(inputs, rows)
-        output = self.model(**inputs, **kwargs, return_dict=True)
+        output = (model or self.model)(**inputs, **kwargs, return_dict=True)
         self._advance(rows, width)
         return output
 

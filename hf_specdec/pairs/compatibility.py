@@ -19,6 +19,7 @@ from ..cache.states import has_states
 from ..device import model_device
 from ..drafters.bridge import bridge_between, known_bridge
 from ..drafters.other_tokenizer import check_kind, check_size
+from ..drafters.parallel import mask_token
 from ..models.abilities import Abilities
 from ..models.checks import check_config, check_states
 from ..records import fragment
@@ -98,7 +99,7 @@ def different_tokenizers(
     """
     sizes = [_vocab_size(model) for model in (target, draft)]
     if tokenizer is None or assistant_tokenizer is None:
-        if sizes[0] == sizes[1]:
+        if _same_size(target, draft):
             return None
         tokenizer = tokenizer or tokenizer_of(target)
         assistant_tokenizer = assistant_tokenizer or tokenizer_of(draft)
@@ -289,12 +290,18 @@ def _architecture(target: PreTrainedModel, draft: PreTrainedModel) -> Finding:
 
 def _embeddings(target: PreTrainedModel, draft: PreTrainedModel) -> Finding:
     sizes = [_vocab_size(model) for model in (target, draft)]
-    advice = "" if sizes[0] == sizes[1] else "padded differently: fine if the tokenizer is the same"
+    advice = "" if _same_size(target, draft) else "padded differently: fine if the tokenizer is the same"
     return _finding("embeddings", (f"{size:,}" for size in sizes), advice)
 
 
 def _vocab_size(model: PreTrainedModel) -> int:
     return model.config.get_text_config(decoder=True).vocab_size
+
+
+def _same_size(target: PreTrainedModel, draft: PreTrainedModel) -> bool:
+    """Whether both have equally many ids, not counting a mask token after them that a parallel draft may have."""
+    size, draft_size = _vocab_size(target), _vocab_size(draft)
+    return draft_size == size or (draft_size == size + 1 and mask_token(draft) == size)
 
 
 def _tokens(
@@ -303,8 +310,7 @@ def _tokens(
     count = f"{len(tokenizer.get_vocab()):,}"
     if draft_tokenizer is None:
         advice = "the draft has no tokenizer to compare: put the one that it was trained with into its folder"
-        same_size = _vocab_size(target) == _vocab_size(draft)
-        return _finding("tokens", (count, "unknown"), advice, "note" if same_size else "error")
+        return _finding("tokens", (count, "unknown"), advice, "note" if _same_size(target, draft) else "error")
     counts = count, f"{len(draft_tokenizer.get_vocab()):,}"
     regular, added = differing_tokens(tokenizer, draft_tokenizer)
     if regular:

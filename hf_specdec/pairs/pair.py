@@ -18,7 +18,8 @@ from transformers import (
 from transformers.utils import logging
 
 from ..device import model_device
-from ..drafters import Drafter, ModelDrafter, OtherTokenizerDrafter, PromptLookupDrafter
+from ..drafters import Drafter, EarlyExitDrafter, Either, OtherTokenizerDrafter, PromptLookupDrafter
+from ..drafters.parallel import drafter_of
 from ..models.checks import check_mode, unwrapped
 from ..options import OPTION_NAMES, Options
 from ..records import fragment
@@ -299,14 +300,30 @@ def make_drafter(
         raise ValueError(
             f"`speculation_compile='attention'` is for CPUs, and the target is on {model_device(target)}: leave it out"
         )
+    if options.assistant_early_exit is not None:
+        for name, other in (
+            ("assistant_model", assistant_model),
+            ("prompt_lookup_num_tokens", options.prompt_lookup_num_tokens),
+        ):
+            if other is not None:
+                raise ValueError(f"`assistant_early_exit` and `{name}` each choose a drafter: pass one of them")
     has_none = assistant_model is None or isinstance(assistant_model, Drafter)
     if has_none and options.speculation_compile == "draft":
         raise ValueError(
             "`speculation_compile='draft'` compiles a draft model, and this call has none: pass one as "
             "`assistant_model`, or leave the option out"
         )
+    if isinstance(assistant_model, Either) and assistant_model.given_model is not None:
+        check_mode(assistant_model.given_model, "`model_draft`", "model_draft")
+        if check_draft_model(assistant_model.given_model, target, tokenizer, assistant_tokenizer) is not None:
+            raise ValueError(
+                "`model_draft` of hf_specdec.Either has another tokenizer than the target: pass it as "
+                "hf_specdec.OtherTokenizerDrafter(model_draft, tokenizer, assistant_tokenizer)"
+            )
     if isinstance(assistant_model, Drafter):
         return assistant_model
+    if options.assistant_early_exit is not None:
+        return EarlyExitDrafter(target, options.assistant_early_exit, options.assistant_confidence_threshold)
     if assistant_model is None:
         return PromptLookupDrafter(options.max_matching_ngram_size)
     if options.prompt_lookup_num_tokens is not None:
@@ -320,7 +337,7 @@ def make_drafter(
     different = check_draft_model(draft, target, tokenizer, assistant_tokenizer)
     threshold = options.assistant_confidence_threshold
     if different is None:
-        return ModelDrafter(draft, threshold, options.compiles("draft"))
+        return drafter_of(draft, threshold, options.compiles("draft"))
     if options.speculation_compile == "draft":
         raise ValueError(
             "`speculation_compile='draft'` does not compile drafts with another tokenizer than the target's: leave it "

@@ -51,7 +51,9 @@ def accept_block(
     choose: Callable[[Distribution], int],
 ) -> list[int]:
     """The committed set of block verification (Sun et al. 2025, Algorithm 2). Arguments as for `accept_sampled`."""
-    accepted, kept, kept_there = 0, 1.0, 1.0
+    accepted = 0
+    kept: float = 1
+    kept_there = kept
     for i, x in enumerate(drafts):
         kept = min(kept * p[i][x] / q[i][x], 1)
         if i + 1 < len(drafts):

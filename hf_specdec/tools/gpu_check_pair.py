@@ -12,7 +12,7 @@ from ..pairs.pair import DEMO_PAIR, SpecPair
 from . import lossless, two_sample
 from .arguments import Prompt, load_prompts
 from .gpu_check import OK, STATIC, WRONG, Case, Part, Scale, attempt
-from .lossless import BUG, IDENTICAL, TIE, GreedyResult, Way
+from .lossless import BUG, IDENTICAL, TIE, TokenResult, Way
 from .synthetic import big_pair
 from .two_sample import ROWS, SampledResult
 
@@ -43,13 +43,13 @@ def half_precision(scale: Scale) -> Iterator[Case]:
     for way in (Way("model", GAMMA, rows), StaticWay("model", GAMMA, rows), Way("look-up", GAMMA, rows)):
 
         def check(way: Way = way) -> tuple[str, str]:
-            (result,) = lossless.check_greedy(pair, prompts, [way], new_tokens)
+            (result,) = lossless.check_tokens(pair, prompts, [way], new_tokens)
             return judged_greedy(result)
 
         yield attempt(f"{way}, {rows} rows", check)
 
 
-def judged_greedy(result: GreedyResult) -> tuple[str, str]:
+def judged_greedy(result: TokenResult) -> tuple[str, str]:
     counts = Counter(verdict for _, verdict, _ in result.verdicts())
     details = f"{counts[IDENTICAL]} rows identical, {counts[TIE]} ties, bound {result.bound:.2g}"
     details += f", {result.stats.accepted_tokens} of {result.stats.drafted_tokens} drafts accepted"

@@ -1,13 +1,16 @@
-"""Whether speculation changes a model's output: greedy outputs, token by token (sampled ones: `two_sample.py`).
+"""Whether speculation changes a model's output: greedy and coupled outputs, token by token.
 
 Owns the comparison and its verdicts; does not deal with command lines or tables.
 
-Vanilla and speculative decoding must give the same tokens. In a low-precision dtype, two correct programs may still
-diverge, because a forward over several tokens rounds differently from one over a single token. At the first differing
-token of a row (later ones may differ), both paths have seen the same prefix, so their logits there decide.
+Vanilla and speculative decoding must give the same tokens: greedily, and where both sample with the noise of one seed
+(`speculation_acceptance="coupled"`). `two_sample.py` compares samples of the other acceptance rules by their law.
+
+In a low-precision dtype, two correct programs may still diverge, because a forward over several tokens rounds
+differently from one over a single token. At the first differing token of a row (later ones may differ), both paths have
+seen the same prefix, so their logits there decide.
 It is a *numerical tie* if all of this holds, and a *BUG* otherwise:
 
-1. each path chose the best token of its own scores;
+1. each path chose the best token of its own scores, with noise if there is any;
 2. the gap between the two tokens, summed over both paths, is at most the *bound*;
 3. up to there, the logits of the two paths differ by at most the bound (over vanilla's TOP best tokens per position).
 
@@ -31,12 +34,15 @@ The noise is measured without our code, so a bug that spoils our logits cannot h
 much the bound may hide: the share of positions at which vanilla's own best two tokens are that close.
 """
 
+import itertools
 import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -44,6 +50,7 @@ from transformers import PreTrainedModel
 
 from ..pairs.pair import SpecPair
 from ..records.stats import SpeculationStats
+from ..sampling.noise import gumbel, state
 from .arguments import Prompt, encode
 
 TOP = 20  # tokens per position whose logits are compared
@@ -150,7 +157,7 @@ class Rounding:
 
 
 @dataclass
-class GreedyResult:
+class TokenResult:
     """The comparison of all prompts in one way."""
 
     way: Way
@@ -193,53 +200,90 @@ class GreedyResult:
         }
 
 
-def check_greedy(
+def check_tokens(
     pair: SpecPair,
     prompts: list[Prompt],
     ways: list[Way],
     new_tokens: int,
     advance: Callable[[], None] = lambda: None,
-) -> list[GreedyResult]:
-    """Decode greedily with vanilla and in each way, and compare.
+    seed: int | None = None,
+) -> list[TokenResult]:
+    """Decode with vanilla and in each way, and compare.
 
     Args:
         pair, prompts: the models and prompts; prompts are left-padded into batches of each way's size.
         new_tokens: maximum per prompt.
         advance: called after each batch and way.
+        seed: of the first prompt, where all sample, the next prompts having the next seeds; `None` for greedy decoding.
     """
     roundings = {way.batch_size: Rounding() for way in ways}
-    results = [GreedyResult(way, roundings[way.batch_size]) for way in ways]
+    results = [TokenResult(way, roundings[way.batch_size]) for way in ways]
     for batch_size, rounding in roundings.items():
         for first in range(0, len(prompts), batch_size):
             inputs = encode(prompts[first : first + batch_size], pair.tokenizer, pair.target.device)
-            vanilla = decode(pair.target, inputs, new_tokens)
+            seeds = None if seed is None else [seed + first + row for row in range(len(inputs["input_ids"]))]
+            vanilla = decode(pair.target, inputs, new_tokens, seeds)
             for prompt, row in zip(unpadded(inputs), vanilla):
                 rounding.add(row, plain_logits(pair.target, prompt, row.tokens))
             for result in results:
                 if result.way.batch_size != batch_size:
                     continue
                 options = result.way.options(pair) | {"speculation_stats": result.stats}
-                rows = decode(pair.target, inputs, new_tokens, **options)
+                rows = decode(pair.target, inputs, new_tokens, seeds, **options)
                 for number, pair_of_rows in enumerate(zip(vanilla, rows, strict=True), start=first + 1):
                     result.comparisons.append(compare(number, *pair_of_rows, pair.target.dtype))
                 advance()
     return results
 
 
-def decode(target: PreTrainedModel, inputs: dict[str, Tensor], new_tokens: int, **options: Any) -> list[Row]:
-    """Greedy `generate()`, one `Row` per row of the batch."""
-    out = target.generate(
-        **inputs,
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        return_dict_in_generate=True,
-        output_logits=True,
-        output_scores=True,
-        **options,
-    )
+# From the model's own distribution: temperatures and cuts would scale rounding, or make jumps of it.
+_SAMPLED = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+
+
+def decode(
+    target: PreTrainedModel, inputs: dict[str, Tensor], new_tokens: int, seeds: list[int] | None = None, **options: Any
+) -> list[Row]:
+    """`generate()`, one `Row` per row of the batch.
+
+    Args:
+        seeds: by row, where the call samples with their noise; scores then include it. `None` for greedy decoding.
+        options: of `generate()`; without a strategy, vanilla's.
+    """
+    mask = inputs["attention_mask"]
+    options |= {"max_new_tokens": new_tokens, "return_dict_in_generate": True}
+    options |= {"output_logits": True, "output_scores": True, "do_sample": False} | (_SAMPLED if seeds else {})
+    if seeds and "strategy" in options:
+        options |= {"speculation_acceptance": "coupled", "speculation_seed": seeds}
+    with coupled_choice(seeds, mask) if seeds and "strategy" not in options else nullcontext():
+        out = target.generate(**inputs, **options)
     rows = cut(out.sequences[:, inputs["input_ids"].shape[1] :], target)
     logits, scores = (torch.stack(steps, dim=1).float() for steps in (out.logits, out.scores))
+    for row, (seed, length) in enumerate(zip(seeds or [], mask.sum(dim=1).tolist())):
+        places = [state(seed, length + i) for i in range(scores.shape[1])]
+        scores[row] += gumbel(places, scores.shape[2], scores.device)
     return [Row(tokens, logits[i, : len(tokens)], scores[i, : len(tokens)]) for i, tokens in enumerate(rows)]
+
+
+@contextmanager
+def coupled_choice(seeds: list[int], attention_mask: Tensor) -> Iterator[None]:
+    """Inside, `torch.multinomial` draws as `speculation_acceptance="coupled"` does: for vanilla `generate()`.
+
+    No logits processor could do that, because transformers appends its own after it.
+
+    Args:
+        seeds: by row.
+        attention_mask: `[rows, columns]`, of the prompt.
+    """
+    lengths: list[int] = (attention_mask.shape[1] - attention_mask.long().argmax(dim=1)).tolist()
+    steps = itertools.count()
+
+    def choose(probs: Tensor, num_samples: int) -> Tensor:
+        step = next(steps)
+        places = [state(seed, length + step) for seed, length in zip(seeds, lengths)]
+        return (probs.log() + gumbel(places, probs.shape[1], probs.device)).argmax(dim=1, keepdim=True)
+
+    with mock.patch.object(torch, "multinomial", choose):
+        yield
 
 
 def cut(tokens: Tensor, model: PreTrainedModel) -> list[list[int]]:

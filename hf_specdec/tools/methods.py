@@ -1,17 +1,28 @@
-"""The ways to generate that scripts compare: vanilla, HF assisted generation, and ours, by draft length and schedule.
+"""The ways to generate that scripts compare: vanilla, HF assisted, and ours, by drafter, draft length and schedule.
 
 A *way* is a name on the command line: a number is a constant γ, a word is a schedule, "default" sets nothing.
 """
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..drafters import Either, SuffixDrafter
 from ..loop.schedule import SCHEDULES
 from .measure import ASSISTED, OURS, VANILLA, Method
 
 DEFAULT = "default"
+
+# What drafts, by name on the command line: arguments of `generate()`, given the draft model. None remembers earlier
+# calls, because rounds repeat their prompts.
+DRAFTERS: dict[str, Callable[[PreTrainedModel], dict[str, Any]]] = {
+    "model": lambda draft: {"assistant_model": draft},
+    "lookup": lambda draft: {},
+    "suffix": lambda draft: {"assistant_model": SuffixDrafter(max_requests=0)},
+    "either": lambda draft: {"assistant_model": Either(draft, SuffixDrafter(max_requests=0))},
+}
 
 
 def vanilla() -> Method:
@@ -41,14 +52,15 @@ def assisted_lookup(gamma: int) -> Method:
     return Method(f"HF look-up γ={gamma}", ASSISTED, lambda: {"prompt_lookup_num_tokens": gamma})
 
 
-def ours(draft: PreTrainedModel, options: dict[str, Any], label: str) -> Method:
-    """`strategy="spec"` with a draft model and any options of `generate()`."""
-    fixed = options.get("num_assistant_tokens_schedule") == "constant"
+def ours(draft: PreTrainedModel, options: dict[str, Any], label: str, drafter: str = "model") -> Method:
+    """`strategy="spec"` with a drafter (a name of `DRAFTERS`) and any options of `generate()`."""
+    fixed = options.get("num_assistant_tokens_schedule") == "constant" and drafter == "model"
     fixed &= not options.get("assistant_confidence_threshold")
+    drafting = DRAFTERS[drafter](draft)
     return Method(
-        f"{OURS} {label}",
+        f"{OURS} {label}" if drafter == "model" else f"{OURS} {drafter} {label}",
         OURS,
-        lambda: {"assistant_model": draft, "strategy": "spec", **options},
+        lambda: {"strategy": "spec", **drafting, **options},
         options.get("num_assistant_tokens") if fixed else None,
     )
 

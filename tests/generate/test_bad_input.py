@@ -132,7 +132,7 @@ BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
         "`assistant_confidence_threshold` must be a number, got '0.5'",
     ),
     ({"prompt_lookup_num_tokens": 3}, ValueError, "`assistant_model` and `prompt_lookup_num_tokens` .*one of them"),
-    ({"assistant_early_exit": 1}, ValueError, "`assistant_early_exit` is not supported .*`assistant_model`"),
+    ({"assistant_early_exit": 1}, ValueError, "`assistant_early_exit` and `assistant_model` .*one of them"),
     ({"synced_gpus": True}, ValueError, "`synced_gpus` is not supported"),
     ({"use_cache": False}, ValueError, "`use_cache` is False: drop that argument"),
     ({"num_beams": 2}, ValueError, "`num_beams` is 2: set `num_beams=1`"),

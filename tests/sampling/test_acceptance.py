@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hf_specdec.sampling import acceptance, reference
-from hf_specdec.sampling.acceptance import Verdict, accept_greedy, accept_sampled, residual
+from hf_specdec.sampling.acceptance import Verdict, accept_block, accept_greedy, accept_sampled, residual
 
 Tokens = tuple[int, ...]
 Law = dict[Tokens, Fraction]
@@ -321,9 +321,12 @@ def test_taking_back_an_unsure_draft_would_change_the_law():
 # --------------------------------------------------------------------------------------- the law, with real randomness
 
 
-@pytest.mark.parametrize("proposals", ["drawn", "one-hot"])
+ACCEPT = {"token": accept_sampled, "block": accept_block}
+
+
+@pytest.mark.parametrize(("rule", "proposals"), [("token", "drawn"), ("token", "one-hot"), ("block", "drawn")])
 @pytest.mark.parametrize("draft", ["close", "far"])
-def test_half_a_million_samples_follow_the_target(draft, proposals):
+def test_half_a_million_samples_follow_the_target(draft, rule, proposals):
     """Chi-squared on the next four tokens at once, γ = 3. False alarm: 1e-4 for a new seed, none for a fixed one.
 
     The close draft's p / q is 0.9 to 1.2 everywhere: always accepting it is a bias of 2% per token.
@@ -343,7 +346,7 @@ def test_half_a_million_samples_follow_the_target(draft, proposals):
     for _ in range(gamma):
         drafts = sampled(q, drafts)
     q_drafts = behind(q, drafts) if proposals == "drawn" else None
-    verdict = accept_sampled(drafts, torch.full((rows,), gamma), q_drafts, behind(p, drafts).log())
+    verdict = ACCEPT[rule](drafts, torch.full((rows,), gamma), q_drafts, behind(p, drafts).log())
 
     counts = torch.zeros(VOCAB ** (gamma + 1))
     for n in range(gamma + 1):
@@ -356,6 +359,109 @@ def test_half_a_million_samples_follow_the_target(draft, proposals):
     expected = rows * behind(p, sequences).double().gather(-1, sequences[..., None]).squeeze(-1).prod(-1)
     assert expected.min() > 5
     assert scipy.stats.chisquare(counts.numpy(), (expected / expected.sum() * rows).numpy()).pvalue > 1e-4
+
+
+# ------------------------------------------------------------------------------------------------- block verification
+
+
+class Coin:
+    """A u whose comparisons come out as decided before; `weight` is the probability that they do."""
+
+    def __init__(self, below: bool):
+        self.below = below
+        self.weight = Fraction(1)
+
+    def __lt__(self, h: Any) -> bool:
+        self.weight = Fraction(h) if self.below else 1 - Fraction(h)
+        return self.below
+
+
+def law_of_blocks(p: Table, q: Table, gamma: int, how_many: HowMany) -> tuple[Law, Fraction]:
+    """The law of the next γ + 1 tokens by `reference.accept_block`, and how many drafts are kept on average."""
+    law: Law = defaultdict(Fraction)
+    kept = Fraction(0)
+    for drafts, weight in law_of_drafts(q, gamma).items():
+        n = how_many(drafts, q)
+        q_seen, p_seen = [q[drafts[:i]] for i in range(n)], [p[drafts[:i]] for i in range(n + 1)]
+        for outcomes in itertools.product([False, True], repeat=n):
+            coins: Any = [Coin(outcome) for outcome in outcomes]
+            asked: list[Any] = []
+
+            def choose(distribution: Any, asked: list[Any] = asked) -> int:
+                asked.append(distribution)
+                return -1
+
+            tokens = reference.accept_block(drafts[:n], q_seen, p_seen, coins, choose)
+            chance = weight
+            for coin in coins:
+                chance *= coin.weight
+            kept += chance * (len(tokens) - 1)
+            for x, share in enumerate(asked[0] if chance else []):
+                for rest in itertools.product(range(VOCAB), repeat=gamma + 1 - len(tokens)):
+                    text = (*tokens[:-1], x, *rest)
+                    further = Fraction(share)
+                    for i in range(len(tokens), gamma + 1):
+                        further *= p[text[:i]][text[i]]
+                    if further:
+                        law[text] += chance * further
+    return dict(law), kept
+
+
+@pytest.mark.parametrize("how_many", RULES, ids=lambda rule: rule.__name__)
+@pytest.mark.parametrize("gamma", [1, 2, 3, 4])
+def test_blocks_commit_exactly_what_the_target_samples(gamma, how_many):
+    """As fractions, without rounding."""
+    for seed in range(10 if gamma < 4 else 1):
+        rng = random.Random(seed)
+        p, q = random_table(rng, VOCAB, gamma + 1), random_table(rng, VOCAB, gamma)
+        assert law_of_blocks(p, q, gamma, how_many)[0] == law_of_drafts(p, gamma + 1)
+
+
+def test_blocks_keep_as_many_drafts_as_published():
+    """Sun et al. 2025, section 2: two tokens, two drafts, 11/9 of them kept, where token by token keeps 10/9."""
+    p = {
+        t: [Fraction(1, 3), Fraction(2, 3), Fraction(0)]
+        for n in range(3)
+        for t in itertools.product(range(3), repeat=n)
+    }
+    q = {t: [Fraction(2, 3), Fraction(1, 3), Fraction(0)] for t in p}
+    assert law_of_blocks(p, q, 2, everything)[1] == Fraction(11, 9)
+
+
+@pytest.mark.parametrize("gamma", [1, 2, 5])
+def test_blocks_commit_what_the_reference_commits(gamma, fix_randomness):
+    rng, rows, vocab = random.Random(gamma), 400, 4
+    generator = torch.Generator().manual_seed(gamma)
+    p = torch.randn(rows, gamma + 1, vocab, generator=generator).mul(1.5).softmax(-1)
+    q = (p[:, :gamma].log() + torch.randn(rows, gamma, vocab, generator=generator)).softmax(-1)
+    q[::7] = p[::7, :gamma]  # equal in some rows
+    q[3::7] = torch.nn.functional.one_hot(q[3::7].argmax(-1), vocab).float()  # deterministic in some
+    drafts = torch.stack([torch.multinomial(q[:, i], 1, generator=generator)[:, 0] for i in range(gamma)], dim=1)
+    lengths = [rng.randint(0, gamma) if rng.random() < 0.4 else gamma for _ in range(rows)]
+    u, v = torch.rand(rows, gamma, generator=generator), torch.rand(rows, generator=generator)
+    fix_randomness(u, v)
+    verdict = accept_block(drafts, torch.tensor(lengths), q, p.log())
+    expected = [
+        reference.accept_block(
+            drafts[r, :n].tolist(), q[r].tolist(), p[r].tolist(), u[r].tolist(),
+            lambda distribution, r=r: inverse_cdf(distribution, float(v[r])),
+        )
+        for r, n in enumerate(lengths)
+    ]  # fmt: skip
+    same = sum(mine == theirs for mine, theirs in zip(committed(verdict), expected, strict=True))
+    assert same >= rows - 2  # p and v may be equal but for rounding
+    assert len({len(tokens) for tokens in expected}) == gamma + 1
+    assert verdict.valid.all()
+
+
+def test_blocks_keep_more_drafts_than_tokens_do():
+    torch.manual_seed(0)
+    p = torch.tensor([1 / 3, 2 / 3]).expand(200_000, 4, 2)
+    q = torch.tensor([2 / 3, 1 / 3]).expand(200_000, 3, 2)
+    drafts, lengths = (torch.rand(200_000, 3) > 2 / 3).long(), torch.full((200_000,), 3)
+    kept = {rule: float(accept(drafts, lengths, q, p.log()).accepted.float().mean()) for rule, accept in ACCEPT.items()}
+    assert kept["token"] == pytest.approx(2 / 3 + 4 / 9 + 8 / 27, abs=0.01)
+    assert kept["block"] > kept["token"] + 0.1
 
 
 # ------------------------------------------------------------------------------------------------------- edge cases
