@@ -178,6 +178,16 @@ def test_a_text_without_tokens_for_the_draft_still_has_one() -> None:
     assert text.ids == [tokenizer_of("characters").eos_token_id]
 
 
+def test_drafts_go_on_where_the_target_would_have_written_the_text_otherwise() -> None:
+    """After ` sel` comes `f`, though ` self` is one token."""
+    target, draft = tokenizer_of("bytes"), tokenizer_of("other bytes")
+    bridge = bridge_between(target, draft)
+    text = RowText(bridge)
+    text.read([*bridge.target.encode(b"in"), *bridge.target.encode(b" sel")])
+    assert bridge.target.encode(b" self")[:-1] != bridge.target.encode(b" sel")
+    assert b"".join(bridge.target.pieces[i] or b"" for i in text.continued(bridge.draft.encode(b"f"))) == b"f"
+
+
 def test_long_texts_without_spaces_do_not_stay_open() -> None:
     target, draft = tokenizer_of("bytes"), tokenizer_of("other bytes")
     text = RowText(bridge_between(target, draft))
@@ -206,9 +216,13 @@ def test_greedy_calls_give_vanillas_tokens(target: str, draft: str, monkeypatch:
 
 @pytest.mark.usefixtures("caches_are_checked")
 @pytest.mark.parametrize("by", ["token", "text"])
-def test_windows_of_the_draft_give_vanillas_tokens(by: str) -> None:
+def test_windows_of_the_draft_give_vanillas_tokens(by: str, monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {"window": 8, "max_new_tokens": 40}
+    made = []
+    start = OtherTokenizerDrafter.start
+    monkeypatch.setattr(OtherTokenizerDrafter, "start", lambda self, *args: made.append(self) or start(self, *args))
     out, stats = generate("bytes", "space first", by=by, **options)
+    assert not made[0].cached.cache.windows  # a text may change further back than a window and a block
     assert out.tolist() == vanilla("bytes", **options).tolist()
     assert 0 < stats.accepted_tokens < stats.drafted_tokens
 
