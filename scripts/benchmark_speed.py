@@ -90,7 +90,8 @@ def context(value: str) -> int | None:
 
 def make_methods(args: argparse.Namespace, pair: SpecPair) -> list[measure.Method]:
     chosen = [methods.vanilla()]
-    chosen += [methods.assisted(pair.draft, name) for name in args.hf]
+    different = pair.tokenizers if pair.has_two_tokenizers else {}
+    chosen += [methods.assisted(pair.draft, name, different) for name in args.hf]
     variants: dict[str, dict[str, Any]] = {"": {}}
     if args.compile:
         variants[" compiled"] = {"speculation_compile": args.compile}
@@ -98,7 +99,9 @@ def make_methods(args: argparse.Namespace, pair: SpecPair) -> list[measure.Metho
         variants[" unpacked"] = {"speculation_pack_weights": False}
     for label, more in variants.items():
         chosen += [
-            methods.ours(pair.draft, {**methods.way_options(way), **more}, methods.way_label(way) + label, drafter)
+            methods.ours(
+                pair.draft, {**methods.way_options(way), **more, **different}, methods.way_label(way) + label, drafter
+            )
             for drafter in args.drafter
             for way in args.spec
         ]

@@ -4,6 +4,7 @@ from .base import Draft, Drafter, DraftRequest
 from .early_exit import EarlyExitDrafter
 from .either import Either
 from .model import ModelDrafter
+from .other_tokenizer import OtherTokenizerDrafter
 from .parallel import ParallelDrafter
 from .prompt_lookup import PromptLookupDrafter
 from .suffix import SuffixDrafter
@@ -15,6 +16,7 @@ __all__ = [
     "EarlyExitDrafter",
     "Either",
     "ModelDrafter",
+    "OtherTokenizerDrafter",
     "ParallelDrafter",
     "PromptLookupDrafter",
     "SuffixDrafter",

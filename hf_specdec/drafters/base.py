@@ -93,6 +93,7 @@ class DraftRequest:
         static: forwards should have fixed shapes.
         inputs: the prompt as given to `generate()`, if it is more than tokens; else empty.
         encoder: the encoder's side of an encoder-decoder target.
+        prompt_is_embeds: the prompt has no tokens, only `inputs_embeds`.
         target: the model that verifies; only for drafters that say so with `uses_target`.
         go_on: drafters with `shows_confidence` call it after each token but the last, and stop when it returns False.
     """
@@ -105,6 +106,7 @@ class DraftRequest:
     static: bool = False
     inputs: dict[str, Any] = field(default_factory=dict)
     encoder: EncoderSide | None = None
+    prompt_is_embeds: bool = False
     target: Target | None = None
     go_on: GoOn | None = None
 

@@ -72,6 +72,11 @@ class Either(Drafter):
         return getattr(self.first, "cached")  # noqa: B009
 
     @property
+    def own(self) -> Context:
+        """The text in the draft's tokens, if they are not the target's."""
+        return getattr(self.first, "own")  # noqa: B009
+
+    @property
     def takes_ragged_rows(self) -> bool:
         return bool(getattr(self.first, "takes_ragged_rows", True))
 

@@ -43,6 +43,7 @@ class ModelDrafter(Drafter):
     in_vocabulary = True
     reads_prompts = True
     cached: CachedModel | SelfFedModel
+    _bounds_windows = True  # only drafts are rolled back, so layers with a window need no more than that
     _widths: Sequence[int] = STEPS  # of its usual forwards, in tokens per row
 
     def __init__(self, model: PreTrainedModel, confidence_threshold: float = 0.0, compiles: bool = False):
@@ -77,7 +78,8 @@ class ModelDrafter(Drafter):
             self.cached = self._self_fed(context)
             return
         rows, device, static = context.batch_size, model_device(self.model), None
-        layers = cache_layers(DynamicCache(config=self.model.config), config, rows, context.max_length)
+        empty = DynamicCache(config=self.model.config)
+        layers = cache_layers(empty, config, rows, context.max_length, windowed=self._bounds_windows)
         cache = RaggedCache(rows, device, context.prompt_width + 256, context.max_length, layers)
         padded = (call.lockstep or bool(cache.states)) and max(context.first) > 0
         encoded = None if call.encoder is None else call.encoder.for_draft(self.model)
@@ -152,7 +154,7 @@ class ModelDrafter(Drafter):
             if q is not None:
                 probs.append(q)
             if self._call.processors:
-                context.write_drafts(drawn, offset=step)  # processors see them
+                self._write(context, drawn, step)  # processors see them
             if self.confidence_threshold and not self.shows_confidence:  # reading it would wait for the device
                 sure.append(self._confidence(scores, drawn) >= self.confidence_threshold)
             lengths, done = self._stop(step, lengths, scores, drawn)
@@ -162,6 +164,10 @@ class ModelDrafter(Drafter):
         if not sure:
             return draft
         return draft.up_to(1 + torch.cat(sure, dim=1)[:, :-1].long().cumprod(dim=1).sum(dim=1))
+
+    def _write(self, context: Context, drawn: Tensor, step: int) -> None:
+        """Put the drafts of one step, `[rows, 1]`, where processors and forwards find them."""
+        context.write_drafts(drawn, offset=step)
 
     def _stop(self, step: int, lengths: list[int], scores: Tensor, drawn: Tensor) -> tuple[list[int], bool]:
         """The draft length of each row as known after a step, and whether that was the last step.
@@ -255,12 +261,16 @@ class ModelDrafter(Drafter):
 
     def _processed(self, logits: Tensor, context: Context, step: int) -> Tensor:
         """`[rows, k, vocab]` float32 scores of the target's tokens, from the logits for the k tokens after `step`."""
-        logits = _fit_vocabulary(logits.float().to(context.tokens.device), self._call.vocab_size)
+        logits = self._in_vocabulary(logits.float().to(context.tokens.device))
         if not self._call.processors:
             return logits
         scores = self._process(logits, context, offset=step)
         # If processors leave no token, draw from the unprocessed distribution: q is still what was drawn from.
         return torch.where(scores.amax(dim=-1, keepdim=True).isfinite(), scores, logits)
+
+    def _in_vocabulary(self, logits: Tensor) -> Tensor:
+        """`[rows, k, vocab]`: the draft's logits for the target's tokens."""
+        return _fit_vocabulary(logits, self._call.vocab_size)
 
 
 def _fit_vocabulary(logits: Tensor, vocab_size: int) -> Tensor:

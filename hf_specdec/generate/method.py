@@ -53,7 +53,7 @@ def speculative(
     Args:
         assistant_model: the draft: a model, a Hub id or local path, or a `Drafter`. Without one, prompt look-up.
         streamer: `generate()` passes a streamer only to its own decoding methods, so give it here.
-        tokenizer, assistant_tokenizer: of target and draft; compared if their vocabularies differ in size.
+        tokenizer, assistant_tokenizer: of target and draft; if they differ, drafts are translated.
         speculation_stats: filled in place.
         speculation_trace: filled in place; it takes `tokenizer` for its own if it has none.
         options: `num_assistant_tokens`, `num_assistant_tokens_schedule`, `assistant_confidence_threshold`,

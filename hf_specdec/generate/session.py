@@ -178,6 +178,7 @@ def prepare(
         static=target.static is not None and call.is_static,
         inputs={} if prompt.first_forward is None or prompt.past else call.given,
         encoder=checked.encoder,
+        prompt_is_embeds=prompt.input_ids.shape[1] == 0,
         target=target,
         go_on=schedule.go_on,
     )

@@ -46,8 +46,8 @@ def vanilla() -> Method:
     return Method(VANILLA, VANILLA)
 
 
-def assisted(draft: PreTrainedModel, way: str) -> Method:
-    """HF assisted generation.
+def assisted(draft: PreTrainedModel, way: str, tokenizers: dict[str, Any] | None = None) -> Method:
+    """HF assisted generation; with `tokenizers` if the draft has another one.
 
     transformers reads γ and the schedule from the draft's generation config and updates it as it runs, so each run
     gets its own copy of the draft, which shares the weights. A number means exactly that many draft tokens:
@@ -59,7 +59,7 @@ def assisted(draft: PreTrainedModel, way: str) -> Method:
         own = copy.copy(draft)
         own.generation_config = copy.deepcopy(draft.generation_config)
         own.generation_config.update(**way_options(way), **fixed)
-        return {"assistant_model": own}
+        return {"assistant_model": own, **(tokenizers or {})}
 
     return Method(f"{ASSISTED} {way_label(way)}", ASSISTED, options, int(way) if way.isdecimal() else None)
 

@@ -90,7 +90,7 @@ def race(
     Returns: all contenders, sorted by rounds survived, then by speed-up.
     """
     end = time.monotonic() + seconds
-    methods = {name: ours(pair.draft, options, name, drafter) for name, options in tried.items()}
+    methods = {name: ours(pair.draft, options | pair.tokenizers, name, drafter) for name, options in tried.items()}
     comparison = Comparison(pair.target, [vanilla(), *methods.values()], setting.batches, new_tokens, bare, report)
     records = {name: comparison.records[method.name] for name, method in methods.items()}
     speedups: dict[str, Spread] = {}
