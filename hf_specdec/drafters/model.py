@@ -227,7 +227,7 @@ class ModelDrafter(Drafter):
             self.cached.forget(context.rows, [max(missing) - n for n in missing])  # fill after a row's own tokens
             last = to_device(missing, logits.device)[:, None, None] - 1
             logits = logits.gather(1, last.expand(-1, 1, logits.shape[2]))
-        logits = _fit_vocabulary(logits.float().to(context.tokens.device), self._call.vocab_size)
+        logits = fit_vocabulary(logits.float().to(context.tokens.device), self._call.vocab_size)
         if not self._call.processors:
             return logits
         scores = self._process(logits, context, offset=step)
@@ -235,7 +235,7 @@ class ModelDrafter(Drafter):
         return torch.where(scores.amax(dim=-1, keepdim=True).isfinite(), scores, logits)
 
 
-def _fit_vocabulary(logits: Tensor, vocab_size: int) -> Tensor:
+def fit_vocabulary(logits: Tensor, vocab_size: int) -> Tensor:
     """Cut or pad `[rows, 1, draft vocab]` to the target's ids: padding rows of an embedding are not tokens."""
     missing = vocab_size - logits.shape[-1]
     if missing > 0:

@@ -1,0 +1,73 @@
+"""Heads by name: local folders and Hub repositories."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from ..drafters.heads import Eagle3Head
+from ..drafters.heads.loading import PATTERNS, head_format, load_folder, read_config
+from .loading import explain, hub_file, pin
+from .pair_file import ModelReference
+
+
+def load_head(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    norm_before_residual: bool | None = None,
+    norm_output: bool | None = None,
+    aux_ids: Sequence[int] | None = None,
+) -> Eagle3Head:
+    """Load an EAGLE-3 head, to pass as `assistant_model`. Its name does as well, unless something must be changed.
+
+    Args:
+        name: a Hub id or local folder, in the format of SafeAILab, SpecForge, DeepSpec or speculators.
+        revision: branch, tag or commit on the Hub.
+        dtype: of its weights; by default as in the file.
+        device: the target's.
+        norm_before_residual, norm_output: where the checkpoint's config is silent or wrong.
+        aux_ids: the same for the target's layers whose inputs it reads, 0 for the first.
+
+    Raises:
+        OSError: if it cannot be loaded.
+        ValueError: if it is no head, or one that is not supported; it names file, key and shape.
+    """
+    reference = pin(ModelReference(str(name), revision))
+    changes: dict[str, Any] = {"norm_before_residual": norm_before_residual, "norm_output": norm_output}
+    changes["aux_ids"] = None if aux_ids is None else tuple(aux_ids)
+    head = head_of(reference, dtype=dtype, device=device, **changes)
+    if head is None:
+        raise ValueError(
+            f"{name} is not a head on hidden states: its config.json has none of their keys (`draft_vocab_size`, "
+            "`speculators_model_type`, ...). Load a draft model with AutoModelForCausalLM"
+        )
+    return head
+
+
+def head_of(reference: ModelReference, **options: Any) -> Eagle3Head | None:
+    """The head that a reference names; `None` if that is not a head.
+
+    Args:
+        options: of `load_folder`.
+    """
+    folder = Path(reference.name_or_path)
+    if not folder.is_dir():
+        try:
+            file = hub_file(reference.name_or_path, "config.json", reference.revision)
+        except LocalEntryNotFoundError:  # loading it as a model will say so
+            return None
+        if file is None or head_format(read_config(file.parent)) is None:
+            return None
+        try:
+            folder = Path(
+                snapshot_download(reference.name_or_path, revision=reference.revision, allow_patterns=PATTERNS)
+            )
+        except Exception as error:
+            raise OSError(explain(error, reference.name_or_path, reference.revision)) from error
+    return None if head_format(read_config(folder)) is None else load_folder(folder, **options)
