@@ -1,6 +1,7 @@
 """EAGLE-3 heads: drafts from the target's own hidden states, and files in every format."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,15 +10,17 @@ import test_recurrent
 import torch
 from conftest import ARCHITECTURES, VOCAB, make_model, make_prompts
 from eagle3_reference import kindred_head, make_parts, random_head, reference_logits, some_tokens
+from safetensors.torch import load_file
 from test_early_exit import with_quiet_end
 from test_sampling import ALARM, CONFIG, ROWS, RowProcessor, exact_law, p_value, processors
 from test_sampling import VOCAB as FEW
 from torch import Tensor
-from transformers import LlamaConfig, PreTrainedModel
+from transformers import DynamicCache, LlamaConfig, PreTrainedModel
 
 import hf_specdec
 from hf_specdec import Eagle3Head, SpeculationStats
 from hf_specdec.drafters.heads import HeadDrafter, entries
+from hf_specdec.drafters.heads.loading import load_folder
 from hf_specdec.loop.schedule import Constant
 from hf_specdec.models.early_exit import layers_path
 from hf_specdec.models.tap import FINAL
@@ -402,3 +405,26 @@ def test_coupled_text_is_the_same_for_any_draft_length(target: PreTrainedModel, 
             got = target.generate(**call, assistant_model=head, num_assistant_tokens=gamma, speculation_stats=stats)
             assert torch.equal(got, expected)
             assert 0 < stats.acceptance_rate < 1
+
+
+# ----------------------------------------------------------------------------------------- the reference of speculators
+
+
+@pytest.mark.parametrize("name", ["reduced", "norm_before_fc", "qwen3"])
+def test_logits_are_those_of_speculators(name: str) -> None:
+    """Written by `heads/make_speculators.py`: after each position of a text, and up to three drafts more."""
+    folder = Path(__file__).parent / "heads" / name
+    head, expected = load_folder(folder), load_file(folder / "expected.tensors")
+    states = list(expected["states"].chunk(3, dim=-1))
+    embedded = head.embed_tokens(expected["tokens"][1:])
+    for end in range(1, len(embedded) + 1):
+        cache = DynamicCache()
+        given = head.mix([part[None, :end] for part in states])
+        hidden = head(given, embedded[None, :end], torch.arange(end)[None], cache)[:, -1:]
+        for step, logits in enumerate(expected["logits"]):
+            if end + step > len(embedded):
+                break
+            if step:
+                at = torch.tensor([[end - 1 + step]])
+                hidden = head(hidden, embedded[None, end - 1 + step, None], at, cache)
+            torch.testing.assert_close(head.logits(hidden)[0, 0], logits[end - 1], atol=1e-5, rtol=1e-5)

@@ -54,7 +54,7 @@ def save_folder(head: Eagle3Head, folder: Path, target: PreTrainedModel, draft_l
 
 
 def head_tensors(head: Eagle3Head) -> dict[str, Tensor]:
-    """The weights by name, and the maps of a reduced vocabulary: d2t is added to the head's ids, t2d says which it has."""
+    """The weights by name, and the maps of a reduced vocabulary: d2t is added to its ids, t2d says which it has."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
     ids = head.target_ids
     if ids is not None:
