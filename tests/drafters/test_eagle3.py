@@ -11,7 +11,7 @@ import torch
 from conftest import ARCHITECTURES, VOCAB, make_model, make_prompts
 from eagle3_reference import kindred_head, make_parts, random_head, reference_logits, some_tokens
 from safetensors.torch import load_file
-from test_early_exit import with_quiet_end
+from test_early_exit import INTO_THE_STREAM
 from test_sampling import ALARM, CONFIG, ROWS, RowProcessor, exact_law, p_value, processors
 from test_sampling import VOCAB as FEW
 from torch import Tensor
@@ -28,7 +28,17 @@ from hf_specdec.models.tap import FINAL
 NEW = 16
 
 
-def make_target(name: str = "llama", layers: int = 3, share: float = 0.25) -> PreTrainedModel:
+@torch.no_grad()
+def quiet(model: PreTrainedModel, share: float) -> PreTrainedModel:
+    """The same model, whose layers add less to the stream."""
+    for layer in model.get_submodule(layers_path(model)):
+        for name, weight in layer.named_parameters():
+            if not set(INTO_THE_STREAM).isdisjoint(name.split(".")):
+                weight *= share
+    return model
+
+
+def make_target(name: str = "llama", layers: int = 3, share: float = 0.01) -> PreTrainedModel:
     recurrent = name in test_recurrent.ARCHITECTURES and name not in ARCHITECTURES
     config = (test_recurrent.ARCHITECTURES if recurrent else ARCHITECTURES)[name]()
     config.update({"initializer_range": 0.4})
@@ -36,7 +46,7 @@ def make_target(name: str = "llama", layers: int = 3, share: float = 0.25) -> Pr
         config.update({"num_hidden_layers": layers})
         if getattr(config, "layer_types", None):
             config.layer_types = [*config.layer_types, config.layer_types[0]][:layers]
-    return with_quiet_end(make_model(config), 0, share)
+    return quiet(make_model(config), share)
 
 
 @pytest.fixture(scope="module")
@@ -162,18 +172,24 @@ CALLS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral-sliding", "gemma2", "gpt2", "mixtral", "qwen3_next", "falcon_h1"])
-@pytest.mark.parametrize("call", ["one row", "uneven rows"])
-def test_every_kind_of_target(name: str, call: str, asked: list[tuple[list[int], int, Tensor]]) -> None:
+@pytest.mark.parametrize("name", ["mistral-sliding", "gemma2", "gpt2", "mixtral", "qwen3_next", "falcon_h1"])
+def test_every_kind_of_target(name: str, asked: list[tuple[list[int], int, Tensor]]) -> None:
     """Windows are left behind, recurrent rows are padded and fed twice: the states are those of one plain forward."""
     target = make_target(name)
-    head = kindred_head(target, aux_ids=(0, 1, 2))
-    check(target, head, **CALLS[call])
+    head = kindred_head(target)
+    if target.config.tie_word_embeddings:  # then a quiet target repeats the last token
+        head = random_head(make_parts())
+        speculate(target, head, make_prompts(3))
+    else:
+        check(target, head, make_prompts(3))
+    compare(asked, head, target)
+    asked.clear()
+    speculate(target, head, make_prompts(1))
     compare(asked, head, target)
 
 
 @pytest.mark.parametrize("call", sorted(CALLS))
-@pytest.mark.parametrize("gamma", [1, 5])
+@pytest.mark.parametrize("gamma", [1, 4])
 def test_every_kind_of_call(
     call: str, gamma: int, target: PreTrainedModel, kindred: Eagle3Head, asked: list[tuple[list[int], int, Tensor]]
 ) -> None:
@@ -237,10 +253,9 @@ def test_pending_tokens_are_not_entered_twice(name: str, monkeypatch: pytest.Mon
         {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3},
         {"assistant_confidence_threshold": 0.3},
         {"num_assistant_tokens_schedule": "heuristic_transient"},
-        {"num_assistant_tokens_schedule": "optimal"},
+        {"num_assistant_tokens_schedule": "optimal", "max_new_tokens": 40},
         {"output_hidden_states": True, "return_dict_in_generate": True},
-        {"max_new_tokens": 150},
-        {"speculation_compile": True},
+        {"max_new_tokens": 90},
     ],
     ids=lambda options: next(iter(options)),
 )
@@ -369,7 +384,7 @@ def test_a_grammar_that_leaves_the_head_nothing_to_say(target: PreTrainedModel) 
 @pytest.fixture(scope="module")
 def few() -> PreTrainedModel:
     config = LlamaConfig(**CONFIG | {"num_hidden_layers": 3, "hidden_size": 32, "head_dim": 16})
-    return with_quiet_end(make_model(config), 0, 0.4)
+    return quiet(make_model(config), 0.1)
 
 
 @pytest.mark.parametrize("rule", ["token", "block"])

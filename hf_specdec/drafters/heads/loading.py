@@ -154,7 +154,10 @@ def _layer_config(sizes: dict[str, Any], file: Path) -> PreTrainedConfig:
     kind = sizes.get("model_type", "llama")
     if kind not in CONFIG_MAPPING:
         raise ValueError(f"{file}: transformers does not know the `model_type` {kind!r} of the head's layers")
-    layer: PreTrainedConfig = CONFIG_MAPPING[kind](**{k: v for k, v in sizes.items() if k != "model_type"})
+    try:
+        layer: PreTrainedConfig = CONFIG_MAPPING[kind](**{k: v for k, v in sizes.items() if k != "model_type"})
+    except Exception as error:  # of many kinds
+        raise ValueError(f"{file}: the head's layers cannot be made from these sizes: {error}") from error
     needed = ("hidden_size", "intermediate_size", "num_attention_heads", "hidden_act", "rms_norm_eps")
     missing = [name for name in (*needed, "rope_parameters") if getattr(layer, name, None) is None]
     if missing:
