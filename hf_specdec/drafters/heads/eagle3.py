@@ -192,13 +192,14 @@ class _Attention(nn.Module):
         for name, out in (("q_proj", heads), ("k_proj", kv_heads), ("v_proj", kv_heads)):
             self.add_module(name, nn.Linear(reads, out * self.head_dim, bias=name in config.biases))
         self.o_proj = nn.Linear(heads * self.head_dim, layer.hidden_size, bias="o_proj" in config.biases)
-        if config.qk_norm:
+        self.normed = config.qk_norm
+        if self.normed:
             self.q_norm, self.k_norm = (nn.RMSNorm(self.head_dim, layer.rms_norm_eps) for _ in range(2))
 
     def forward(self, read: Tensor, rope: Any, cache: Any, mask: Any) -> Tensor:
         shape = (*read.shape[:2], -1, self.head_dim)
         query, key, value = (project(read).view(shape) for project in (self.q_proj, self.k_proj, self.v_proj))
-        if hasattr(self, "q_norm"):
+        if self.normed:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key, value = (states.transpose(1, 2) for states in (query, key, value))
         query, key = apply_rotary_pos_emb(query, key, *rope)

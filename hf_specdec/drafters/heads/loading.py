@@ -27,7 +27,7 @@ logger = logging.get_logger(__name__)
 
 SAFEAILAB, DEEPSPEC, SPECULATORS = "SafeAILab / SpecForge", "DeepSpec", "speculators"
 # Files of a head's repository.
-PATTERNS = ("config.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model*")
+PATTERNS = ["config.json", "*.safetensors", "pytorch_model*.bin"]
 # Tensors that a head does not need: maps that follow from others, and copies of the target's that training leaves.
 _UNUSED = ("t2d", "d2t", "verifier_", "target_model.")
 _VARIANTS = ("norm_before_residual", "norm_output")
