@@ -194,7 +194,8 @@ class _Attention(nn.Module):
         self.o_proj = nn.Linear(heads * self.head_dim, layer.hidden_size, bias="o_proj" in config.biases)
         self.normed = config.qk_norm
         if self.normed:
-            self.q_norm, self.k_norm = (nn.RMSNorm(self.head_dim, layer.rms_norm_eps) for _ in range(2))
+            self.q_norm = nn.RMSNorm(self.head_dim, layer.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(self.head_dim, layer.rms_norm_eps)
 
     def forward(self, read: Tensor, rope: Any, cache: Any, mask: Any) -> Tensor:
         shape = (*read.shape[:2], -1, self.head_dim)
