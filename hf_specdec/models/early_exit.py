@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ..device import model_device
 from ..sampling.context import Context
-from .answers import Answer, CannotBeAsked, ask, check_same, ordinary_tokens
+from .answers import Answer, Differs, ask, check_same, ordinary_tokens
 from .cached import CachedModel
 from .probes import Vanilla, make_cached_model
 
@@ -45,8 +45,9 @@ class EarlyExit:
         before = [_StandIn(layer, self._given) for layer in every[:layers]]
         self.draft = _view(model, {path: nn.ModuleList([*every[: layers - 1], self._tap, *after])})
         self.rest = _view(model, {path: nn.ModuleList([*before, *every[layers:]])})
-        head = _path_of(model.get_output_embeddings(), model)
-        self.states_only = _view(self.draft, {head: nn.Identity()}) if head else self.draft
+        head: Any = model.get_output_embeddings()
+        place = _path_of(head, model)
+        self.states_only = _view(self.draft, {place: _NoHead(len(head.weight))}) if place else self.draft
 
     def forget(self) -> None:
         """New drafts begin: drop the kept states."""
@@ -82,6 +83,17 @@ class _StandIn(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.output()
+
+
+class _NoHead(nn.Module):
+    """Takes the place of a head whose logits nobody reads."""
+
+    def __init__(self, vocab_size: int):
+        super().__init__()
+        self._vocab_size = vocab_size
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states.new_zeros(*hidden_states.shape[:-1], self._vocab_size)
 
 
 class _Tap(nn.Module):
@@ -153,7 +165,7 @@ def _go_on(model: PreTrainedModel, layers: int, seed: int) -> None:
     for _ in range(4):
         drafts.forward(context, 1)
     if not early.is_plain:
-        raise CannotBeAsked("its layers hand on more than hidden states")
+        raise Differs("has layers that hand on more than hidden states")
     target.commit(context)
     target.early = early
     got = target.forward(context, 4).logits

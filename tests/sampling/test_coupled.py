@@ -134,7 +134,7 @@ def test_greedy_calls_are_the_same_under_every_rule(pair: tuple[PreTrainedModel,
         (
             {"speculation_acceptance": "block", "logits_processor": [Shift()]},
             ValueError,
-            "'block' judges the drafts of a block together, but Shift may keep state",
+            "'block'` judges the drafts of a block together, but Shift may keep state",
         ),
     ],
 )
