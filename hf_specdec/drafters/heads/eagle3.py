@@ -189,8 +189,9 @@ class _Attention(nn.Module):
         kv_heads = getattr(layer, "num_key_value_heads", None) or heads
         self.index, self.head_dim = index, head_dim(layer)
         self.num_key_value_groups = heads // kv_heads  # transformers' attention functions read it
-        for name, out in (("q_proj", heads), ("k_proj", kv_heads), ("v_proj", kv_heads)):
-            self.add_module(name, nn.Linear(reads, out * self.head_dim, bias=name in config.biases))
+        self.q_proj = nn.Linear(reads, heads * self.head_dim, bias="q_proj" in config.biases)
+        self.k_proj = nn.Linear(reads, kv_heads * self.head_dim, bias="k_proj" in config.biases)
+        self.v_proj = nn.Linear(reads, kv_heads * self.head_dim, bias="v_proj" in config.biases)
         self.o_proj = nn.Linear(heads * self.head_dim, layer.hidden_size, bias="o_proj" in config.biases)
         self.normed = config.qk_norm
         if self.normed:
