@@ -50,24 +50,40 @@ def load_head(
     return head
 
 
+def check_no_head(reference: ModelReference) -> None:
+    """Raise a ValueError if a reference names a head, which pairs cannot have yet."""
+    folder = head_folder(reference)
+    if folder is not None and head_format(read_config(folder)) is not None:
+        raise ValueError(
+            f"{reference.name_or_path} is a head on hidden states, and pairs take draft models only: pass it to the "
+            "target's generate() as `assistant_model`"
+        )
+
+
 def head_of(reference: ModelReference, **options: Any) -> Eagle3Head | None:
     """The head that a reference names; `None` if that is not a head.
 
     Args:
         options: of `load_folder`.
     """
-    folder = Path(reference.name_or_path)
-    if not folder.is_dir():
+    folder = head_folder(reference)
+    if folder is None or head_format(read_config(folder)) is None:
+        return None
+    if not Path(reference.name_or_path).is_dir():
+        name, revision = reference.name_or_path, reference.revision
         try:
-            file = hub_file(reference.name_or_path, "config.json", reference.revision)
-        except LocalEntryNotFoundError:  # loading it as a model will say so
-            return None
-        if file is None or head_format(read_config(file.parent)) is None:
-            return None
-        try:
-            folder = Path(
-                snapshot_download(reference.name_or_path, revision=reference.revision, allow_patterns=PATTERNS)
-            )
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=PATTERNS))
         except Exception as error:
-            raise OSError(explain(error, reference.name_or_path, reference.revision)) from error
-    return None if head_format(read_config(folder)) is None else load_folder(folder, **options)
+            raise OSError(explain(error, name, revision)) from error
+    return load_folder(folder, **options)
+
+
+def head_folder(reference: ModelReference) -> Path | None:
+    """The local folder of a reference's config.json; `None` if there is none, or it is a file in GGUF."""
+    if reference.gguf_file is not None or Path(reference.name_or_path).is_dir():
+        return None if reference.gguf_file is not None else Path(reference.name_or_path)
+    try:
+        file = hub_file(reference.name_or_path, "config.json", reference.revision)
+    except LocalEntryNotFoundError:  # loading it as a model will say so
+        return None
+    return None if file is None else file.parent

@@ -34,7 +34,7 @@ from .compatibility import (
     quantity,
     vocabulary_check,
 )
-from .heads import head_of
+from .heads import check_no_head, head_of
 from .loading import find_pair, load_model, load_tokenizer, pin, save_model
 from .pair_file import FILE_NAME, ModelReference, PairConfig
 
@@ -116,6 +116,7 @@ class SpecPair:
             config = PairConfig(reference, draft_reference, tokenizer=found.config.tokenizer if found else {})
         sources = (source, pin(draft_reference, **kwargs))
 
+        check_no_head(sources[1])
         tokenizer = load_tokenizer(sources[0], **kwargs)
         _check_recorded_vocabulary(tokenizer, config, sources[0])
         try:
@@ -326,6 +327,8 @@ def _make_head_drafter(head: Eagle3Head, target: PreTrainedModel, options: Optio
                 f"`speculation_compile={part!r}` needs forwards of fixed shapes, and `assistant_model` is a head on "
                 "hidden states, which has none: leave it out, or use 'attention'"
             )
+    if options.speculation_compile is True:
+        logger.warning_once("`assistant_model` is a head on hidden states, so only attention is compiled.")
     return HeadDrafter(head, target, options.assistant_confidence_threshold)
 
 
