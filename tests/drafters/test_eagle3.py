@@ -122,7 +122,7 @@ def compare(asked: list[tuple[list[int], int, Tensor]], head: Eagle3Head, target
     """The head's logits are those of the reference, from scratch, on true hidden states."""
     assert len({drafted for _, drafted, _ in asked}) > 1
     layers = target.config.get_text_config(decoder=True).num_hidden_layers
-    chosen = {round(i * (len(asked) - 1) / 11) for i in range(12)}
+    chosen = {round(i * (len(asked) - 1) / 59) for i in range(60)}
     for text, drafted, logits in (asked[i] for i in sorted(chosen)):
         known = len(text) - drafted  # of which the target has read all but one
         ids = head.parts.states_of(layers)

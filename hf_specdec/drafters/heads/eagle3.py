@@ -111,6 +111,10 @@ class Eagle3Head(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.norm.weight.dtype
 
+    def num_parameters(self) -> int:
+        """As of a model."""
+        return sum(weight.numel() for weight in self.parameters())
+
     def mix(self, states: Sequence[Tensor]) -> Tensor:
         """g of each token, `[rows, width, hidden]`, from the target's states, each `[rows, width, target hidden]`."""
         states = [part.to(self.device, self.dtype) for part in states]
