@@ -9,8 +9,8 @@
 
 The target continues pieces of the text, greedily and by sampling. On these and on the text itself, the draft learns the
 target's distribution (KL, after Zhou et al. 2024, DistillSpec, arXiv:2310.08461). The output folder is a pair:
-draft/ and specdec_pair.json, which names the target. Its folder training/ keeps what a resumed run needs. With --head it
-is a head on the target's hidden states instead, in the format of speculators: pass the folder as `assistant_model`.
+draft/ and specdec_pair.json, which names the target. Its folder training/ keeps what a resumed run needs. With --head
+it is a head on the target's hidden states instead, in the format of speculators: pass it as `assistant_model`.
 
 --dataset is the text, by default the sources of Python's standard library. From a Hub dataset the split `train` is
 used, unless --split names another. --prompts pieces of the text (by default the embedded pair's) are held out from

@@ -84,7 +84,7 @@ class Eagle3Head(nn.Module):
     def __init__(self, config: Eagle3Config, target_ids: Tensor | None = None):
         super().__init__()
         self.parts = config
-        self.config = config.layer
+        self.config = copy(config.layer)
         self.config._attn_implementation = "sdpa"
         width, eps = config.layer.hidden_size, config.layer.rms_norm_eps
         given = config.target_hidden_size or width

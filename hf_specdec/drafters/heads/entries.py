@@ -125,7 +125,9 @@ class HeadEntries:
         return [self.cache.lengths[row] for row in context.rows]
 
     def commit(self, context: Context) -> None:
-        """Nothing to do: entries of drafts are dropped when they are no longer needed."""
+        """Drop entries of tokens that were taken back; those of drafts are gone already."""
+        held = zip(self.lengths(context), self.missing(context))
+        self.roll_back(context.rows, [length + min(n - 1, 0) for length, n in held])
 
     def release(self) -> None:
         self._pieces.clear()
