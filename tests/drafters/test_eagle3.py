@@ -1,6 +1,7 @@
 """EAGLE-3 heads: drafts from the target's own hidden states, and files in every format."""
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import test_recurrent
 import torch
 from conftest import ARCHITECTURES, VOCAB, make_model, make_prompts
 from eagle3_reference import kindred_head, make_parts, random_head, reference_logits, some_tokens
+from multimodal import make_multimodal, make_multimodal_prompts
 from safetensors.torch import load_file
 from test_early_exit import INTO_THE_STREAM
 from test_sampling import ALARM, CONFIG, ROWS, RowProcessor, exact_law, p_value, processors
@@ -84,12 +86,12 @@ def check(target: PreTrainedModel, head: Any, inputs: dict[str, Any], gamma: int
 
 
 @torch.no_grad()
-def true_states(target: PreTrainedModel, ids: tuple[int, ...], tokens: list[int]) -> list[Tensor]:
+def true_states(target: PreTrainedModel, ids: tuple[int, ...], tokens: list[int], **more: Any) -> list[Tensor]:
     """The states of a text that a head reads, `[tokens, hidden]` each, as transformers or the last layer gives them."""
     layers, seen = list(target.get_submodule(layers_path(target))), []
     hook = layers[-1].register_forward_hook(lambda _m, _a, out: seen.append(out if isinstance(out, Tensor) else out[0]))
     try:
-        output = target(torch.tensor([tokens]), output_hidden_states=True)
+        output = target(input_ids=torch.tensor([tokens]), output_hidden_states=True, **more)
     finally:
         hook.remove()
     return [(seen[0] if i == len(layers) else output.hidden_states[i])[0] for i in ids]
@@ -118,18 +120,26 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], int, Tensor]
     return found
 
 
-def compare(asked: list[tuple[list[int], int, Tensor]], head: Eagle3Head, target: PreTrainedModel) -> None:
-    """The head's logits are those of the reference, from scratch, on true hidden states."""
+def compare(asked: list[tuple[list[int], int, Tensor]], head: Eagle3Head, target: PreTrainedModel, **more: Any) -> None:
+    """The head's logits are those of the reference, from scratch, on true hidden states.
+
+    Args:
+        more: of the target's forwards, besides the text.
+    """
     assert len({drafted for _, drafted, _ in asked}) > 1
     layers = target.config.get_text_config(decoder=True).num_hidden_layers
+    ids = head.parts.states_of(layers)
+    known: dict[tuple[int, ...], list[Tensor]] = {}  # states by text
     chosen = {round(i * (len(asked) - 1) / 59) for i in range(60)}
-    for text, drafted, logits in (asked[i] for i in sorted(chosen)):
-        known = len(text) - drafted  # of which the target has read all but one
-        ids = head.parts.states_of(layers)
-        states = true_states(target, ids, text[:known])
-        expected = reference_logits(head, target, [s[: known - 1] for s in states], text)
+    for text, drafted, logits in sorted((asked[i] for i in chosen), key=lambda one: one[1] - len(one[0])):
+        count = len(text) - drafted  # of which the target has read all but one
+        longer = next((one for one in known if list(one[:count]) == text[:count]), None)
+        if longer is None:
+            longer = tuple(text[:count])
+            known[longer] = true_states(target, ids, text[:count], **more)
+        expected = reference_logits(head, target, [s[: count - 1] for s in known[longer]], text)
         scale = float(expected.abs().max())
-        assert float((logits - expected).abs().max()) <= 1e-5 * max(scale, 1), (known, drafted)
+        assert float((logits - expected).abs().max()) <= 1e-5 * max(scale, 1), (count, drafted)
 
 
 VARIANTS: dict[str, Callable[[], Eagle3Head]] = {
@@ -241,6 +251,33 @@ def test_pending_tokens_are_not_entered_twice(name: str, monkeypatch: pytest.Mon
     speculate(target, head, make_prompts(2), gamma=4)
     compare(asked, head, target)
     assert FINAL not in head.parts.states_of(3)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+def test_prompts_with_images(name: str, asked: list[tuple[list[int], int, Tensor]]) -> None:
+    """The target reads them in a forward of its own, which the tap hears as well."""
+    target, _ = make_multimodal(name)
+    head = random_head(make_parts())
+    alone = make_multimodal_prompts(name, [[(4, 4)]])
+    speculate(target, head, alone)
+    if name == "llava":
+        compare(asked, head, target, pixel_values=alone["pixel_values"])
+    speculate(target, head, make_multimodal_prompts(name, [[(4, 4)], [], [(4, 8), (4, 4)]]))
+
+
+def test_two_calls_at_once_hear_their_own_states(target: PreTrainedModel, kindred: Eagle3Head) -> None:
+    def run(seed: int) -> list[int]:
+        stats = SpeculationStats()
+        inputs = make_prompts(2, seed=seed)
+        target.generate(
+            **inputs, max_new_tokens=NEW, do_sample=False, strategy="spec", assistant_model=kindred,
+            num_assistant_tokens=3, speculation_stats=stats,
+        )  # fmt: skip
+        return [stats.accepted_tokens, stats.drafted_tokens]
+
+    expected = [run(seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(run, range(4))) == expected
 
 
 # ------------------------------------------------------------------------------------------------------- other options
@@ -357,7 +394,7 @@ def test_a_vocabulary_without_eos(target: PreTrainedModel) -> None:
     eos = int(plain[0, -6])
     head = kindred_head(target, some_tokens(70, without=(eos,)))
     check(target, head, make_prompts(3), eos_token_id=eos)
-    check(target, head, make_prompts(3), eos_token_id=eos, exponential_decay_length_penalty=(4, 1.5))
+    check(target, head, make_prompts(3), eos_token_id=eos, exponential_decay_length_penalty=(0, 1.02))
 
 
 def test_a_grammar_that_leaves_the_head_nothing_to_say(target: PreTrainedModel) -> None:
