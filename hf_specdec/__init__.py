@@ -6,7 +6,17 @@ Importing registers `strategy="spec"` on `generate()`:
 """
 
 from . import metrics
-from .drafters import Draft, Drafter, DraftRequest, ModelDrafter, PromptLookupDrafter
+from .drafters import (
+    Draft,
+    Drafter,
+    DraftRequest,
+    Either,
+    ModelDrafter,
+    OtherTokenizerDrafter,
+    ParallelDrafter,
+    PromptLookupDrafter,
+    SuffixDrafter,
+)
 from .drafters.heads import Eagle3Config, Eagle3Head
 from .generate.attached import attach, attached
 from .generate.method import speculative
@@ -30,13 +40,17 @@ __all__ = [
     "Drafter",
     "Eagle3Config",
     "Eagle3Head",
+    "Either",
     "MatcherProcessor",
     "ModelDrafter",
+    "OtherTokenizerDrafter",
     "PairConfig",
+    "ParallelDrafter",
     "PromptLookupDrafter",
     "RowProcessor",
     "SpecPair",
     "SpeculationStats",
+    "SuffixDrafter",
     "Suggestion",
     "Trace",
     "attach",

@@ -6,14 +6,16 @@
     ./scripts/benchmark_speed --target Qwen/Qwen3-4B --draft Qwen/Qwen3-0.6B --dtype bfloat16 \\
         --dataset question.jsonl --prompts 48 --chat-template      # Spec-Bench's questions, by its categories
     ./scripts/benchmark_speed --synthetic big --dtype bfloat16 --batch 8 --context 256 --ragged --rounds 5
+    ./scripts/benchmark_speed --edits --drafter model lookup suffix either --spec 8    # by what drafts
 
 All methods take turns in one process, batch by batch. Ratios are to vanilla, within a round; the table gives their
 median over the rounds and, in parentheses, the quartiles. "first" is the time to the first token, mostly prefill;
 "decode" starts with the next target forward, when both models have read the prompt. The ideal is the speed-up at the
 measured τ if only the bare forwards of target and draft took time; "reached" is the share of it that decoding reaches.
 The first values of --batch and --context are the base setting; the others are tried one at a time. Everything is
-greedy. In float32 the exit code is 1 if any token differs from vanilla; in bfloat16 and float16, where near-ties may
-fall differently, differing rows are only counted. The last line of the output is JSON.
+greedy, unless --samples asks for several sampled texts of each prompt. In float32 the exit code is 1 if any token
+differs from vanilla; in bfloat16 and float16, where near-ties may fall differently, differing rows are only counted.
+The last line of the output is JSON.
 """
 
 import argparse
@@ -50,6 +52,9 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument_group("methods").add_argument
     add("--spec", nargs="*", type=way, default=["3", "5", "8", "default"], metavar="WAY",
         help="ours: γ, a schedule's name, or `default`, the library's choice (default: 3 5 8 default)")  # fmt: skip
+    add("--drafter", nargs="+", type=methods.drafter, default=["model"], metavar="NAME",
+        help="what drafts in ours: model, lookup, suffix, either, or exit:K, the target's first K layers "
+        "(default: model)")  # fmt: skip
     add("--hf", nargs="*", type=way, default=["5", "default"], metavar="WAY",
         help="HF assisted generation, likewise (default: 5 default)")  # fmt: skip
     add("--compile", nargs="?", const=True, default=False, choices=COMPILABLE,
@@ -63,6 +68,7 @@ def parse() -> argparse.Namespace:
         help="prompt tokens, made by joining prompts, or `own` for their own lengths (default: own 512)")  # fmt: skip
     add("--ragged", action="store_true", help="spread row lengths in a batch from a quarter of --context to all of it")
     add("--new-tokens", type=arguments.positive, default=48, metavar="N", help="tokens per prompt (default: 48)")
+    add("--samples", type=arguments.positive, metavar="N", help="sample N texts of each prompt (default: one, greedy)")
     add("--busy", type=arguments.count, default=0, metavar="N",
         help="keep the machine busy with so many other processes meanwhile (default: 0)")  # fmt: skip
     add("--rounds", type=arguments.positive, default=3, metavar="N", help="timed rounds, after a warm-up (default: 3)")
@@ -84,7 +90,8 @@ def context(value: str) -> int | None:
 
 def make_methods(args: argparse.Namespace, pair: SpecPair) -> list[measure.Method]:
     chosen = [methods.vanilla()]
-    chosen += [methods.assisted(pair.draft, name) for name in args.hf]
+    different = pair.tokenizers if pair.has_two_tokenizers else {}
+    chosen += [methods.assisted(pair.draft, name, different) for name in args.hf]
     variants: dict[str, dict[str, Any]] = {"": {}}
     if args.compile:
         variants[" compiled"] = {"speculation_compile": args.compile}
@@ -92,7 +99,10 @@ def make_methods(args: argparse.Namespace, pair: SpecPair) -> list[measure.Metho
         variants[" unpacked"] = {"speculation_pack_weights": False}
     for label, more in variants.items():
         chosen += [
-            methods.ours(pair.draft, {**methods.way_options(way), **more}, methods.way_label(way) + label)
+            methods.ours(
+                pair.draft, {**methods.way_options(way), **more, **different}, methods.way_label(way) + label, drafter
+            )
+            for drafter in args.drafter
             for way in args.spec
         ]
     for gamma in args.lookup:
@@ -145,7 +155,8 @@ def main() -> int:
     pair = synthetic.load(args)
     chosen, settings = make_methods(args, pair), make_settings(args, pair)
     result = report.surroundings(pair, shlex.join(["./scripts/benchmark_speed", *sys.argv[1:]]))
-    result |= {"new_tokens": args.new_tokens, "rounds": args.rounds, "busy": args.busy, "settings": []}
+    result |= {"new_tokens": args.new_tokens, "rounds": args.rounds, "busy": args.busy, "samples": args.samples}
+    result["settings"] = []
     console.print(report.machine(result), markup=False)
     runs = sum(len(setting.batches) for setting in settings) * len(chosen) * (args.rounds + 1)
     with busy(args.busy), Progress(console=Console(stderr=True)) as progress:
@@ -157,7 +168,7 @@ def main() -> int:
                 progress.update(task, advance=1, description=f"{label}: {name}")
 
             comparison = measure.Comparison(
-                pair.target, chosen, setting.batches, args.new_tokens, bare, advance
+                pair.target, chosen, setting.batches, args.new_tokens, bare, advance, samples=args.samples
             )  # fmt: skip
             comparison.warm_up()
             comparison.weigh()

@@ -5,6 +5,7 @@
     ./scripts/distill_draft --target Qwen/Qwen3-8B --from-layers 4 --dataset my.jsonl --output my-pair
     ./scripts/distill_draft --target Qwen/Qwen3-8B --draft Qwen/Qwen3-0.6B --dataset my.jsonl --output my-pair
     ./scripts/distill_draft --target Qwen/Qwen3-8B --head eagle3 --draft-vocab-size 32000 --dataset my.jsonl
+    ./scripts/distill_draft --parallel                     # one that predicts several tokens in one forward (PARD)
     ./scripts/distill_draft --output my-pair --resume      # after Ctrl-C, with its original settings
 
 The target continues pieces of the text, greedily and by sampling. On these and on the text itself, the draft learns the
@@ -42,10 +43,11 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from hf_specdec.drafters.heads.saving import save_folder
+from hf_specdec.drafters.parallel import mask_token
 from hf_specdec.pairs import DEMO_PAIR, SpecPair
 from hf_specdec.pairs.loading import find_pair, load_model, load_tokenizer, pin
 from hf_specdec.pairs.pair_file import FILE_NAME, ModelReference
-from hf_specdec.tools import distillation, head_training, report
+from hf_specdec.tools import distillation, head_training, parallel_distillation, report
 from hf_specdec.tools.arguments import (
     DTYPES,
     add_pair_arguments,
@@ -78,6 +80,8 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("training").add_argument
     add("--output", type=Path, metavar="FOLDER", help="folder for the pair (default: a new temporary folder)")
     add("--resume", action="store_true", help="resume the unfinished run in --output")
+    add("--parallel", action="store_true", help="train a draft that predicts several tokens in one forward, by mask "
+        "tokens (PARD); needed for one that does so already")  # fmt: skip
     add("--steps", type=positive, default=300, help="updates of the draft (default: 300)")
     add("--rows", type=positive, default=4, help="examples per forward (default: 4)")
     add("--accumulate", type=positive, default=1, metavar="N", help="forwards per step (default: 1)")
@@ -200,6 +204,13 @@ class Run:
     def __init__(self, args: argparse.Namespace, console: Console) -> None:
         self.args, self.console, self.folder = args, console, args.output / "training"
         self.start = load_start(args)
+        if args.parallel:
+            parallel_distillation.add_mask_token(self.start.draft, self.start.tokenizer)
+        elif mask_token(self.start.draft) is not None:
+            raise ValueError(
+                f"expected --parallel: {type(self.start.draft).__name__} predicts several tokens in one forward "
+                "(`pard_token` in its config), which it would unlearn otherwise"
+            )
         self.state = read_run(args.output) if args.resume else {"settings": settings(args), "measured": {}}
 
     def prepare(self) -> None:
@@ -228,7 +239,8 @@ class Run:
         names = ("steps", "rows", "accumulate", "argmax_weight", "completion_only_loss", "mixed_precision", "seed")
         lr = 1 / start.draft.config.get_text_config(decoder=True).hidden_size if args.lr is None else args.lr
         recipe = distillation.Recipe(lr=lr, **{name: getattr(args, name) for name in names})
-        kind = distillation.Distillation if args.head is None else head_training.HeadDistillation
+        kind = parallel_distillation.ParallelDistillation if args.parallel else distillation.Distillation
+        kind = kind if args.head is None else head_training.HeadDistillation
         self.training = kind(start.draft, start.target, stored["train"], recipe)
         self.training.load(self.folder)
 

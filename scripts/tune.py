@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hf_specdec.loop.schedule import SCHEDULES
-from hf_specdec.tools import arguments, report, synthetic, tuning
+from hf_specdec.tools import arguments, methods, report, synthetic, tuning
 from hf_specdec.tools.bare import BareForwards
 from hf_specdec.tools.settings import check_positions, make_setting
 
@@ -50,12 +50,20 @@ def parse() -> argparse.Namespace:
     add("--schedule", nargs="*", choices=TRIED, default=TRIED, help=f"schedules to try (default: {' '.join(TRIED)})")
     add("--confidence", nargs="*", type=float, default=[0.3, 0.5], metavar="P",
         help="also the longest γ, cut short when the draft's confidence is below P (default: 0.3 0.5)")  # fmt: skip
+    add("--drafter", type=methods.drafter, default="model", metavar="NAME",
+        help="what drafts: model, lookup, suffix, either, or exit:K, the target's first K layers "
+        "(default: model)")  # fmt: skip
     add("--batch", type=arguments.positive, default=1, metavar="N", help="rows per batch (default: 1)")
     add("--new-tokens", type=arguments.positive, default=64, metavar="N", help="tokens per prompt (default: 64)")
     add("--minutes", type=float, default=2.0, help="approximate time to measure (default: 2)")
     add = parser.add_argument_group("output").add_argument
     add("--write", metavar="FOLDER", help="write the outcome into the pair file there; a missing one is made")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.write and args.drafter != "model":
+        parser.error(f"--write is for the pair's own draft, but --drafter is {args.drafter}: leave one of them out")
+    if args.drafter != "model":
+        args.confidence = []  # the threshold of a draft model
+    return args
 
 
 def show(console: Console, contenders: list[tuning.Contender], setting: str) -> None:
@@ -84,7 +92,9 @@ def main() -> int:
     tried = tuning.candidates(args.gamma, args.schedule, args.confidence)
     bare = BareForwards(pair.target, pair.draft)
     with Console(stderr=True).status("measuring") as status:
-        contenders = tuning.race(pair, tried, setting, args.new_tokens, args.minutes * 60, bare, status.update)
+        contenders = tuning.race(
+            pair, tried, setting, args.new_tokens, args.minutes * 60, bare, status.update, args.drafter
+        )
     show(console, contenders, setting.label)
     best = contenders[0]
     about = report.surroundings(pair, shlex.join(["./scripts/tune", *sys.argv[1:]]))

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from hf_specdec.cli import main
 from hf_specdec.pairs import DEMO_PAIR
@@ -57,9 +59,10 @@ def test_check_fails_where_there_is_no_model(run, arguments):
     assert (code, lines) == (1, []) and error.startswith("hf-specdec check: ") and "nowhere/at-all" in error
 
 
-def test_check_fails_where_two_models_do_not_fit(run, small_pair, tokenizer, tmp_path):
+def test_check_fails_where_two_models_do_not_fit(run, small_pair, tmp_path):
     small_pair[1].save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(200)}))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
     code, lines, error = run("check", "--target", DEMO_PAIR / "target", "--draft", tmp_path)
     assert (code, lines) == (1, [])
     assert "hf-specdec check: " in error and "different tokenizers" in " ".join(error.split())

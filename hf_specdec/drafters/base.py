@@ -31,6 +31,8 @@ class Draft:
         valid: `[rows]` bool, False where the draft model gave no distribution (NaN, or all -inf).
         limits: `[rows]` int64, the same as `lengths` where only the device knows: of the two, the smaller one counts.
         given: the tokens before they were cut to the vocabulary, if they may be outside it.
+        confidence: by row, for each of its tokens the probability that it is accepted if those before it are, where the
+            drafter knows that without waiting for a device.
     """
 
     tokens: Tensor
@@ -39,6 +41,7 @@ class Draft:
     valid: Tensor | None = None
     limits: Tensor | None = None
     given: Tensor | None = None
+    confidence: list[list[float]] | None = None
 
     @property
     def row_lengths(self) -> list[int]:
@@ -90,6 +93,7 @@ class DraftRequest:
         static: forwards should have fixed shapes.
         inputs: the prompt as given to `generate()`, if it is more than tokens; else empty.
         encoder: the encoder's side of an encoder-decoder target.
+        prompt_is_embeds: the prompt has no tokens, only `inputs_embeds`.
         target: the model that verifies; only for drafters that say so with `uses_target`.
         go_on: drafters with `shows_confidence` call it after each token but the last, and stop when it returns False.
     """
@@ -102,6 +106,7 @@ class DraftRequest:
     static: bool = False
     inputs: dict[str, Any] = field(default_factory=dict)
     encoder: EncoderSide | None = None
+    prompt_is_embeds: bool = False
     target: Target | None = None
     go_on: GoOn | None = None
 
@@ -117,17 +122,21 @@ class Drafter(ABC):
     Attributes:
         in_vocabulary: proposals are always in the target's vocabulary, so the loop need not check.
         shows_confidence: it calls `DraftRequest.go_on`, and reading its probabilities does not wait for a device.
+        drafts_at_once: it makes all drafts of an iteration in one forward, so their number costs nothing.
         reads_prompts: its first proposal takes longer for longer prompts.
         uses_target: it drafts with the target itself, on its cache, or from its hidden states.
         taps_target: it reads the hidden states of the target's forwards, which then have no fixed shapes.
+        cost_share: what one of its forwards costs, as a share of the target's; `None` to believe in parameters.
         compile_seconds: wall time that the last `start` spent compiling.
     """
 
     in_vocabulary = False
     shows_confidence = False
+    drafts_at_once = False
     reads_prompts = False
     uses_target = False
     taps_target = False
+    cost_share: float | None = None
     compile_seconds = 0.0
 
     def start(self, call: DraftRequest, context: Context) -> None:
@@ -153,6 +162,11 @@ class Drafter(ABC):
 
     def end(self) -> None:
         """The `generate()` call is over, or has raised an error after `start`."""
+
+    @property
+    def owner(self) -> object:
+        """What estimates belong to that a schedule keeps: the draft model, or else all drafters of this kind."""
+        return getattr(self, "model", type(self))
 
     @property
     def forwards(self) -> int:

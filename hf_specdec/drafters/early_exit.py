@@ -5,7 +5,6 @@ from transformers import PreTrainedModel
 from ..models.cached import CachedModel
 from ..models.early_exit import EarlyExit, layers_path, resumes
 from ..sampling.context import Context
-from ..sampling.processors import BlockProcessors
 from .base import Draft, DraftRequest, no_draft
 from .model import ModelDrafter
 
@@ -32,19 +31,26 @@ class EarlyExitDrafter(ModelDrafter):
         super().__init__(model, confidence_threshold)
         if not isinstance(layers, int) or isinstance(layers, bool):
             raise TypeError(f"`assistant_early_exit` must be an int, got {layers!r} of type {type(layers).__name__}")
-        count = len(list(model.get_submodule(layers_path(model)).children()))
+        every = list(model.get_submodule(layers_path(model)).children())
+        count = len(every)
         if not 1 <= layers < count:
             raise ValueError(
                 f"`assistant_early_exit` must be from 1 to {count - 1}, because {type(model).__name__} has {count} "
                 f"layers, got {layers}"
             )
         self.layers = layers
+        self.cost_share = layers / count
+        self._last_layer = every[layers - 1]
+
+    @property
+    def owner(self) -> object:
+        return self._last_layer  # other numbers of layers are other drafts
 
     def start(self, call: DraftRequest, context: Context) -> None:
         target = call.target
         assert isinstance(target, CachedModel), "the session refuses other targets"
-        self._call, self._target = call, target
-        self._process = BlockProcessors(call.processors)
+        self._serve(call)
+        self._target = target
         self._exit = EarlyExit(self.model, self.layers)
         self.cached = CachedModel(self._exit.draft, target.cache, target.layout, encoded=target.encoded)
         self._resumes = not target.cache.states and target.static is None and bool(resumes(self.model, self.layers))
@@ -92,5 +98,5 @@ class EarlyExitDrafter(ModelDrafter):
     def _room(self, context: Context) -> int:
         return context.max_length  # the target's positions suffice for whatever may be committed
 
-    def _catch_up(self, context: Context) -> None:
+    def _catch_up(self, context: Context, most: int) -> None:
         """Nothing to do: the target has read the text."""

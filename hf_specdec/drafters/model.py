@@ -1,6 +1,7 @@
 """A draft model: one tight loop of forwards over all rows, with its own RaggedCache."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -19,7 +20,7 @@ from ..models.layout import Layout
 from ..models.multimodal_prompt import FirstForward, prepared_call, show, split_axes
 from ..models.self_fed import SelfFedModel
 from ..sampling.context import Context
-from ..sampling.processors import BlockProcessors, drafts_of
+from ..sampling.processors import BLIND, BlockProcessors, drafts_of
 from ..sampling.row_processors import Constraint, forced_token
 from .base import Draft, Drafter, DraftRequest
 
@@ -42,6 +43,8 @@ class ModelDrafter(Drafter):
     in_vocabulary = True
     reads_prompts = True
     cached: CachedModel | SelfFedModel
+    _bounds_windows = True  # only drafts are rolled back, so layers with a window need no more than that
+    _widths: Sequence[int] = STEPS  # of its usual forwards, in tokens per row
 
     def __init__(self, model: PreTrainedModel, confidence_threshold: float = 0.0, compiles: bool = False):
         self.model = model
@@ -61,9 +64,13 @@ class ModelDrafter(Drafter):
     def takes_ragged_rows(self) -> bool:
         return bool(Abilities.of(self.model).ragged_drafts)
 
-    def start(self, call: DraftRequest, context: Context) -> None:
+    def _serve(self, call: DraftRequest) -> None:
         self._call = call
         self._process = BlockProcessors(call.processors)
+        self._is_blind = all(type(processor) in BLIND for processor in call.processors)
+
+    def start(self, call: DraftRequest, context: Context) -> None:
+        self._serve(call)
         config = self.model.config.get_text_config(decoder=True)
         limits = (getattr(config, name, None) for name in ("max_position_embeddings", "max_target_positions"))
         self._max_positions: int = next(filter(None, limits), context.max_length)
@@ -71,16 +78,17 @@ class ModelDrafter(Drafter):
             self.cached = self._self_fed(context)
             return
         rows, device, static = context.batch_size, model_device(self.model), None
-        layers = cache_layers(DynamicCache(config=self.model.config), config, rows, context.max_length)
+        empty = DynamicCache(config=self.model.config)
+        layers = cache_layers(empty, config, rows, context.max_length, windowed=self._bounds_windows)
         cache = RaggedCache(rows, device, context.prompt_width + 256, context.max_length, layers)
         padded = (call.lockstep or bool(cache.states)) and max(context.first) > 0
         encoded = None if call.encoder is None else call.encoder.for_draft(self.model)
         seen = show(self.model, call.inputs, rows) if call.inputs else None
         changing = padded or bool(cache.states) or encoded is not None or seen is not None
         fixed = (call.static or self.compiles) and not changing and self.takes_ragged_rows
-        widths = compilable(self.model, STEPS, fixed, "drafts") if self.compiles else ()
+        widths = compilable(self.model, self._widths, fixed, "drafts") if self.compiles else ()
         if fixed and (call.static or widths):
-            cache, static = borrow(self.model, rows, device, context.max_length, widths, STEPS)
+            cache, static = borrow(self.model, rows, device, context.max_length, widths, self._widths)
             self.compile_seconds = static.compile_seconds
         layout = Layout(
             first=[0] * rows if padded else context.first,
@@ -121,55 +129,68 @@ class ModelDrafter(Drafter):
 
     def _propose(self, context: Context, max_tokens: int) -> Draft:
         max_tokens = min(max_tokens, self._room(context))
-        if max_tokens > 0:
-            self._catch_up(context)
-        tokens: list[Tensor] = []  # each [rows, 1]
-        best: list[Tensor] = []  # each [rows, 1], the score of the likeliest token
-        probs: list[Tensor] = []  # each [rows, 1, vocab]
-        sure: list[Tensor] = []  # each [rows, 1], whether another one may follow
-        lengths = [max_tokens] * len(context.rows)
+        rows = len(context.rows)
+        if max_tokens <= 0:
+            return Draft(context.tokens.new_empty(rows, 0))
+        self._catch_up(context, max_tokens)
+        tokens: list[Tensor] = []  # each [rows, k] for the next k tokens, as are the others
+        best: list[Tensor] = []  # the score of the likeliest token
+        probs: list[Tensor] = []  # [rows, k, vocab]
+        sure: list[Tensor] = []  # whether another one may follow
+        lengths, step, done = [max_tokens] * rows, 0, False
+        logits: Tensor | None = None  # [rows, n, vocab], known for the next n tokens
         drawn: Tensor | None = None
-        for step in range(max_tokens):
+        while not done:
             scores = self._forced_scores(context, step)
             if scores is None:
-                scores = self._next_scores(context, step, drawn)
+                if logits is None:
+                    logits = self._logits(context, step, max_tokens - step, drawn)
+                scores = self._processed(logits if self._is_blind else logits[:, :1], context, step)
+            width = scores.shape[1]
+            logits = None if logits is None or logits.shape[1] == width else logits[:, width:]
             best.append(scores.amax(dim=-1))
             drawn, q = self._call.rule.draw(scores, context, step)
             tokens.append(drawn)
             if q is not None:
                 probs.append(q)
             if self._call.processors:
-                context.write_drafts(drawn, offset=step)  # processors see them
+                self._write(context, drawn, step)  # processors see them
             if self.confidence_threshold and not self.shows_confidence:  # reading it would wait for the device
                 sure.append(self._confidence(scores, drawn) >= self.confidence_threshold)
             lengths, done = self._stop(step, lengths, scores, drawn)
-            if done:
-                break
-        if not tokens:
-            return Draft(context.tokens.new_empty(len(context.rows), 0))
-        lengths = [min(n, len(tokens)) for n in lengths]
+            step += width
         valid = torch.cat(best, dim=1).isfinite().all(dim=1)
         draft = Draft(torch.cat(tokens, dim=1), torch.cat(probs, dim=1) if probs else None, lengths, valid)
         if not sure:
             return draft
         return draft.up_to(1 + torch.cat(sure, dim=1)[:, :-1].long().cumprod(dim=1).sum(dim=1))
 
+    def _write(self, context: Context, drawn: Tensor, step: int) -> None:
+        """Put the drafts of one step, `[rows, 1]`, where processors and forwards find them."""
+        context.write_drafts(drawn, offset=step)
+
     def _stop(self, step: int, lengths: list[int], scores: Tensor, drawn: Tensor) -> tuple[list[int], bool]:
-        """The draft length of each row as known after a step, and whether that was the last step."""
-        go_on, last = self._call.go_on, step + 1 >= max(lengths)
-        if not self.shows_confidence or (self.confidence_threshold == 0 and (go_on is None or last)):
-            return lengths, last
-        confidence: list[float] = self._confidence(scores, drawn).squeeze(-1).tolist()
-        if any(map(math.isnan, confidence)):
-            return lengths, True  # no distribution: the loop raises an error
-        unsure = [p < self.confidence_threshold for p in confidence]
-        lengths = [min(n, step + 1) if stop else n for n, stop in zip(lengths, unsure)]
-        last = step + 1 >= max(lengths)
-        return lengths, last or (go_on is not None and not go_on(confidence))
+        """The draft length of each row as known after a step, and whether that was the last step.
+
+        Args:
+            step: how many tokens were drawn before it.
+            drawn: `[rows, k]`, those drawn in it. Whether the next one is proposed depends on those before it only.
+        """
+        go_on, longest, after = self._call.go_on, max(lengths), step + drawn.shape[1]
+        if not self.shows_confidence or (self.confidence_threshold == 0 and (go_on is None or step + 1 >= longest)):
+            return lengths, after >= longest
+        confidence: list[float]
+        for count, confidence in enumerate(self._confidence(scores, drawn).T.tolist(), step + 1):
+            unsure = [p < self.confidence_threshold for p in confidence]
+            lengths = [min(n, count) if stop else n for n, stop in zip(lengths, unsure)]
+            is_broken = any(map(math.isnan, confidence))  # no distribution: the loop raises an error
+            if is_broken or count >= max(lengths) or (go_on is not None and not go_on(confidence)):
+                return [min(n, count) for n in lengths], True
+        return lengths, False
 
     def _confidence(self, scores: Tensor, drawn: Tensor) -> Tensor:
-        """`[rows, 1]`: the probabilities of the drawn tokens."""
-        return (scores[:, 0].gather(-1, drawn) - scores[:, 0].logsumexp(dim=-1, keepdim=True)).exp()
+        """`[rows, k]`: the probabilities of the drawn tokens."""
+        return (scores.gather(-1, drawn[..., None]).squeeze(-1) - scores.logsumexp(dim=-1)).exp()
 
     def commit(self, context: Context) -> None:
         # The cache holds the previous context and all drafts but the last; the committed ones stay.
@@ -192,8 +213,12 @@ class ModelDrafter(Drafter):
             )
         return max(room, 0)
 
-    def _catch_up(self, context: Context) -> None:
-        """Feed the tokens that are not cached yet, unless the next forward can feed them along with its own."""
+    def _catch_up(self, context: Context, most: int) -> None:
+        """Feed the tokens that are not cached yet, unless the next forward can feed them along with its own.
+
+        Args:
+            most: how many tokens may be drafted.
+        """
         cached, chunk = self.cached, self._call.prefill_chunk_size
         missing = cached.missing(context)
         unequal = len(set(missing)) > 1 and max(missing) > (1 if cached.has_states else 2)
@@ -216,8 +241,13 @@ class ModelDrafter(Drafter):
         scores = torch.full((len(forced), 1, self._call.vocab_size), -math.inf, device=context.tokens.device)
         return scores.scatter_(2, to_device(forced, scores.device)[:, None, None], 0.0)
 
-    def _next_scores(self, context: Context, step: int, drawn: Tensor | None) -> Tensor:
-        """`[rows, 1, vocab]` float32, processed, for the token after the first `step` drafts, `drawn` the last one."""
+    def _logits(self, context: Context, step: int, most: int, drawn: Tensor | None) -> Tensor:
+        """`[rows, n, vocab]`, for the n tokens after the first `step` drafts; here n is 1.
+
+        Args:
+            most: n is at most this.
+            drawn: `[rows, 1]`, the last of those drafts.
+        """
         missing = [n + step for n in self.cached.missing(context)]
         equal = min(missing) == max(missing)
         logits = self.cached.forward(
@@ -227,16 +257,24 @@ class ModelDrafter(Drafter):
             self.cached.forget(context.rows, [max(missing) - n for n in missing])  # fill after a row's own tokens
             last = to_device(missing, logits.device)[:, None, None] - 1
             logits = logits.gather(1, last.expand(-1, 1, logits.shape[2]))
-        logits = fit_vocabulary(logits.float().to(context.tokens.device), self._call.vocab_size)
+        return logits
+
+    def _processed(self, logits: Tensor, context: Context, step: int) -> Tensor:
+        """`[rows, k, vocab]` float32 scores of the target's tokens, from the logits for the k tokens after `step`."""
+        logits = self._in_vocabulary(logits.float().to(context.tokens.device))
         if not self._call.processors:
             return logits
         scores = self._process(logits, context, offset=step)
         # If processors leave no token, draw from the unprocessed distribution: q is still what was drawn from.
         return torch.where(scores.amax(dim=-1, keepdim=True).isfinite(), scores, logits)
 
+    def _in_vocabulary(self, logits: Tensor) -> Tensor:
+        """`[rows, k, vocab]`: the draft's logits for the target's tokens."""
+        return _fit_vocabulary(logits, self._call.vocab_size)
 
-def fit_vocabulary(logits: Tensor, vocab_size: int) -> Tensor:
-    """Cut or pad `[rows, 1, draft vocab]` to the target's ids: padding rows of an embedding are not tokens."""
+
+def _fit_vocabulary(logits: Tensor, vocab_size: int) -> Tensor:
+    """Cut or pad `[rows, k, draft vocab]` to the target's ids: padding rows of an embedding are not tokens."""
     missing = vocab_size - logits.shape[-1]
     if missing > 0:
         return torch.nn.functional.pad(logits, (0, missing), value=float("-inf"))

@@ -18,7 +18,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from ..device import model_device
-from ..drafters import Drafter, ModelDrafter
+from ..drafters import Drafter, Either, ModelDrafter
 from ..kernels.attention import compile_attention, folded_attention
 from ..kernels.packing import packed_linears
 from ..models.capture import captured_seconds
@@ -53,7 +53,7 @@ def speculative(
     Args:
         assistant_model: the draft: a model, a Hub id or local path, or a `Drafter`. Without one, prompt look-up.
         streamer: `generate()` passes a streamer only to its own decoding methods, so give it here.
-        tokenizer, assistant_tokenizer: of target and draft; compared if their vocabularies differ in size.
+        tokenizer, assistant_tokenizer: of target and draft; if they differ, drafts are translated.
         speculation_stats: filled in place.
         speculation_trace: filled in place; it takes `tokenizer` for its own if it has none.
         options: `num_assistant_tokens`, `num_assistant_tokens_schedule`, `assistant_confidence_threshold`,
@@ -186,7 +186,8 @@ class SpeculativeMethod:
         stats = SpeculationStats() if self._stats is None or self._record is not None else self._stats
         captured = captured_seconds()
         decoding = prepare(call, drafter, options, self._streamer, stats, self._trace)
-        models = [call.model, drafter.model] if isinstance(drafter, ModelDrafter) else [call.model]
+        draft = getattr(drafter, "model", None) if isinstance(drafter, (Either, ModelDrafter)) else None
+        models = [call.model] if draft is None else [call.model, draft]
         try:
             new_tokens = decoding.context.max_length - decoding.context.prompt_width
             packed = packed_linears(models, options.speculation_pack_weights, new_tokens, by_clock=together is None)

@@ -24,7 +24,7 @@ from ..cache.ragged import RaggedCache
 from ..cache.states import has_states
 from ..cache.user_cache import check_user_cache
 from ..device import hidden_parameters, model_device
-from ..drafters import Drafter, DraftRequest, ModelDrafter
+from ..drafters import Drafter, DraftRequest, Either, ModelDrafter
 from ..loop.decoding import SpeculativeDecoding
 from ..loop.outputs import Recorder
 from ..loop.schedule import make_schedule
@@ -160,7 +160,8 @@ def prepare(
         )
     unbounded = _needs_unbounded_windows(checked, lockstep, stopping)
     draft_length = options.prompt_lookup_num_tokens or options.num_assistant_tokens
-    schedule = make_schedule(options.num_assistant_tokens_schedule, draft_length, call.model, drafter)
+    kind = bool(sequential), type(rule)
+    schedule = make_schedule(options.num_assistant_tokens_schedule, draft_length, call.model, drafter, kind)
     blocks = range(1, min((schedule.longest or LONGEST) + 1, LONGEST) + 1)
     compiles, fixed = options.compiles("target"), not drafter.taps_target
     make_target = functools.partial(_make_target, checked, feeding, unbounded, compiles and fixed, blocks, fixed)
@@ -178,6 +179,7 @@ def prepare(
         static=target.static is not None and call.is_static,
         inputs={} if prompt.first_forward is None or prompt.past else call.given,
         encoder=checked.encoder,
+        prompt_is_embeds=prompt.input_ids.shape[1] == 0,
         target=target,
         go_on=schedule.go_on,
     )
@@ -322,7 +324,7 @@ def _needs_lockstep(checked: _Checked, drafter: Drafter, unknown: list[str]) -> 
         reason = f"{type(model).__name__} has a window of {windows[0]} tokens that its cache does not know"
     elif not (answer := Abilities.of(model).ragged):
         reason = f"{type(model).__name__} cannot decode rows of different lengths together ({answer.reason})"
-    elif isinstance(drafter, ModelDrafter) and not drafter.takes_ragged_rows:
+    elif isinstance(drafter, (Either, ModelDrafter)) and not drafter.takes_ragged_rows:
         reason = f"{type(drafter.model).__name__} cannot decode rows of different lengths together"
     else:
         return False

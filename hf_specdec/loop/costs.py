@@ -32,11 +32,13 @@ class Costs(NamedTuple):
     Attributes:
         block, growth: of the target; see the top of this file.
         draft: a forward of the draft (D).
+        at_once: one such forward makes all drafts of an iteration.
     """
 
     block: float
     growth: float
     draft: float
+    at_once: bool = False
 
     def verify(self, width: int) -> float:
         """The target's forward over so many tokens per row (V)."""
@@ -44,12 +46,16 @@ class Costs(NamedTuple):
 
     def iteration(self, gamma: int) -> float:
         """With γ drafts."""
-        return self.verify(gamma + 1) + gamma * self.draft
+        return self.verify(gamma + 1) + self.draft_forwards(gamma) * self.draft
+
+    def draft_forwards(self, gamma: int) -> int:
+        """Of the draft, for γ drafts."""
+        return min(gamma, 1) if self.at_once else gamma
 
     @property
     def one_more(self) -> float:
         """What another draft adds to an iteration (D + V'), as a mean over drafts of usual lengths."""
-        return self.draft + (self.verify(_USUAL + 1) - self.verify(2)) / (_USUAL - 1)
+        return self.draft * (not self.at_once) + (self.verify(_USUAL + 1) - self.verify(2)) / (_USUAL - 1)
 
 
 class CostEstimates:
@@ -60,6 +66,7 @@ class CostEstimates:
             number of its tokens. The first is believed of a single row, whose one token may be read by a special
             matrix-vector product; the second of several rows, which are several tokens even without drafts.
         draft: what a draft's forward is believed to cost before it was measured.
+        at_once: see `Costs`.
 
     Attributes:
         plain_seen, drafted_seen: how many iterations without and with drafts were measured.
@@ -67,7 +74,8 @@ class CostEstimates:
         draft_seen: how often a forward of the draft was.
     """
 
-    def __init__(self, rows: int, draft: float):
+    def __init__(self, rows: int, draft: float, at_once: bool = False):
+        self._at_once = at_once
         block_sd, growth, growth_sd = _ONE_ROW if rows == 1 else _SEVERAL_ROWS
         self._x = [0.0, 0.0, growth, log(draft)]  # logarithms, except for the growth: unit, block, growth, draft
         variances = (100.0, block_sd**2, growth_sd**2, 0.5)
@@ -83,13 +91,13 @@ class CostEstimates:
     @property
     def costs(self) -> Costs:
         has_draft = self.draft_seen > 0 or self.drafted_seen == 0  # some drafters have no model
-        return Costs(exp(self._x[1]), max(self._x[2], 0.0), exp(self._x[3]) if has_draft else 0.0)
+        return Costs(exp(self._x[1]), max(self._x[2], 0.0), exp(self._x[3]) if has_draft else 0.0, self._at_once)
 
     def doubt(self, gamma: int) -> float:
         """The standard deviation of the cost of an iteration with γ > 0 drafts, as a share of it."""
         costs = self.costs
         verify = costs.verify(gamma + 1)
-        slope = [0.0, verify, verify * log(gamma + 1), gamma * costs.draft]
+        slope = [0.0, verify, verify * log(gamma + 1), costs.draft_forwards(gamma) * costs.draft]
         variance = sum(slope[i] * slope[j] * self._p[i][j] for i in range(1, 4) for j in range(1, 4))
         return sqrt(max(variance, 0.0)) / max(costs.iteration(gamma), _FREE)
 

@@ -374,9 +374,8 @@ class SpeculativeDecoding:
         self.target.commit(self.context)
         self.drafter.commit(self.context)
         if invariants.ENABLED:
-            invariants.check_iteration(
-                self.context, self.target, getattr(self.drafter, "cached", None), self._withdrawn
-            )
+            draft, own = (getattr(self.drafter, name, None) for name in ("cached", "own"))
+            invariants.check_iteration(self.context, self.target, draft, self._withdrawn, own)
         rows = self.context.rows
         width = self.output_width
         if len(self.stopping.columns) == self.context.batch_size:  # no row needs to go beyond the end of the longest

@@ -26,11 +26,16 @@ class InvariantError(AssertionError):
 
 
 def check_iteration(
-    context: Context, target: Target, draft: Target | None = None, withdrawn: Container[int] = ()
+    context: Context,
+    target: Target,
+    draft: Target | None = None,
+    withdrawn: Container[int] = (),
+    drafts_own: Context | None = None,
 ) -> None:
     """Raise an InvariantError unless caches and context agree for the active rows.
 
     Args:
+        drafts_own: the text in the draft's tokens, if they are not the target's.
         withdrawn: rows that are leaving and have gone back further than windows reach.
     """
     for row, missing in zip(context.rows, target.missing(context)):
@@ -39,12 +44,12 @@ def check_iteration(
         after = context.tokens[row, context.ends[row] : context.max_length]
         if not bool((after == context.pad_token_id).all()):
             raise InvariantError(f"row {row}: there are tokens after the committed ones")
-    for row, missing in zip(context.rows, draft.missing(context) if draft is not None else ()):
+    for row, missing in zip(context.rows, draft.missing(drafts_own or context) if draft is not None else ()):
         if missing < 1:
             raise InvariantError(f"row {row}: the draft's cache holds all but {missing} committed tokens")
-    for model in (target, draft):
+    for text, model in ((context, target), (drafts_own or context, draft)):
         if isinstance(model, CachedModel):
-            _check_entries(context, model, withdrawn)
+            _check_entries(text, model, withdrawn)
 
 
 def _check_entries(context: Context, cached: CachedModel, withdrawn: Container[int]) -> None:

@@ -5,11 +5,12 @@ lossless whatever the estimates are: a decision depends only on past iterations,
 dropped together with all drafts after them.
 
 The decision. An iteration that drafts γ tokens in each row costs V(γ + 1) + γ·D, where V is the target's forward and D
-a forward of the draft. It commits 1 + a1 + a1·a2 + ... tokens per row, where aj is the probability that draft j is
-accepted if all drafts before it are. The best γ maximises their ratio R. On a CPU, the draft's confidence can be read
-without waiting for a device, so the decision is made token by token: a draft is worth its probability of being
-accepted, and none is made once that is below R·(D + V'), where V' is what one more token adds to V (optimal stopping of
-a renewal process). Costs are relative to plain decoding (see `costs.py`).
+a forward of the draft (just one D if that forward makes all drafts). It commits 1 + a1 + a1·a2 + ... tokens per row,
+where aj is the probability that draft j is accepted if all drafts before it are. The best γ maximises their ratio R. On
+a CPU, the draft's confidence can be read without waiting for a device, so the decision is made token by token: a draft
+is worth its probability of being accepted, and none is made once that is below R·(D + V'), where V' is what one more
+token adds to V (optimal stopping of a renewal process). Drafts of one forward are cut there; how many it makes is
+decided before, by position. Costs are relative to plain decoding (see `costs.py`).
 
 Where even the best R is below that of plain decoding, γ is 0: drafting *pauses*. Now and then a draft checks whether
 that has changed. What it costs more than plain decoding is a debt, which is paid off by 0.5% of the time of the plain
@@ -22,10 +23,11 @@ spread over the tokens that a row may still get. Near the end of a call, or wher
 import itertools
 import operator
 import weakref
+from collections.abc import Hashable
 
 from torch import nn
 
-from ..drafters.base import GoOn
+from ..drafters.base import Drafter, GoOn
 from ..records.stats import Iteration
 from .costs import INSTANT, CostEstimates, Costs
 
@@ -93,9 +95,11 @@ class Estimates:
 
     Args:
         draft_cost: the cost of a draft's forward before it was measured, relative to the target's.
+        at_once: one forward makes all drafts of an iteration (`Drafter.drafts_at_once`).
     """
 
-    def __init__(self, draft_cost: float = _DRAFT_COST) -> None:
+    def __init__(self, draft_cost: float = _DRAFT_COST, at_once: bool = False) -> None:
+        self.at_once = at_once
         self.by_position: list[Share] = []
         self.by_confidence = [Share() for _ in range(_BINS)]
         self._draft_cost = draft_cost
@@ -111,7 +115,7 @@ class Estimates:
         """The cost of iterations over about this many rows."""
         size = rows.bit_length()
         if size not in self._costs:
-            self._costs[size] = CostEstimates(rows, self._draft_cost)
+            self._costs[size] = CostEstimates(rows, self._draft_cost, self.at_once)
         return self._costs[size]
 
     def rate(self, rows: int) -> Rate:
@@ -139,21 +143,26 @@ class Estimates:
         return self.by_confidence[_bin(given)].value(given**0.5)
 
 
-_estimates: "weakref.WeakKeyDictionary[object, weakref.WeakKeyDictionary[object, Estimates]]"
+# By target, by owner of the drafter, by kind of call.
+_estimates: "weakref.WeakKeyDictionary[object, weakref.WeakKeyDictionary[object, dict[Hashable, Estimates]]]"
 _estimates = weakref.WeakKeyDictionary()
 
 
-def estimates_for(target: object, drafter: object) -> Estimates:
-    """The estimates of this target with this draft model (or the target itself, for drafters without a model)."""
-    known = _estimates.setdefault(target, weakref.WeakKeyDictionary())
-    if drafter not in known:
-        known[drafter] = Estimates(_believed_cost(target, drafter))
-    return known[drafter]
+def estimates_for(target: object, drafter: Drafter, kind: Hashable = ()) -> Estimates:
+    """The estimates of this target with the drafters of one owner (`Drafter.owner`), for one kind of call."""
+    known = _estimates.setdefault(target, weakref.WeakKeyDictionary()).setdefault(drafter.owner, {})
+    kind = kind, drafter.drafts_at_once
+    if kind not in known:
+        known[kind] = Estimates(_believed_cost(target, drafter), drafter.drafts_at_once)
+    return known[kind]
 
 
-def _believed_cost(target: object, draft: object) -> float:
+def _believed_cost(target: object, drafter: Drafter) -> float:
     """Of a draft's forward: its share of the target's parameters, because decoding is bound by reading them."""
-    sizes = [sum(p.numel() for p in model.parameters()) for model in (target, draft) if isinstance(model, nn.Module)]
+    if drafter.cost_share is not None:
+        return drafter.cost_share
+    models = (target, getattr(drafter, "model", None))
+    sizes = [sum(p.numel() for p in model.parameters()) for model in models if isinstance(model, nn.Module)]
     return min(max(sizes[1] / sizes[0], 0.02), 1.0) if len(sizes) == 2 and sizes[0] else _DRAFT_COST
 
 
@@ -226,12 +235,12 @@ class Optimal:
             known.paused.add(size)
             known.regret = 0.0
             if was_paused:
-                return gamma if not self._reads_confidence else self._max_gamma
+                return self._max_gamma if self._reads_confidence and not known.at_once else gamma
             known.debt = max(known.debt, _LEAST_PAUSE * _PROBING, min(self._costs.iteration(1) - 1, 1.0))
             return 0
         if self._gain < 1 + _DOUBTFUL * doubt and estimates.since_plain >= _BETWEEN_PLAIN:
             return 0
-        if self._reads_confidence:
+        if self._reads_confidence and not known.at_once:  # else γ is chosen before the draft's forward
             return self._bound
         tries_more = estimates.drafted_seen % _MORE == 0  # else an unlucky position would never be tried again
         return min(self._bound, gamma + tries_more)

@@ -1,9 +1,10 @@
 """How long the next draft should be: the `num_assistant_tokens_schedule` of transformers."""
 
 import weakref
-from typing import Any, Protocol
+from collections.abc import Hashable
+from typing import Protocol
 
-from ..drafters.base import GoOn
+from ..drafters.base import Drafter, GoOn
 from ..records.stats import Iteration
 from .optimal import MAX_GAMMA, Optimal, estimates_for
 
@@ -88,20 +89,21 @@ class Heuristic:
 SCHEDULES = ("optimal", "constant", "heuristic", "heuristic_transient")
 
 
-def make_schedule(name: str, gamma: int | None, target: object, drafter: Any) -> Schedule:
+def make_schedule(name: str, gamma: int | None, target: object, drafter: Drafter, kind: Hashable = ()) -> Schedule:
     """A schedule by its name in the generation config.
 
     Args:
         name: one of `SCHEDULES`.
         gamma: the first draft length, and for "optimal" the longest; `None` for the schedule's own choice.
         target: the target model; costs depend on it.
-        drafter: estimates are remembered for its `model`, if it has one.
+        drafter: estimates are remembered for its `owner`.
+        kind: of the call; estimates for calls of different kinds are kept apart.
     """
     if name not in SCHEDULES:
         raise ValueError(f"`num_assistant_tokens_schedule` must be one of {', '.join(SCHEDULES)}, got {name!r}")
-    owner = getattr(drafter, "model", None)
     if name == "optimal":
-        return Optimal(gamma or MAX_GAMMA, estimates_for(target, owner or target), drafter.shows_confidence)
+        estimates = estimates_for(target, drafter, kind)
+        return Optimal(gamma or MAX_GAMMA, estimates, drafter.shows_confidence)
     if name == "constant":
         return Constant(gamma or DEFAULT_GAMMA)
-    return Heuristic(gamma or DEFAULT_GAMMA, owner if name == "heuristic" else None)
+    return Heuristic(gamma or DEFAULT_GAMMA, getattr(drafter, "model", None) if name == "heuristic" else None)

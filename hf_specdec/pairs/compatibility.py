@@ -1,8 +1,9 @@
-"""Whether a draft fits a target: same tokenizer, same device, caches that can roll back; and its likely cost.
+"""Whether a draft fits a target: tokenizers, same device, caches that can roll back; and its likely cost.
 
 `check_draft_model` runs on every call and raises at the first mismatch; `compare` runs once and lists all in one table.
 """
 
+import functools
 import hashlib
 import io
 import json
@@ -16,6 +17,9 @@ from transformers import AutoTokenizer, DynamicCache, PreTrainedModel, PreTraine
 from ..cache.layers import check_layers
 from ..cache.states import has_states
 from ..device import model_device
+from ..drafters.bridge import bridge_between, known_bridge
+from ..drafters.other_tokenizer import check_kind, check_size
+from ..drafters.parallel import mask_token
 from ..models.abilities import Abilities
 from ..models.checks import check_config, check_states
 from ..records import fragment
@@ -32,12 +36,16 @@ HEADERS = ("", "target", "draft", "", "what to know or do")
 
 def check_draft_model(
     draft: PreTrainedModel, target: PreTrainedModel, tokenizer: Tokenizer | None, assistant_tokenizer: Tokenizer | None
-) -> None:
-    """Raise a TypeError or ValueError unless `draft` can draft for `target`."""
+) -> tuple[Tokenizer, Tokenizer] | None:
+    """Raise a TypeError or ValueError unless `draft` can draft for `target`.
+
+    Returns: the tokenizers of target and draft, if these differ.
+    """
     check_architecture(draft, target)
     check_device(draft, target)
-    check_vocabularies(draft, target, tokenizer, assistant_tokenizer)
+    tokenizers = different_tokenizers(draft, target, tokenizer, assistant_tokenizer)
     check_states_of_draft(draft)
+    return tokenizers
 
 
 def check_architecture(draft: PreTrainedModel, target: PreTrainedModel) -> None:
@@ -76,32 +84,45 @@ def check_device(draft: PreTrainedModel, target: PreTrainedModel) -> None:
         )
 
 
-def check_vocabularies(
+def different_tokenizers(
     draft: PreTrainedModel, target: PreTrainedModel, tokenizer: Tokenizer | None, assistant_tokenizer: Tokenizer | None
-) -> None:
-    """Raise a ValueError unless each token id means the same to both models.
+) -> tuple[Tokenizer, Tokenizer] | None:
+    """The tokenizers of target and draft if a token id may mean different things to the two, else `None`.
 
     Models with the same tokenizer may pad embeddings to different sizes (Qwen2.5 7B and 0.5B), so if sizes differ the
     tokenizers decide: those given, else those that the models were loaded with. Tokens added to a finished vocabulary
     (chat and tool markers) may differ: a draft that gets them wrong is merely rejected.
+
+    Raises:
+        ValueError: if that cannot be found out; or if they differ, and one cannot be mapped to bytes or has more tokens
+            than its model.
     """
     sizes = [_vocab_size(model) for model in (target, draft)]
     if tokenizer is None or assistant_tokenizer is None:
-        if sizes[0] == sizes[1]:
-            return
-        tokenizer = tokenizer or _tokenizer_of(target)
-        assistant_tokenizer = assistant_tokenizer or _tokenizer_of(draft)
+        if _same_size(target, draft):
+            return None
+        tokenizer = tokenizer or tokenizer_of(target)
+        assistant_tokenizer = assistant_tokenizer or tokenizer_of(draft)
         if tokenizer is None or assistant_tokenizer is None:
             raise ValueError(
                 f"The vocabularies of target and `assistant_model` differ in size ({sizes[0]} and {sizes[1]}), and "
-                "their tokenizers are not known: pass `tokenizer` and `assistant_tokenizer`, or use a draft of the "
-                "same family"
+                "their tokenizers are not known: pass both, `tokenizer` for the target's and `assistant_tokenizer` for "
+                "the draft's"
             )
-    if tokenizer is not assistant_tokenizer and differing_tokens(tokenizer, assistant_tokenizer)[0]:
+    if tokenizer is assistant_tokenizer:
+        return None
+    if known_bridge(tokenizer, assistant_tokenizer) is None and not differing_tokens(tokenizer, assistant_tokenizer)[0]:
+        return None
+    bridge = bridge_between(tokenizer, assistant_tokenizer)
+    check_size("tokenizer", bridge.target.size, "the target", target)
+    check_size("assistant_tokenizer", bridge.draft.size, "`assistant_model`", draft)
+    if draft.config.is_encoder_decoder or target.config.is_encoder_decoder:
         raise ValueError(
-            f"Target and `assistant_model` have different tokenizers (vocabulary sizes {sizes[0]} and {sizes[1]}), "
-            "which strategy='spec' does not support yet: use a draft of the same family"
+            f"Target ({type(target).__name__}) and `assistant_model` ({type(draft).__name__}) have different "
+            "tokenizers, which strategy='spec' does not support for encoder-decoder models: use a draft of the same "
+            "family"
         )
+    return tokenizer, assistant_tokenizer
 
 
 def differing_tokens(one: Tokenizer, other: Tokenizer) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
@@ -111,12 +132,15 @@ def differing_tokens(one: Tokenizer, other: Tokenizer) -> tuple[list[tuple[int, 
     return [item for item in differing if item[1] not in added], [item for item in differing if item[1] in added]
 
 
-def _tokenizer_of(model: PreTrainedModel) -> Tokenizer | None:
+def tokenizer_of(model: PreTrainedModel) -> Tokenizer | None:
     """The tokenizer stored with the model, if it can be loaded."""
-    if not model.name_or_path:
-        return None
+    return _load_tokenizer(model.name_or_path) if model.name_or_path else None
+
+
+@functools.lru_cache(maxsize=8)
+def _load_tokenizer(name: str) -> Tokenizer | None:
     try:
-        return AutoTokenizer.from_pretrained(model.name_or_path)
+        return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError):
         return None
 
@@ -236,7 +260,7 @@ def vocabulary_check(tokenizer: Tokenizer) -> dict[str, Any]:
     return {"vocab_size": len(vocabulary), "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def _complaint(check: Callable[..., None], *arguments: Any) -> str:
+def _complaint(check: Callable[..., object], *arguments: Any) -> str:
     """The error message of a check; empty if it passes."""
     try:
         check(*arguments)
@@ -266,12 +290,18 @@ def _architecture(target: PreTrainedModel, draft: PreTrainedModel) -> Finding:
 
 def _embeddings(target: PreTrainedModel, draft: PreTrainedModel) -> Finding:
     sizes = [_vocab_size(model) for model in (target, draft)]
-    advice = "" if sizes[0] == sizes[1] else "padded differently: fine if the tokenizer is the same"
+    advice = "" if _same_size(target, draft) else "padded differently: fine if the tokenizer is the same"
     return _finding("embeddings", (f"{size:,}" for size in sizes), advice)
 
 
 def _vocab_size(model: PreTrainedModel) -> int:
     return model.config.get_text_config(decoder=True).vocab_size
+
+
+def _same_size(target: PreTrainedModel, draft: PreTrainedModel) -> bool:
+    """Whether both have equally many ids, not counting a mask token after them that a parallel draft may have."""
+    size, draft_size = _vocab_size(target), _vocab_size(draft)
+    return draft_size == size or (draft_size == size + 1 and mask_token(draft) == size)
 
 
 def _tokens(
@@ -280,14 +310,16 @@ def _tokens(
     count = f"{len(tokenizer.get_vocab()):,}"
     if draft_tokenizer is None:
         advice = "the draft has no tokenizer to compare: put the one that it was trained with into its folder"
-        same_size = _vocab_size(target) == _vocab_size(draft)
-        return _finding("tokens", (count, "unknown"), advice, "note" if same_size else "error")
+        return _finding("tokens", (count, "unknown"), advice, "note" if _same_size(target, draft) else "error")
     counts = count, f"{len(draft_tokenizer.get_vocab()):,}"
     regular, added = differing_tokens(tokenizer, draft_tokenizer)
     if regular:
-        return _finding(
-            "tokens", counts, f"different tokenizers ({_ids(regular)}): use a draft of the same family", "error"
-        )
+        complaint = _complaint(different_tokenizers, draft, target, tokenizer, draft_tokenizer)
+        complaint = complaint or _complaint(check_kind, draft)
+        if complaint:
+            return _finding("tokens", counts, f"different tokenizers ({_ids(regular)}). {complaint}", "error")
+        by = "by token" if bridge_between(tokenizer, draft_tokenizer).by_token else "as text"
+        return _finding("tokens", counts, f"different tokenizers ({_ids(regular)}): drafts are translated {by}")
     return _finding("tokens", counts, f"added tokens differ ({_ids(added)}): drafted poorly" if added else "")
 
 

@@ -117,6 +117,8 @@ def _vllm(pair: PairConfig, gamma: int) -> tuple[dict[str, str], list[str]]:
     }
     if pair.draft.revision is not None:
         config["revision"] = pair.draft.revision
+    if getattr(_config(pair.draft), "pard_token", None) is not None:
+        config["parallel_drafting"] = True
     if len(set(sizes)) > 1:
         config["use_heterogeneous_vocab"] = True
         notes.append(

@@ -7,11 +7,16 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
+from transformers import PreTrainedModel
+from transformers.utils import logging
 
-from ..drafters.heads import Eagle3Head
+from ..drafters.heads import Eagle3Head, HeadDrafter
 from ..drafters.heads.loading import PATTERNS, head_format, load_folder, read_config
+from ..options import Options
 from .loading import explain, hub_file, pin
 from .pair_file import ModelReference
+
+logger = logging.get_logger(__name__)
 
 
 def load_head(
@@ -87,3 +92,16 @@ def head_folder(reference: ModelReference) -> Path | None:
     except LocalEntryNotFoundError:  # loading it as a model will say so
         return None
     return None if file is None else file.parent
+
+
+def drafter_of_head(head: Eagle3Head, target: PreTrainedModel, options: Options) -> HeadDrafter:
+    """The drafter of a call whose `assistant_model` is a head."""
+    for part in ("draft", "target"):
+        if options.speculation_compile == part:
+            raise ValueError(
+                f"`speculation_compile={part!r}` needs forwards of fixed shapes, and `assistant_model` is a head on "
+                "hidden states, which has none: leave it out, or use 'attention'"
+            )
+    if options.speculation_compile is True:
+        logger.warning_once("`assistant_model` is a head on hidden states, so only attention is compiled.")
+    return HeadDrafter(head, target, options.assistant_confidence_threshold)

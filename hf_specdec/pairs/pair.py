@@ -18,8 +18,9 @@ from transformers import (
 from transformers.utils import logging
 
 from ..device import model_device
-from ..drafters import Drafter, EarlyExitDrafter, ModelDrafter, PromptLookupDrafter
-from ..drafters.heads import Eagle3Head, HeadDrafter
+from ..drafters import Drafter, EarlyExitDrafter, Either, OtherTokenizerDrafter, PromptLookupDrafter
+from ..drafters.heads import Eagle3Head
+from ..drafters.parallel import drafter_of
 from ..models.checks import check_mode, unwrapped
 from ..options import OPTION_NAMES, Options
 from ..records import fragment
@@ -30,11 +31,12 @@ from .compatibility import (
     check_draft_model,
     compare,
     devices_of,
+    differing_tokens,
     dtype_of,
     quantity,
     vocabulary_check,
 )
-from .heads import check_no_head, head_of
+from .heads import check_no_head, drafter_of_head, head_of
 from .loading import find_pair, load_model, load_tokenizer, pin, save_model
 from .pair_file import FILE_NAME, ModelReference, PairConfig
 
@@ -150,10 +152,24 @@ class SpecPair:
             return self.target.generate(*args, **{"tokenizer": self.tokenizer, **kwargs})
         if "assistant_model" not in named:
             options = {k: v for k, v in self.config.recommended.items() if getattr(given, k, None) is None}
-            # The tokenizers were compared on loading; passing one for both avoids doing so in every call.
-            one = {"tokenizer": self.tokenizer, "assistant_tokenizer": self.tokenizer}
-            kwargs = {"assistant_model": self.draft, **one, **options, **kwargs}
+            kwargs = {"assistant_model": self.draft, **self.tokenizers, **options, **kwargs}
         return self.target.generate(*args, **{**kwargs, "strategy": strategy})
+
+    @functools.cached_property
+    def tokenizers(self) -> dict[str, PreTrainedTokenizerBase]:
+        """Arguments of `generate()`: `tokenizer` and `assistant_tokenizer`.
+
+        They are compared once. If they are the same, one is passed for both, so that no call compares them again.
+        """
+        other = self.draft_tokenizer
+        if other is None or not differing_tokens(self.tokenizer, other)[0]:
+            other = self.tokenizer
+        return {"tokenizer": self.tokenizer, "assistant_tokenizer": other}
+
+    @property
+    def has_two_tokenizers(self) -> bool:
+        """Whether the draft has another tokenizer than the target."""
+        return self.tokenizers["assistant_tokenizer"] is not self.tokenizer
 
     @functools.cached_property
     def compatibility(self) -> Compatibility:
@@ -277,8 +293,8 @@ def make_drafter(
             draft in the target's pair file or the catalogue, a `Drafter`, or `None` for prompt look-up.
         target: the model that it drafts for.
         options: the call's options.
-        tokenizer: the target's tokenizer; used only if vocabulary sizes differ.
-        assistant_tokenizer: the draft's tokenizer; likewise.
+        tokenizer: the target's tokenizer. If the draft's differs, drafts are translated.
+        assistant_tokenizer: the draft's tokenizer.
 
     Raises:
         ValueError, TypeError: if `assistant_model` is not a drafter, or does not fit the target.
@@ -300,6 +316,13 @@ def make_drafter(
             "`speculation_compile='draft'` compiles a draft model, and this call has none: pass one as "
             "`assistant_model`, or leave the option out"
         )
+    if isinstance(assistant_model, Either) and assistant_model.given_model is not None:
+        check_mode(assistant_model.given_model, "`model_draft`", "model_draft")
+        if check_draft_model(assistant_model.given_model, target, tokenizer, assistant_tokenizer) is not None:
+            raise ValueError(
+                "`model_draft` of hf_specdec.Either has another tokenizer than the target: pass it as "
+                "hf_specdec.OtherTokenizerDrafter(model_draft, tokenizer, assistant_tokenizer)"
+            )
     if isinstance(assistant_model, Drafter):
         return assistant_model
     if options.assistant_early_exit is not None:
@@ -313,23 +336,19 @@ def make_drafter(
         with _loading:
             assistant_model = load_draft(str(assistant_model), target.dtype, model_device(target), *of_the_target)
     if isinstance(assistant_model, Eagle3Head):
-        return _make_head_drafter(assistant_model, target, options)
+        return drafter_of_head(assistant_model, target, options)
     draft = draft_model(assistant_model)
     check_mode(draft, "`assistant_model`", "assistant_model")
-    check_draft_model(draft, target, tokenizer, assistant_tokenizer)
-    return ModelDrafter(draft, options.assistant_confidence_threshold, options.compiles("draft"))
-
-
-def _make_head_drafter(head: Eagle3Head, target: PreTrainedModel, options: Options) -> HeadDrafter:
-    for part in ("draft", "target"):
-        if options.speculation_compile == part:
-            raise ValueError(
-                f"`speculation_compile={part!r}` needs forwards of fixed shapes, and `assistant_model` is a head on "
-                "hidden states, which has none: leave it out, or use 'attention'"
-            )
-    if options.speculation_compile is True:
-        logger.warning_once("`assistant_model` is a head on hidden states, so only attention is compiled.")
-    return HeadDrafter(head, target, options.assistant_confidence_threshold)
+    different = check_draft_model(draft, target, tokenizer, assistant_tokenizer)
+    threshold = options.assistant_confidence_threshold
+    if different is None:
+        return drafter_of(draft, threshold, options.compiles("draft"))
+    if options.speculation_compile == "draft":
+        raise ValueError(
+            "`speculation_compile='draft'` does not compile drafts with another tokenizer than the target's: leave it "
+            "out"
+        )
+    return OtherTokenizerDrafter(draft, *different, threshold)
 
 
 def draft_model(assistant_model: object) -> PreTrainedModel:

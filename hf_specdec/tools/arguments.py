@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..pairs.pair import DEMO_PAIR, SpecPair
 from ..pairs.pair_file import FILE_NAME
+from . import edits
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
 TEXT_COLUMNS = ("text", "prompt", "question", "instruction", "turns")
@@ -98,6 +99,8 @@ def add_prompt_arguments(parser: argparse.ArgumentParser, prompts: int, prompt_t
     add = group.add_argument
     add("--dataset", metavar="NAME", help="a dataset: Hub id, local folder, or .jsonl/.json/.csv/.txt/.parquet file; "
         "default: the embedded pair's held-out prompts")  # fmt: skip
+    add("--edits", action="store_true", help="instead: a function of the standard library, to be written again with "
+        "a variable renamed")  # fmt: skip
     add("--dataset-config", metavar="NAME", help="configuration of the dataset")
     add("--split", default="test", help="split of the dataset; local files always have `train` (default: %(default)s)")
     add("--column", help=f"column with the text (default: the first of {', '.join(TEXT_COLUMNS)})")
@@ -113,7 +116,10 @@ def load_prompts(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -
     """Load the prompts that `add_prompt_arguments` describes, evenly spaced over the dataset (so over categories)."""
     if args.prompts < 1:
         raise SystemExit(f"expected --prompts of at least 1, got {args.prompts}")
-    rows = list(_embedded_rows() if args.dataset is None else _dataset_rows(args))
+    if args.edits and args.dataset is not None:
+        raise SystemExit("expected --edits or --dataset, got both")
+    given = edits.rows() if args.edits else _embedded_rows() if args.dataset is None else _dataset_rows(args)
+    rows = list(given)
     if not rows:
         raise SystemExit(f"expected prompts in {args.dataset}, found no rows")
     count = min(args.prompts, len(rows))

@@ -83,7 +83,8 @@ class BareForwards:
         half = min(map(len, rows)) // 2
         ids = torch.cat([ids, torch.tensor([row[:half] for row in rows], dtype=ids.dtype, device=ids.device)], dim=1)
         mask = torch.cat([batch["attention_mask"], torch.ones_like(ids[:, :half])], dim=1)
-        models = BareForward(self.target, ids, mask), BareForward(self.draft, ids, mask)
+        known = self.draft.config.get_text_config(decoder=True).vocab_size  # of another tokenizer, perhaps
+        models = BareForward(self.target, ids, mask), BareForward(self.draft, ids.clamp(max=known - 1), mask)
         if not all(model.croppable for model in models):
             self.missing = "a cache that cannot be rolled back"
             return

@@ -74,9 +74,8 @@ class Way:
         """The arguments of `generate()`."""
         if self.drafter == "look-up":
             return {"strategy": "spec", "prompt_lookup_num_tokens": self.gamma}
-        # The tokenizers were compared when the pair was loaded; passing one for both saves doing so in every call.
-        one = {"tokenizer": pair.tokenizer, "assistant_tokenizer": pair.tokenizer}
-        return {"strategy": "spec", "assistant_model": pair.draft, "num_assistant_tokens": self.gamma, **one}
+        given = {"strategy": "spec", "assistant_model": pair.draft, "num_assistant_tokens": self.gamma}
+        return given | pair.tokenizers
 
 
 @dataclass(frozen=True)

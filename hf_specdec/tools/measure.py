@@ -78,6 +78,7 @@ class Record:
         differing: indices of rows that differed from vanilla's in some run.
         refusal: the first line of the error if the method refuses the input.
         peak_bytes: peak memory of one call beyond what was in use before, `None` if it cannot be read.
+        compared: whether rows are compared with vanilla's.
     """
 
     method: Method
@@ -87,6 +88,7 @@ class Record:
     differing: set[int] = field(default_factory=set)
     refusal: str = ""
     peak_bytes: int | None = None
+    compared: bool = True
 
 
 class Arrivals(BaseStreamer):
@@ -115,14 +117,17 @@ class Arrivals(BaseStreamer):
             self.next_forward_seconds = time.perf_counter()
 
 
-def timed(target: PreTrainedModel, batch: Batch, new_tokens: int, options: dict[str, Any]) -> tuple[Run, Tensor]:
-    """Time one greedy `generate()` call; returns its times and sequences."""
+def timed(
+    target: PreTrainedModel, batch: Batch, new_tokens: int, options: dict[str, Any], samples: int | None = None
+) -> tuple[Run, Tensor]:
+    """Time one `generate()` call, greedy or with several samples of each prompt; returns its times and sequences."""
     rows, width = batch["input_ids"].shape
-    arrivals = Arrivals(rows)
+    arrivals = Arrivals(rows * (samples or 1))
+    options = {"do_sample": samples is not None, "num_return_sequences": samples or 1} | options
     with counting(target, arrivals.count_forward, ours="strategy" in options):
         synchronize(target.device)
         began = time.perf_counter()
-        sequences = target.generate(**batch, max_new_tokens=new_tokens, do_sample=False, streamer=arrivals, **options)
+        sequences = target.generate(**batch, max_new_tokens=new_tokens, streamer=arrivals, **options)
         synchronize(target.device)
         ended = time.perf_counter()
     lengths = [len(row) for row in new_rows(target, sequences, width)]
@@ -138,7 +143,7 @@ def timed(target: PreTrainedModel, batch: Batch, new_tokens: int, options: dict[
     return run, sequences
 
 
-Timer = Callable[[PreTrainedModel, Batch, int, dict[str, Any]], tuple[Run, Tensor]]
+Timer = Callable[..., tuple[Run, Tensor]]  # of the arguments of `timed`
 
 # Where our loop calls a model.
 _FEEDING: list[tuple[type, str]] = [
@@ -193,6 +198,7 @@ class Comparison:
         advance: called with a method's name before each of its runs.
         timer: times one `generate()` call, as `timed` does.
         may_fail: families whose errors are recorded as refusals; those of others are raised.
+        samples: sample so many texts of each prompt, which are not compared; by default one, greedily.
 
     Attributes:
         records: one per method, by name.
@@ -208,10 +214,11 @@ class Comparison:
         advance: Callable[[str], None] = lambda name: None,
         timer: Timer = timed,
         may_fail: Sequence[str] = (ASSISTED,),
+        samples: int | None = None,
     ):
-        self.timer, self.may_fail = timer, may_fail
+        self.timer, self.may_fail, self.samples = timer, may_fail, samples
         self.target, self.batches, self.new_tokens, self.bare, self.advance = target, batches, new_tokens, bare, advance
-        self.records = {method.name: Record(method) for method in methods}
+        self.records = {method.name: Record(method, compared=samples is None) for method in methods}
         self.reference = self.records[methods[0].name]
 
     def warm_up(self) -> None:
@@ -260,7 +267,8 @@ class Comparison:
         if record.method.family == OURS:
             options["speculation_stats"] = record.stats
         try:
-            run, sequences = self.timer(self.target, batch, self.new_tokens, options)
+            more = {} if self.samples is None else {"samples": self.samples}
+            run, sequences = self.timer(self.target, batch, self.new_tokens, options, **more)
         except Exception as error:
             if record.method.family not in self.may_fail:
                 raise
@@ -269,6 +277,8 @@ class Comparison:
         rows = new_rows(self.target, sequences, batch["input_ids"].shape[1])
         if keep:
             record.rows.extend(rows)
+        if not record.compared:
+            return run
         first = sum(len(batch["input_ids"]) for batch in self.batches[:index])
         record.differing |= {at for at, row in enumerate(rows, first) if row != self.reference.rows[at]}
         return run

@@ -1,25 +1,53 @@
-"""The ways to generate that scripts compare: vanilla, HF assisted generation, and ours, by draft length and schedule.
+"""The ways to generate that scripts compare: vanilla, HF assisted, and ours, by drafter, draft length and schedule.
 
 A *way* is a name on the command line: a number is a constant γ, a word is a schedule, "default" sets nothing.
 """
 
+import argparse
 import copy
+from collections.abc import Callable
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..drafters import Either, SuffixDrafter
 from ..loop.schedule import SCHEDULES
+from . import arguments
 from .measure import ASSISTED, OURS, VANILLA, Method
 
 DEFAULT = "default"
+
+# What drafts, by name on the command line: arguments of `generate()`, given the draft model. None remembers earlier
+# calls, because rounds repeat their prompts. Besides these there is "exit:K", the target's first K layers.
+_EXIT = "exit:"
+DRAFTERS: dict[str, Callable[[PreTrainedModel], dict[str, Any]]] = {
+    "model": lambda draft: {"assistant_model": draft},
+    "lookup": lambda draft: {},
+    "suffix": lambda draft: {"assistant_model": SuffixDrafter(max_requests=0)},
+    "either": lambda draft: {"assistant_model": Either(draft, SuffixDrafter(max_requests=0))},
+}
+
+
+def drafter(name: str) -> str:
+    """A drafter's name on the command line, for argparse."""
+    if name in DRAFTERS or (name.startswith(_EXIT) and arguments.positive(name.removeprefix(_EXIT))):
+        return name
+    raise argparse.ArgumentTypeError(f"expected {', '.join(DRAFTERS)} or {_EXIT}K, got {name!r}")
+
+
+def drafting(name: str, draft: PreTrainedModel) -> dict[str, Any]:
+    """The arguments of `generate()` for a drafter's name."""
+    if name.startswith(_EXIT):
+        return {"assistant_early_exit": int(name.removeprefix(_EXIT))}
+    return DRAFTERS[name](draft)
 
 
 def vanilla() -> Method:
     return Method(VANILLA, VANILLA)
 
 
-def assisted(draft: PreTrainedModel, way: str) -> Method:
-    """HF assisted generation.
+def assisted(draft: PreTrainedModel, way: str, tokenizers: dict[str, Any] | None = None) -> Method:
+    """HF assisted generation; with `tokenizers` if the draft has another one.
 
     transformers reads γ and the schedule from the draft's generation config and updates it as it runs, so each run
     gets its own copy of the draft, which shares the weights. A number means exactly that many draft tokens:
@@ -31,7 +59,7 @@ def assisted(draft: PreTrainedModel, way: str) -> Method:
         own = copy.copy(draft)
         own.generation_config = copy.deepcopy(draft.generation_config)
         own.generation_config.update(**way_options(way), **fixed)
-        return {"assistant_model": own}
+        return {"assistant_model": own, **(tokenizers or {})}
 
     return Method(f"{ASSISTED} {way_label(way)}", ASSISTED, options, int(way) if way.isdecimal() else None)
 
@@ -41,14 +69,15 @@ def assisted_lookup(gamma: int) -> Method:
     return Method(f"HF look-up γ={gamma}", ASSISTED, lambda: {"prompt_lookup_num_tokens": gamma})
 
 
-def ours(draft: PreTrainedModel, options: dict[str, Any], label: str) -> Method:
-    """`strategy="spec"` with a draft model and any options of `generate()`."""
-    fixed = options.get("num_assistant_tokens_schedule") == "constant"
+def ours(draft: PreTrainedModel, options: dict[str, Any], label: str, drafter: str = "model") -> Method:
+    """`strategy="spec"` with a drafter, by its name, and any options of `generate()`."""
+    fixed = options.get("num_assistant_tokens_schedule") == "constant" and drafter == "model"
     fixed &= not options.get("assistant_confidence_threshold")
+    chosen = drafting(drafter, draft)
     return Method(
-        f"{OURS} {label}",
+        f"{OURS} {label}" if drafter == "model" else f"{OURS} {drafter} {label}",
         OURS,
-        lambda: {"assistant_model": draft, "strategy": "spec", **options},
+        lambda: {"strategy": "spec", **chosen, **options},
         options.get("num_assistant_tokens") if fixed else None,
     )
 

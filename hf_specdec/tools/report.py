@@ -36,7 +36,7 @@ def cells(figures: dict[str, Any]) -> list[str]:
         number(figures.get("ideal"), "x"),
         "" if figures.get("efficiency") is None else f"{figures['efficiency']:.0%}",
         "" if figures["peak_bytes"] is None else f"{figures['peak_bytes'] / 2**20:.0f} MB",
-        "same" if same == rows else f"{rows - same}/{rows} differ",
+        "not compared" if not figures["compared"] else "same" if same == rows else f"{rows - same}/{rows} differ",
     ]
 
 
@@ -132,7 +132,9 @@ def write(result: dict[str, Any], path: Path) -> None:
     rows = sum(method.get("rows", 0) for setting in result["settings"] for method in setting["methods"].values())
     differing = sum(m.get("differing_rows", 0) for s in result["settings"] for m in s["methods"].values())
     verdict = f"<span class=good>Identical:</span> all {rows} rows equal vanilla's."
-    if differing:
+    if result.get("samples"):
+        verdict = "<span class=faint>Sampled texts are not compared.</span>"
+    elif differing:
         kind = "bad" if result["dtype"] == "float32" else "faint"
         verdict = f"<span class={kind}>{differing} of {rows} rows differ from vanilla's</span> ({result['dtype']})."
     about = {k.replace("_", " "): v for k, v in result.items() if k not in ("settings", "identical") and v is not None}

@@ -96,9 +96,10 @@ def figures(
         "tokens_per_second": round(statistics.median(speeds), 2),
         "tokens": tokens,
         "target_forwards": forwards,
-        "block_efficiency": round(tokens / forwards / setting.batch_size, 3),
+        "block_efficiency": round(tokens / forwards * len(setting.batches) / len(record.rows), 3),
         "differing_rows": len(record.differing),
         "rows": len(record.rows),
+        "compared": record.compared,
         "peak_bytes": record.peak_bytes,
         "categories": _categories(setting, record, reference),
     }
@@ -123,7 +124,7 @@ def _speculation(record: Record, result: dict[str, Any], bare: BareForwards) -> 
     if record.method.family != OURS or not stats.target_forwards:
         return {}
     drafts = stats.draft_forwards / stats.target_forwards
-    if record.method.gamma is not None:
+    if record.method.gamma is not None and drafts > 1:  # else one forward makes all drafts
         drafts = record.method.gamma
     ideal = bare.ideal(stats.block_efficiency, checked(record), drafts)
     speedup = result["decode_speedup"]

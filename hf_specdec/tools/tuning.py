@@ -78,15 +78,19 @@ def race(
     seconds: float,
     bare: BareForwards,
     report: Callable[[str], None] = lambda text: None,
+    drafter: str = "model",
 ) -> list[Contender]:
     """Measure the candidates against vanilla, dropping the slower half after each round, until `seconds` are over.
 
     At least one round of all, and `LEAST_ROUNDS` of the winner, always run, however long they take.
 
+    Args:
+        drafter: its name, see `methods.drafter`.
+
     Returns: all contenders, sorted by rounds survived, then by speed-up.
     """
     end = time.monotonic() + seconds
-    methods = {name: ours(pair.draft, options, name) for name, options in tried.items()}
+    methods = {name: ours(pair.draft, options | pair.tokenizers, name, drafter) for name, options in tried.items()}
     comparison = Comparison(pair.target, [vanilla(), *methods.values()], setting.batches, new_tokens, bare, report)
     records = {name: comparison.records[method.name] for name, method in methods.items()}
     speedups: dict[str, Spread] = {}

@@ -1,5 +1,6 @@
 """Drafters: the contract of each one with the loop, its proposals, and that no draft changes a greedy call."""
 
+import copy
 import random
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,17 @@ from conftest import SIZES, VOCAB, make_model, make_prompts, perturbed
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 
-from hf_specdec import Draft, Drafter, DraftRequest, ModelDrafter, PromptLookupDrafter, SpeculationStats
+from hf_specdec import (
+    Draft,
+    Drafter,
+    DraftRequest,
+    Either,
+    ModelDrafter,
+    ParallelDrafter,
+    PromptLookupDrafter,
+    SpeculationStats,
+    SuffixDrafter,
+)
 from hf_specdec.loop import decoding
 from hf_specdec.sampling.context import Context
 from hf_specdec.sampling.rules import Greedy
@@ -96,15 +107,26 @@ class HonestRandomTokens(RandomTokens):
         return Draft(tokens, torch.full((*tokens.shape, VOCAB), 1 / VOCAB))
 
 
+def parallel(model: PreTrainedModel) -> PreTrainedModel:
+    """The same with a mask token."""
+    model = copy.deepcopy(model)
+    model.config.pard_token = VOCAB - 1
+    return model
+
+
 Make = Callable[[PreTrainedModel, Tensor], Drafter]
 
 OURS: dict[str, Make] = {
     "a model": lambda model, truth: ModelDrafter(model),
     "a model with a threshold": lambda model, truth: ModelDrafter(model, confidence_threshold=0.5),
+    "a parallel model": lambda model, truth: ParallelDrafter(parallel(model)),
     "look-up of 1-grams": lambda model, truth: PromptLookupDrafter(1),
     "look-up of 3-grams": lambda model, truth: PromptLookupDrafter(3),
+    "suffixes of this call": lambda model, truth: SuffixDrafter(max_requests=0),
 }
 DRAFTERS: dict[str, Make] = OURS | {
+    "suffixes, half of the truth known": lambda model, truth: SuffixDrafter([row[:-12] for row in truth]),
+    "suffixes or a model": lambda model, truth: Either(model, SuffixDrafter(truth)),
     "random tokens": lambda model, truth: RandomTokens(),
     "random tokens with their q": lambda model, truth: HonestRandomTokens(),
     "nothing": lambda model, truth: Silent(),

@@ -101,22 +101,22 @@ def true_states(target: PreTrainedModel, ids: tuple[int, ...], tokens: list[int]
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], int, Tensor]]:
     """Of each draft token: the text and drafts before it, how many of these are drafts, and the head's logits."""
     found: list[tuple[list[int], int, Tensor]] = []
-    next_scores = HeadDrafter._next_scores
+    logits_of = HeadDrafter._logits
     drafts: list[Tensor] = []
 
-    def spy(self: HeadDrafter, context: Any, step: int, drawn: Tensor | None) -> Tensor:
+    def spy(self: HeadDrafter, context: Any, step: int, most: int, drawn: Tensor | None) -> Tensor:
         if step == 0:
             drafts.clear()
         elif drawn is not None:
             drafts.append(drawn.clone())
-        scores = next_scores(self, context, step, drawn)
+        logits = logits_of(self, context, step, most, drawn)
         assert len(drafts) == step
         for slot, row in enumerate(context.rows):
             own = [int(tokens[slot, 0]) for tokens in drafts]
-            found.append((context.row(row).tolist() + own, step, self.cached.logits(self._hidden)[slot, 0].clone()))
-        return scores
+            found.append((context.row(row).tolist() + own, step, logits[slot, 0].clone()))
+        return logits
 
-    monkeypatch.setattr(HeadDrafter, "_next_scores", spy)
+    monkeypatch.setattr(HeadDrafter, "_logits", spy)
     return found
 
 

@@ -182,7 +182,7 @@ def _by_model(time: FakeTime, pair: Pair) -> list[Any]:
 def _learned(pair: Pair, time: FakeTime, monkeypatch: pytest.MonkeyPatch, **kwargs: Any) -> tuple[Any, float, Any]:
     """The draft lengths of two calls, and the estimated unit and costs afterwards; all estimates start anew."""
     estimates = Estimates()
-    monkeypatch.setattr("hf_specdec.loop.schedule.estimates_for", lambda target, drafter: estimates)
+    monkeypatch.setattr("hf_specdec.loop.schedule.estimates_for", lambda *args: estimates)
     stats = SpeculationStats()
     for _ in range(2):
         spec(

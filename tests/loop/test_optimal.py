@@ -35,10 +35,11 @@ from test_sampling import (
     transition_law,
 )
 from test_sampling import chains as chains  # a fixture
-from transformers import LlamaConfig, LogitsProcessorList, PreTrainedModel
+from torch import Tensor
+from transformers import LlamaConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from hf_specdec import SpeculationStats, options
-from hf_specdec.drafters import ModelDrafter
+from hf_specdec.drafters import EarlyExitDrafter, ModelDrafter, SuffixDrafter
 from hf_specdec.generate import session
 from hf_specdec.loop import clock, invariants, optimal, schedule
 from hf_specdec.loop.costs import Costs
@@ -69,6 +70,7 @@ class Pair:
         verify: the target's seconds by width.
         draft: the draft's seconds.
         rows: of the batch.
+        at_once: one forward of the draft makes all drafts of an iteration.
         rng: decides what is accepted; `None`: as regularly as can be, so that estimates are not blurred by chance.
     """
 
@@ -76,6 +78,7 @@ class Pair:
     verify: Callable[[int], float]
     draft: float
     rows: int = 1
+    at_once: bool = False
     rng: random.Random | None = field(default_factory=lambda: random.Random(0))
     _due: dict[int, float] = field(default_factory=lambda: defaultdict(float))  # by draft position
 
@@ -98,9 +101,10 @@ class Pair:
             drafted += 1
             if drafted == gamma or (schedule.go_on is not None and not schedule.go_on(confidence)):
                 break
-        iteration = iteration_of([drafted] * self.rows, accepted, self.verify(drafted + 1), drafted * self.draft)
-        schedule.update(iteration)
-        return drafted, sum(accepted) + self.rows, self.verify(drafted + 1) + drafted * self.draft
+        forwards = min(gamma, 1) if self.at_once else drafted
+        iteration = iteration_of([drafted] * self.rows, accepted, self.verify(drafted + 1), forwards * self.draft)
+        schedule.update(replace(iteration, draft_forwards=forwards))
+        return drafted, sum(accepted) + self.rows, self.verify(drafted + 1) + forwards * self.draft
 
     def seconds(self, schedule: Optimal, tokens: int) -> float:
         """A call of this many tokens, in one row."""
@@ -129,7 +133,7 @@ def best_rate(p: float, verify: Callable[[int], float], draft: float, gamma: int
 
 def settled(pair: Pair, max_gamma: int = MAX_GAMMA, reads_confidence: bool = False, iterations: int = 400) -> Optimal:
     """A schedule that has seen a pair for a long time."""
-    schedule = Optimal(max_gamma, Estimates(), reads_confidence)
+    schedule = Optimal(max_gamma, Estimates(at_once=pair.at_once), reads_confidence)
     for _ in range(iterations):
         pair.iterate(schedule)
     return schedule
@@ -169,6 +173,22 @@ def test_chance_costs_a_few_percent(p: float, first: float, more: float, draft: 
     verify = linear(first, more)
     pair = Pair(lambda: p, verify, draft)
     assert pair.rate(settled(pair), 3000) > 0.95 * best_rate(p, verify, draft)
+
+
+@pytest.mark.parametrize("reads_confidence", [False, True])
+@pytest.mark.parametrize(("p", "first", "more", "draft"), [(0.7, 1.0, 0.02, 0.3), (0.8, 1.0, 0.1, 0.4)])
+def test_drafts_of_one_forward_cost_that_forward_however_many(
+    p: float, first: float, more: float, draft: float, reads_confidence: bool
+) -> None:
+    """Brute force over V(γ + 1) + D finds no γ that is more than 5% faster. If D came γ times, γ would be too small."""
+    verify = linear(first, more)
+    pair = Pair(lambda: p, verify, draft, rng=None, at_once=True)
+    schedule = settled(pair, reads_confidence=reads_confidence)
+    rates = [sum(p**i for i in range(g + 1)) / (verify(g + 1) + draft * (g > 0)) for g in range(MAX_GAMMA + 1)]
+    drafted = [pair.iterate(schedule)[0] for _ in range(100)]
+    assert np.mean([rates[gamma] for gamma in drafted]) > 0.95 * max(rates)
+    one_by_one = [best_rate(p, verify, draft, gamma) for gamma in range(MAX_GAMMA + 1)]
+    assert rates[one_by_one.index(max(one_by_one))] < 0.93 * max(rates)
 
 
 @pytest.mark.parametrize("reads_confidence", [False, True])
@@ -663,22 +683,45 @@ def test_what_was_learned_is_kept_by_target_and_draft(
     target: PreTrainedModel, draft: PreTrainedModel, by_default: list[Any]
 ) -> None:
     other_target, other_draft = copy.deepcopy(target), copy.deepcopy(draft)
-    for t, d in ((target, draft), (target, other_draft), (other_target, draft), (target, None)):
-        assert estimates_for(t, d or t).costs(1).plain_seen == 0
+    suffixes = SuffixDrafter()
+    drafts = ((target, draft), (target, other_draft), (other_target, draft), (target, None), (target, suffixes))
+    for t, d in drafts:
         call(t, d)
-        assert estimates_for(t, d or t).costs(1).plain_seen > 0
-        known = estimates_for(t, d or t)
+        known = by_default[-1]._estimates
+        assert known.costs(1).plain_seen > 0
         call(t, d, rows=2)
-        assert estimates_for(t, d or t) is known
-        assert by_default[-1]._estimates is by_default[-2]._estimates is known
-    assert len({id(schedule._estimates) for schedule in by_default}) == 4
+        assert by_default[-1]._estimates is known
+    assert len({id(schedule._estimates) for schedule in by_default}) == len(drafts)
 
 
 def test_until_it_is_measured_a_draft_costs_what_its_size_says(target: PreTrainedModel) -> None:
     small = make_model(LlamaConfig(**CONFIG | {"vocab_size": VOCAB, "num_hidden_layers": 1}), seed=1)
     shares = [sum(p.numel() for p in model.parameters()) for model in (small, target)]
-    assert costs(estimates_for(target, small)).draft == pytest.approx(shares[0] / shares[1])
-    assert costs(estimates_for(target, copy.deepcopy(target))).draft == 1.0
+    assert costs(estimates_for(target, ModelDrafter(small))).draft == pytest.approx(shares[0] / shares[1])
+    assert costs(estimates_for(target, ModelDrafter(copy.deepcopy(target)))).draft == 1.0
+    deep = make_model(LlamaConfig(**CONFIG | {"vocab_size": VOCAB, "num_hidden_layers": 4}), seed=1)
+    assert costs(estimates_for(deep, EarlyExitDrafter(deep, 1))).draft == pytest.approx(1 / 4)
+
+
+class Unknown(LogitsProcessor):
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return scores
+
+
+def test_kinds_of_calls_are_learned_apart(
+    target: PreTrainedModel, draft: PreTrainedModel, by_default: list[Any]
+) -> None:
+    """A processor that is called step by step, or sampling, accepts other shares of the drafts."""
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"logits_processor": [Unknown()]},
+        {"do_sample": True},
+        {"do_sample": True, "speculation_acceptance": "coupled"},
+    ]
+    for kind in (*kinds, *kinds):
+        call(target, draft, **kind)
+    found = [id(schedule._estimates) for schedule in by_default]
+    assert found[:4] == found[4:] and len(set(found)) == 4
 
 
 def test_no_model_is_kept_alive(by_default: list[Any], target: PreTrainedModel) -> None:

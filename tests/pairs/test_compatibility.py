@@ -60,10 +60,13 @@ def test_a_draft_that_fits_gives_no_cause_for_notes():
 CASES: dict[str, tuple[Callable[[], dict[str, Finding]], str, str, str]] = {
     "another tokenizer": (
         lambda: report(small(), draft_tokenizer=make_tokenizer(VOCAB, swapped=True)),
-        "tokens", "error", "different tokenizers (2 ids, the first is 5, 'w5'",
+        "tokens", "note", "different tokenizers (2 ids, the first is 5, 'w5' in one of them): drafts are translated by",
     ),
     "fewer tokens": (
-        lambda: report(small(), draft_tokenizer=make_tokenizer(VOCAB - 1)), "tokens", "error", "the first is 95, 'w95'",
+        lambda: report(small(), draft_tokenizer=make_tokenizer(VOCAB - 1)), "tokens", "note", "the first is 95, 'w95'",
+    ),
+    "more tokens than the draft knows": (
+        lambda: report(small(), draft_tokenizer=make_tokenizer(VOCAB + 4)), "tokens", "error", "knows only 96",
     ),
     "an added token": (
         lambda: report(small(), draft_tokenizer=with_added_token()), "tokens", "note", "added tokens differ (1 ids",

@@ -96,6 +96,17 @@ def test_vllm_gets_its_configuration(export, saved, tmp_path):
     assert (port, number) == ("--port", "8000")
 
 
+def test_vllm_is_told_that_a_draft_predicts_several_tokens_at_once(export, saved, tmp_path):
+    path = saved / "draft" / "config.json"
+    before = path.read_text()
+    path.write_text(json.dumps(json.loads(before) | {"pard_token": 5}))
+    try:
+        export("vllm")
+    finally:
+        path.write_text(before)
+    assert json.loads((tmp_path / "out" / "speculative_config.json").read_text())["parallel_drafting"] is True
+
+
 def test_sglang_gets_all_three_numbers(export, saved, tmp_path):
     export("sglang", recommended={"num_assistant_tokens": 4})
     flags = json.loads((tmp_path / "out" / "flags.json").read_text())

@@ -146,11 +146,15 @@ def test_tokenizers_are_found_where_the_models_came_from(folders):
     assert generate(target, str(path / "draft"), **prompts(2)).equal(expected)
 
 
-def test_different_tokenizers_where_the_models_came_from_are_refused(folders):
+def test_different_tokenizers_where_the_models_came_from_are_translated(folders, monkeypatch):
     target, draft, path = folders(swapped=True)
+    made = []
+    original = pairs.OtherTokenizerDrafter
+    monkeypatch.setattr(pairs, "OtherTokenizerDrafter", lambda *args: made.append(args) or original(*args))
+    expected = target.generate(**prompts(2), **GREEDY)
     for assistant in (draft, str(path / "draft")):
-        with pytest.raises(ValueError, match=r"different tokenizers \(vocabulary sizes 96 and 104\).*same family"):
-            generate(target, assistant, **prompts(2))
+        assert target.generate(**prompts(2), **GREEDY, assistant_model=assistant, strategy="spec").equal(expected)
+    assert len(made) == 2
 
 
 def test_tokenizers_that_are_given_beat_those_that_are_found(folders):
@@ -490,13 +494,24 @@ def test_a_draft_by_name_may_be_a_pair(saved):
 # Errors
 
 
-def test_a_draft_with_another_tokenizer_is_refused_with_the_table(saved, tmp_path):
+def test_a_draft_with_another_models_tokenizer_is_refused_with_the_table(saved, tmp_path):
     pair()[1].save_pretrained(tmp_path)
-    make_tokenizer(VOCAB, swapped=True).save_pretrained(tmp_path)
+    make_tokenizer(VOCAB + 1, swapped=True).save_pretrained(tmp_path)
     with pytest.raises(ValueError) as error:
         SpecPair.from_pretrained(saved / "target", tmp_path)
-    assert re.search(r"does not fit.*tokens.*96.*96.*error.*different tokenizers", str(error.value), re.DOTALL)
+    assert re.search(r"does not fit.*tokens.*96.*97.*error.*different tokenizers", str(error.value), re.DOTALL)
     assert "dtype" not in str(error.value)  # which is fine
+
+
+def test_a_pair_with_two_tokenizers_passes_both(saved, tmp_path):
+    pair()[1].save_pretrained(tmp_path)
+    make_tokenizer(VOCAB, swapped=True).save_pretrained(tmp_path)
+    loaded = SpecPair.from_pretrained(saved / "target", tmp_path)
+    assert "drafts are translated by token" in loaded.compatibility.to_text(200)
+    assert loaded.has_two_tokenizers
+    assert loaded.tokenizers == {"tokenizer": loaded.tokenizer, "assistant_tokenizer": loaded.draft_tokenizer}
+    expected = pair()[0].generate(**prompts(2), **GREEDY)
+    assert loaded.generate(**prompts(2), **GREEDY).equal(expected)
 
 
 def test_a_tokenizer_that_changed_since_the_pair_was_saved_is_named(tmp_path):

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LogitsProcessor, PreTrainedModel
 
 import hf_specdec
-from hf_specdec import SpeculationStats
+from hf_specdec import Either, SpeculationStats, SuffixDrafter
 from hf_specdec.tools.lossless import coupled_choice
 
 NEW = 24
@@ -35,6 +35,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "unsure drafts": {"num_assistant_tokens": 5, "assistant_confidence_threshold": 0.4},
     "look-up": {"assistant_model": None, "prompt_lookup_num_tokens": 3},
     "early exit": {"assistant_model": None, "assistant_early_exit": 1, "num_assistant_tokens": 3},
+    "suffixes": {"assistant_model": SuffixDrafter(), "num_assistant_tokens": 3},
+    "suffixes by the schedule": {"assistant_model": SuffixDrafter(), "num_assistant_tokens_schedule": "optimal"},
 }
 
 
@@ -44,7 +46,8 @@ def test_text_is_a_function_of_seed_and_target(pair: tuple[PreTrainedModel, PreT
     inputs = make_prompts(3)
     expected = vanilla(target, inputs, [7, 8, 9])
     accepted = {}
-    for name, way in WAYS.items():
+    either = {"assistant_model": Either(draft, SuffixDrafter()), "num_assistant_tokens": 3}
+    for name, way in (WAYS | {"either": either}).items():
         stats = SpeculationStats()
         options = {"assistant_model": draft} | COUPLED | way | {"speculation_stats": stats}
         assert torch.equal(target.generate(**inputs, **SAMPLED, **options), expected), name

@@ -36,7 +36,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.rwkv.modeling_rwkv import RwkvCausalLMOutput
 
-from hf_specdec import Draft, Drafter, RowProcessor, SpeculationStats
+from hf_specdec import Draft, Drafter, Either, RowProcessor, SpeculationStats, SuffixDrafter
 
 ALARM = 1e-4
 SAMPLES = 20_000
@@ -150,6 +150,13 @@ class Random(Drafter):
         return Draft(tokens, probs, torch.randint(max_tokens + 1, shape[:1]).tolist())
 
 
+class Mixing(Either):
+    """In nearly all iterations some rows copy and others do not."""
+
+    def expected(self, max_tokens: int) -> float:
+        return float(torch.rand(1))
+
+
 # --------------------------------------------------------------------------------------------------- many rows at once
 
 
@@ -158,7 +165,7 @@ class Case:
     """One call.
 
     Attributes:
-        drafts: "model", "close model", "look-up", or a drafter.
+        drafts: "model", "close model", "look-up", "either", or a drafter.
         options: of `generate()`; those that change the target's law are worked into it.
         prompts: real tokens of each row.
         new_tokens: of each row.
@@ -222,6 +229,8 @@ CASES = {
     ),
     "a grammar": Case(options={"num_assistant_tokens": 3, "logits_processor": [Sums()]}, new_tokens=4),
     "look-up": Case("look-up", options={"temperature": 0.7}, prompts=[[3, 5, 0, 4, 5, 0, 9, 5]]),
+    "suffixes, other rows' too": Case(SuffixDrafter(max_requests=40), options={"num_assistant_tokens": 3}),
+    "a model or suffixes": Case("either", options={"num_assistant_tokens": 3, "temperature": 0.8}),
     "random drafts, q one-hot": Case(Random(honest=False), options={"num_assistant_tokens": 3, "top_p": 0.95}),
     "random drafts, q uniform": Case(Random(honest=True), options={"num_assistant_tokens": 3, "top_k": 6}),
 }
@@ -237,14 +246,17 @@ def law_and_suspect(case: Case, prompt: list[int], models: dict[str, PreTrainedM
     """The target's law after a prompt, and the draft's, to which a wrong rule would be biased (else a uniform one)."""
     process = processors(**case.options)
     law = exact_law(models["target"], prompt, case.new_tokens, process)
-    if isinstance(case.drafts, str) and case.drafts in models:
-        return law, exact_law(models[case.drafts], prompt, case.new_tokens, process)
+    name = "model" if case.drafts == "either" else case.drafts
+    if isinstance(name, str) and name in models:
+        return law, exact_law(models[name], prompt, case.new_tokens, process)
     return law, np.full_like(law, 1 / law.size)
 
 
 def samples(case: Case, models: dict[str, PreTrainedModel]) -> tuple[np.ndarray, SpeculationStats]:
     """For each prompt, how often each continuation came."""
     draft = models.get(case.drafts) if isinstance(case.drafts, str) else case.drafts
+    if case.drafts == "either":
+        draft = Mixing(models["model"], SuffixDrafter(max_requests=40))
     width = max(map(len, case.prompts))
     ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in case.prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in case.prompts])
@@ -273,7 +285,14 @@ def samples(case: Case, models: dict[str, PreTrainedModel]) -> tuple[np.ndarray,
 
 
 # Slow: other cases together cover these.
-LONG = ("cold, top-k", "top-p", "repetition penalty", "confidence threshold", "random drafts, q one-hot")
+LONG = (
+    "suffixes, other rows' too",
+    "cold, top-k",
+    "top-p",
+    "repetition penalty",
+    "confidence threshold",
+    "random drafts, q one-hot",
+)
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LONG)) for n in CASES])

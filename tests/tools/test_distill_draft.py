@@ -106,6 +106,22 @@ def test_a_random_draft_becomes_a_pair_with_a_higher_acceptance(tmp_path: Path, 
     assert not list(output.glob("training/checkpoint-*"))
 
 
+def test_a_parallel_draft_becomes_a_pair(
+    tmp_path: Path, target: Path, text: Path, script: Script, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "pair"
+    arguments = [*SMALL.split(), "--target", target, "--dataset", text]
+    assert script(*arguments, "--random", "1", "--parallel", "--output", output) in (0, 1)
+    pair = SpecPair.from_pretrained(str(output))
+    assert pair.draft.config.pard_token == 96  # the tokenizer has 96 tokens
+    assert not pair.compatibility.errors
+    ids = pair.tokenizer("the quick brown fox", return_tensors="pt", return_token_type_ids=False)
+    out = pair.generate(**ids, max_new_tokens=12, do_sample=False)
+    assert torch.equal(out, pair.target.generate(**ids, max_new_tokens=12, do_sample=False))
+    said = refusal(script, capsys, *arguments, "--draft", output / "draft", "--output", tmp_path / "further")
+    assert "expected --parallel: LlamaForCausalLM predicts several tokens in one forward" in said
+
+
 def test_held_out_prompts_are_in_no_example(tmp_path: Path, target: Path, text: Path, script: Script) -> None:
     output = tmp_path / "pair"
     options = [*SMALL.split(), "--steps", "1", "--examples", "60", "--prompt-tokens", "16"]

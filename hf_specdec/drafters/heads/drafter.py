@@ -10,9 +10,8 @@ from transformers import PreTrainedModel
 from ...models.cached import CachedModel
 from ...models.tap import Tap
 from ...sampling.context import Context
-from ...sampling.processors import BlockProcessors
 from ..base import Draft, DraftRequest, no_draft
-from ..model import ModelDrafter, fit_vocabulary
+from ..model import ModelDrafter
 from .eagle3 import Eagle3Head
 from .entries import HeadEntries
 from .fit import check_fit
@@ -47,8 +46,8 @@ class HeadDrafter(ModelDrafter):
     def start(self, call: DraftRequest, context: Context) -> None:
         target = call.target
         assert isinstance(target, CachedModel), "the session refuses other targets"
-        self._call, self._target = call, target
-        self._process = BlockProcessors(call.processors)
+        self._serve(call)
+        self._target = target
         self.cached = HeadEntries(self.model, context, target)
         layers = target.model.config.get_text_config(decoder=True).num_hidden_layers
         self._tap = Tap(target.model, self.model.parts.states_of(layers), self.cached.read)
@@ -85,7 +84,7 @@ class HeadDrafter(ModelDrafter):
     def _room(self, context: Context) -> int:
         return context.max_length
 
-    def _catch_up(self, context: Context) -> None:
+    def _catch_up(self, context: Context, most: int) -> None:
         """Nothing to do: the first step does."""
 
     def _forced_scores(self, context: Context, step: int) -> Tensor | None:
@@ -94,7 +93,7 @@ class HeadDrafter(ModelDrafter):
             self._says.append(scores.new_ones(len(scores), 1, dtype=torch.bool))
         return scores
 
-    def _next_scores(self, context: Context, step: int, drawn: Tensor | None) -> Tensor:
+    def _logits(self, context: Context, step: int, most: int, drawn: Tensor | None) -> Tensor:
         entries = self.cached
         if self._hidden is None:
             self._hidden = entries.catch_up(context)
@@ -103,21 +102,24 @@ class HeadDrafter(ModelDrafter):
             ends = [end + self._fed for end in context.active_ends]
             self._hidden = entries.step(context, drawn if is_last else context.gather(ends, 1), self._hidden)
             self._fed += 1
-        logits = self._of_target(entries.logits(self._hidden).to(context.tokens.device))
+        logits: Tensor = entries.logits(self._hidden)
+        return logits
+
+    def _processed(self, logits: Tensor, context: Context, step: int) -> Tensor:
+        logits = self._in_vocabulary(logits.float().to(context.tokens.device))
         if not self._call.processors:
             return logits
         scores = self._process(logits, context, offset=step)
         # Processors may subtract infinities; a token that the head does not know stays unknown.
         scores = scores.masked_fill(scores.isnan() & logits.isneginf(), -math.inf)
-        says = scores.amax(dim=-1, keepdim=True).isfinite()
-        self._says.append(says[:, 0])
-        return torch.where(says, scores, logits)  # where they leave nothing, what is drawn is not proposed
+        says = scores.amax(dim=-1).isfinite()
+        self._says.append(says)
+        return torch.where(says[..., None], scores, logits)  # where they leave nothing, what is drawn is not proposed
 
-    def _of_target(self, logits: Tensor) -> Tensor:
-        """`[rows, 1, vocab]` float32 in the target's vocabulary: -inf for tokens that the head does not know."""
+    def _in_vocabulary(self, logits: Tensor) -> Tensor:
+        """-inf for tokens that the head does not know."""
         ids = self.model.target_ids
-        logits = logits.float()
         if ids is None:
-            return fit_vocabulary(logits, self._call.vocab_size)
+            return super()._in_vocabulary(logits)
         whole = logits.new_full((*logits.shape[:2], self._call.vocab_size), -math.inf)
         return whole.index_copy_(2, ids.to(logits.device), logits)

@@ -1,0 +1,254 @@
+"""SuffixIndex: texts in which to find where the end of another text has occurred before, and what followed.
+
+It answers what a suffix tree does, from a few flat arrays. A *place* is the position after a run of tokens. As in LZ77
+compressors, places after equal runs are linked, from the latest to earlier ones, for runs of 1, 2, 4, 8 and 16 tokens:
+
+    position    1    2    3    4    5    6    7    8
+    token       the  cat  sat  --   the  cat  ran  --        -- separates texts
+    runs of 1:  7 -> 3 (after "cat"), 6 -> 2 (after "the")
+    runs of 2:  7 -> 3 (after "the cat")
+
+A link leads to a run with the same hash, perhaps one that was overwritten since. So every place that it leads to is
+compared with the tokens that are there.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+NO_TOKEN = -1  # between texts, and for ids that are not tokens
+_NEVER = -2  # equals nothing that is stored
+_SIZES = (1, 2, 4, 8, 16)
+_WORD = 2**64 - 1
+_BASE, _MIX = 0x9E3779B97F4A7C15, 0xD1B54A32D192ED03  # odd
+_POWERS = [pow(_BASE, j, 2**64) for j in range(_SIZES[-1])]
+_ONE_BY_ONE = 24  # tokens, from which on numpy is faster than Python
+VOTERS = 32  # places that are looked at, the latest ones
+
+
+class Continuation(NamedTuple):
+    """What probably comes next.
+
+    Attributes:
+        tokens: most probable first token, then the most probable one after it...
+        confidence: of each, the probability that it is right if those before it are.
+        score: how many of the tokens are expected to be right.
+    """
+
+    tokens: list[int]
+    confidence: list[float]
+    score: float
+
+
+NOTHING = Continuation([], [], 0.0)
+
+
+class Found(NamedTuple):
+    """Earlier occurrences of the end of a text.
+
+    Attributes:
+        places: the positions after them, the latest first.
+        sizes: how many tokens before each place are equal.
+    """
+
+    places: list[int]
+    sizes: list[int]
+
+
+class Query(NamedTuple):
+    """The end of a text, prepared to be looked up in several indexes.
+
+    Attributes:
+        tail: `[depth + 1]` int32, its tokens from the last one back; no match goes beyond it.
+        hashes: of its last 1, 2, 4... tokens.
+    """
+
+    tail: np.ndarray
+    hashes: list[int]
+
+
+class SuffixIndex:
+    """See the top of this file. Whoever writes texts into it must leave a separator after each.
+
+    Args:
+        room: positions for tokens, one of them for the separator after each text.
+        depth: the longest run that is compared.
+
+    Attributes:
+        tokens: `[positions]` int32. Texts may be written from `first` to `first + room`.
+    """
+
+    def __init__(self, room: int, depth: int):
+        self.depth = depth
+        self.first = depth + 1
+        self.tokens = np.full(self.first + room + 1, NO_TOKEN, np.int32)
+        self._sizes = [size for size in _SIZES if size <= depth]
+        bits = max(room.bit_length(), 4)
+        self._shift = 64 - bits
+        # By size: the latest place after each hash, and by place the one before; 0 stands for none.
+        self._latest = [np.zeros(2**bits, np.int32) for _ in self._sizes]
+        self._before = [np.zeros(len(self.tokens), np.int32) for _ in self._sizes]
+        self._back = np.arange(1, depth + 2)
+        self._make_views()
+
+    def _make_views(self) -> None:
+        """Single values are read faster through these."""
+        self._view = self.tokens.data
+        self._links = [(latest.data, before.data) for latest, before in zip(self._latest, self._before)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            name: value for name, value in vars(self).items() if name not in ("_view", "_links")
+        }  # not to be copied
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._make_views()
+
+    @property
+    def nbytes(self) -> int:
+        return self.tokens.nbytes + sum(a.nbytes + b.nbytes for a, b in zip(self._latest, self._before))
+
+    def link(self, begin: int, end: int, linked: np.ndarray | None = None) -> None:
+        """Make the places `begin + 1` to `end` known, whose tokens have been written.
+
+        Args:
+            linked: `[end - begin]` bool, which of them; by default all.
+        """
+        if end - begin <= _ONE_BY_ONE and linked is None:
+            longest = self._sizes[-1]
+            tokens = self.tokens[begin + 1 - longest : end][::-1].tolist()
+            for place in range(begin + 1, end + 1):
+                tail = tokens[end - place : end - place + longest]
+                for (latest, before), mixed in zip(self._links, _hashes(tail, self._sizes)):
+                    slot = mixed >> self._shift
+                    before[place] = latest[slot]
+                    latest[slot] = place
+            return
+        # Of runs that end at `start`, `start + 1`, ...: the sum of tokens times powers of the base, doubled in length.
+        start = begin - self._sizes[-1] + 1
+        ids = self.tokens[start:end]
+        known, sums, power = ids >= 0, ids.astype(np.uint64), _BASE
+        for level, size in enumerate(self._sizes):
+            if level:
+                half = size // 2
+                sums = sums[half:] + np.uint64(power) * sums[:-half]
+                known = known[half:] & known[:-half]
+                power, start = power * power & _WORD, start + half
+            new = slice(begin - start, None)
+            chosen = known[new] if linked is None else known[new] & linked
+            places = np.arange(begin + 1, end + 1, dtype=np.int32)[chosen]
+            slots = (sums[new][chosen] * np.uint64(_MIX)) >> np.uint64(self._shift)
+            self._chain(level, places, slots.astype(np.int64))
+
+    def _chain(self, level: int, places: np.ndarray, slots: np.ndarray) -> None:
+        """Put ascending `places` before those that their `slots` hold."""
+        if not len(places):
+            return
+        order = np.argsort(slots, kind="stable")
+        places, slots = places[order], slots[order]
+        before = self._latest[level][slots]
+        again = slots[1:] == slots[:-1]
+        before[1:][again] = places[:-1][again]
+        self._before[level][places] = before
+        self._latest[level][slots] = places  # the last one of equal slots stays
+
+    def query(self, end: int) -> Query:
+        """The text that ends before position `end`, to be looked up here or in another index of equal depth."""
+        tail = self.tokens[end - self.depth - 1 : end][::-1]
+        return Query(np.where(tail < 0, _NEVER, tail), _hashes(tail[: self._sizes[-1]].tolist(), self._sizes))
+
+    def find(self, query: Query, but: int = 0) -> Found:
+        """Earlier occurrences of the longest run at the end of a text that has any, and of runs about as long.
+
+        Of the latest `VOTERS` places after equal runs of the largest linked size, those after which the text goes on.
+
+        Args:
+            but: a place that does not count.
+        """
+        tokens = self._view
+        for level in range(len(query.hashes) - 1, -1, -1):
+            latest, before = self._links[level]
+            place = latest[query.hashes[level] >> self._shift]
+            chain: dict[int, None] = {}  # an ordered set
+            while place and place not in chain and len(chain) < VOTERS:
+                if place != but:
+                    chain[place] = None
+                place = before[place]
+            places = [place for place in chain if tokens[place] >= 0]
+            if not places:
+                continue
+            differs = self.tokens[np.array(places)[:, None] - self._back] != query.tail
+            differs[:, -1] = True  # beyond the depth
+            size = self._sizes[level]
+            found = [(place, n) for place, n in zip(places, differs.argmax(axis=1).tolist()) if n >= size]
+            if found:
+                return Found([place for place, _ in found], [n for _, n in found])
+        return Found([], [])
+
+    def follow(self, found: Found, limits: "Limits", own: range = range(0)) -> Continuation:
+        """What follows the longest of the found occurrences, token by token the most frequent.
+
+        A token's probability is its share of the occurrences, to which a part of one is added that says something else:
+        1/m after a run of m tokens, as a single occurrence of a short run says little.
+
+        Args:
+            own: the positions of the text that is continued. A copy that comes to its end goes on with what was copied.
+        """
+        if not found.places:
+            return NOTHING
+        size, end, stored = max(found.sizes), own.stop, self._view
+        voters = [place for place, n in zip(found.places, found.sizes) if n == size]
+        tokens: list[int] = []
+        confidence: list[float] = []
+        alive, score = 1.0, 0.0
+        for i in range(min(limits.tokens, max(int(limits.factor * size), 1))):
+            said = [tokens[place + i - end] if place < end <= place + i else stored[place + i] for place in voters]
+            votes: dict[int, int] = {}
+            for token in said:
+                votes[token] = votes.get(token, 0) + 1
+            if len(votes) > 1 or not 0 <= said[0] < limits.vocab_size:
+                votes = {token: n for token, n in votes.items() if 0 <= token < limits.vocab_size}
+                if not votes:
+                    break
+            token = max(votes, key=votes.__getitem__)  # of equals, the one that came last
+            probability = votes[token] / (sum(votes.values()) + 1 / (size + i))
+            alive *= probability
+            if alive < limits.probability:
+                break
+            if votes[token] < len(voters):
+                voters = [place for place, other in zip(voters, said) if other == token]
+            tokens.append(token)
+            confidence.append(probability)
+            score += alive
+        return Continuation(tokens, confidence, score)
+
+
+class Limits(NamedTuple):
+    """What bounds a continuation.
+
+    Attributes:
+        tokens: how many it may have.
+        factor: how many it may have for each token of the run that it follows.
+        probability: it ends before it is less probable than this.
+        vocab_size: it has only ids below this.
+    """
+
+    tokens: int
+    factor: float
+    probability: float
+    vocab_size: int
+
+
+def _hashes(tail: list[int], sizes: list[int]) -> list[int]:
+    """Of the last tokens of a text, from the last one back: of so many each, as long as they are tokens."""
+    found: list[int] = []
+    total, begin = 0, 0
+    for size in sizes:
+        for token, power in zip(tail[begin:size], _POWERS[begin:size]):
+            if token < 0:
+                return found
+            total += token * power
+        found.append(total * _MIX & _WORD)
+        begin = size
+    return found
