@@ -80,6 +80,7 @@ class Eagle3Head(nn.Module):
     """
 
     target_ids: Tensor | None
+    uses_target = True  # as its drafter does; see `Drafter`
 
     def __init__(self, config: Eagle3Config, target_ids: Tensor | None = None):
         super().__init__()
