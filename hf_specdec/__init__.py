@@ -17,11 +17,13 @@ from .drafters import (
     PromptLookupDrafter,
     SuffixDrafter,
 )
+from .drafters.heads import Eagle3Config, Eagle3Head
 from .generate.attached import attach, attached
 from .generate.method import speculative
 from .generate.strategy import register, unregister
 from .models.kept import release
 from .pairs.catalogue import Suggestion, suggest_draft
+from .pairs.heads import load_head
 from .pairs.pair import SpecPair, demo_pair
 from .pairs.pair_file import PairConfig
 from .records.stats import SpeculationStats
@@ -36,6 +38,8 @@ __all__ = [
     "Draft",
     "DraftRequest",
     "Drafter",
+    "Eagle3Config",
+    "Eagle3Head",
     "Either",
     "MatcherProcessor",
     "ModelDrafter",
@@ -52,6 +56,7 @@ __all__ = [
     "attach",
     "attached",
     "demo_pair",
+    "load_head",
     "metrics",
     "pure",
     "register",

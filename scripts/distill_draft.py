@@ -4,12 +4,14 @@
     ./scripts/distill_draft                                # the embedded target, a draft of its first 2 layers
     ./scripts/distill_draft --target Qwen/Qwen3-8B --from-layers 4 --dataset my.jsonl --output my-pair
     ./scripts/distill_draft --target Qwen/Qwen3-8B --draft Qwen/Qwen3-0.6B --dataset my.jsonl --output my-pair
+    ./scripts/distill_draft --target Qwen/Qwen3-8B --head eagle3 --draft-vocab-size 32000 --dataset my.jsonl
     ./scripts/distill_draft --parallel                     # one that predicts several tokens in one forward (PARD)
     ./scripts/distill_draft --output my-pair --resume      # after Ctrl-C, with its original settings
 
 The target continues pieces of the text, greedily and by sampling. On these and on the text itself, the draft learns the
 target's distribution (KL, after Zhou et al. 2024, DistillSpec, arXiv:2310.08461). The output folder is a pair:
-draft/ and specdec_pair.json, which names the target. Its folder training/ keeps what a resumed run needs.
+draft/ and specdec_pair.json, which names the target. Its folder training/ keeps what a resumed run needs. With --head
+it is a head on the target's hidden states instead, in the format of speculators: pass it as `assistant_model`.
 
 --dataset is the text, by default the sources of Python's standard library. From a Hub dataset the split `train` is
 used, unless --split names another. --prompts pieces of the text (by default the embedded pair's) are held out from
@@ -40,11 +42,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from hf_specdec.drafters.heads.saving import save_folder
 from hf_specdec.drafters.parallel import mask_token
 from hf_specdec.pairs import DEMO_PAIR, SpecPair
 from hf_specdec.pairs.loading import find_pair, load_model, load_tokenizer, pin
 from hf_specdec.pairs.pair_file import FILE_NAME, ModelReference
-from hf_specdec.tools import distillation, parallel_distillation, report
+from hf_specdec.tools import distillation, head_training, parallel_distillation, report
 from hf_specdec.tools.arguments import (
     DTYPES,
     add_pair_arguments,
@@ -69,6 +72,9 @@ def parser() -> argparse.ArgumentParser:
     start.add_argument("--from-layers", type=positive, metavar="K", help="start from the target's embeddings, first K "
         "layers and head, instead of a draft model (default for the embedded target: 2)")  # fmt: skip
     start.add_argument("--random", type=positive, metavar="K", help="start from K layers with random weights")
+    start.add_argument("--head", choices=("eagle3",), help="train a head on the target's hidden states instead")
+    parser.add_argument("--draft-vocab-size", type=positive, metavar="N",
+        help="the head proposes only the N most frequent tokens of the text (default: all)")  # fmt: skip
     add_prompt_arguments(parser, prompts=24, prompt_tokens=64)
     parser.set_defaults(split="train")
     add = parser.add_argument_group("training").add_argument
@@ -109,7 +115,7 @@ def parse() -> argparse.Namespace:
     if args.output is None:
         its.error("expected --output with --resume, got none: the folder of the run to resume")
     stored = read_run(args.output)["settings"]
-    if (args.output / FILE_NAME).exists():
+    if (args.output / (FILE_NAME if stored.get("head") is None else "config.json")).exists():
         its.error(f"the run in {args.output} is finished: train its pair further with --pair {args.output}")
     its.set_defaults(**stored)
     args = its.parse_args()
@@ -141,11 +147,15 @@ def write_run(folder: Path, run: dict[str, Any]) -> None:
 
 def load_start(args: argparse.Namespace) -> SpecPair:
     """The target with the initial draft."""
-    layers = args.from_layers or (None if args.pair or args.target else 2)
-    if args.random is None and layers is None:
+    if args.draft_vocab_size is not None and args.head is None:
+        raise ValueError("expected --head with --draft-vocab-size, got none: a draft model has the target's vocabulary")
+    layers = args.from_layers or (None if args.pair or args.target or args.head else 2)
+    if args.random is None and layers is None and args.head is None:
         return load_pair(args)
     if args.draft is not None or (args.pair and args.target):
-        raise ValueError("expected --pair or --target with one of --draft, --from-layers and --random, got several")
+        raise ValueError(
+            "expected --pair or --target with one of --draft, --from-layers, --random and --head, got several"
+        )
     name = args.pair or args.target or str(DEMO_PAIR)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     options = {"dtype": DTYPES[args.dtype], "device_map": device, "trust_remote_code": args.trust_remote_code}
@@ -153,7 +163,9 @@ def load_start(args: argparse.Namespace) -> SpecPair:
     reference = found.target if found else ModelReference(name, args.revision)
     source = pin(dataclasses.replace(reference, gguf_file=args.gguf_file or reference.gguf_file), **options)
     target = load_model(source, **options)
-    if args.random is not None:
+    if args.head is not None:
+        draft = head_training.new_head(target)
+    elif args.random is not None:
         draft = distillation.random_layers(target, args.random)
     else:
         draft = distillation.first_layers(target, layers)
@@ -206,7 +218,11 @@ class Run:
         texts, args, start = self.folder / "texts", self.args, self.start
         if not texts.is_dir():
             pieces, self.held = read_text(args, start.tokenizer)
+            if args.draft_vocab_size is not None:
+                size = start.target.config.get_text_config(decoder=True).vocab_size
+                self.state["vocabulary"] = head_training.frequent_tokens(pieces, args.draft_vocab_size, size).tolist()
             write_run(args.output, self.state)
+            self.reduce()
             before = self.measure(0, start.draft)
             drafts = distillation.pays(before["greedy"], start.draft, start.target)
             data = distillation.examples(
@@ -216,14 +232,23 @@ class Run:
             unfinished = self.folder / "texts.unfinished"
             DatasetDict(train=data, heldout=Dataset.from_dict({"input_ids": self.held})).save_to_disk(unfinished)
             unfinished.rename(texts)
+        else:
+            self.reduce()
         stored = load_from_disk(texts)
         self.held = stored["heldout"]["input_ids"][:]
         names = ("steps", "rows", "accumulate", "argmax_weight", "completion_only_loss", "mixed_precision", "seed")
         lr = 1 / start.draft.config.get_text_config(decoder=True).hidden_size if args.lr is None else args.lr
         recipe = distillation.Recipe(lr=lr, **{name: getattr(args, name) for name in names})
         kind = parallel_distillation.ParallelDistillation if args.parallel else distillation.Distillation
+        kind = kind if args.head is None else head_training.HeadDistillation
         self.training = kind(start.draft, start.target, stored["train"], recipe)
         self.training.load(self.folder)
+
+    def reduce(self) -> None:
+        """The head's vocabulary, if it has one of its own."""
+        if "vocabulary" in self.state:
+            set_seed(self.args.seed)
+            self.start.draft = head_training.new_head(self.start.target, torch.tensor(self.state["vocabulary"]))
 
     def measure(self, step: int, draft: PreTrainedModel) -> dict[str, Any]:
         """Measure acceptance on the held-out prompts, and store it by the number of steps done."""
@@ -261,11 +286,20 @@ class Run:
         args, output = self.args, self.args.output
         draft = self.training.draft()
         self.measure(args.steps, draft)
+        if args.head is not None:
+            save_folder(draft, output, self.start.target, distillation.GAMMA)
+            self.start.tokenizer.save_pretrained(output)
+            return self.result(self.start)
         for part in (draft, self.start.tokenizer):
             part.save_pretrained(output / "draft")
         sources = (self.start.sources[0], ModelReference(str(output / "draft")))
         pair = SpecPair(self.start.target, draft, self.start.tokenizer, sources=sources)
-        config = pair.config = pair_file_for(pair, output)
+        pair.config = pair_file_for(pair, output)
+        return self.result(pair)
+
+    def result(self, pair: SpecPair) -> dict[str, Any]:
+        """The figures, also in the pair file; the checkpoints are no longer needed."""
+        args, output = self.args, self.args.output
         measured = self.state["measured"]
         figures = {"_before": measured["0"], "": measured[str(args.steps)]}
         about = report.surroundings(pair, shlex.join(["scripts/distill_draft", *sys.argv[1:]]))
@@ -277,7 +311,8 @@ class Run:
         for when, found in figures.items():
             entry |= {f"{name}{when}": found["greedy"][name] for name in ("acceptance_rate", "block_efficiency")}
             entry[f"sampled_acceptance_rate{when}"] = found["sampled"]["acceptance_rate"]
-        dataclasses.replace(config, measured=[entry]).save(output)
+        if args.head is None:
+            dataclasses.replace(pair.config, measured=[entry]).save(output)
         for checkpoint in self.folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
         rose = entry["acceptance_rate"] > entry["acceptance_rate_before"]
@@ -318,7 +353,7 @@ def main() -> int:
             print(f"\nInterrupted. To continue: scripts/distill_draft --resume --output {args.output}", file=sys.stderr)
         return 130
     show(result["steps"], result["prompts"])
-    print(f"The pair is in {args.output}.")
+    print(f"The {'pair' if args.head is None else 'head'} is in {args.output}.")
     print(json.dumps(result | {"seconds": round(time.perf_counter() - began, 1)}))
     return 0 if result["rose"] else 1
 

@@ -124,7 +124,8 @@ class Drafter(ABC):
         shows_confidence: it calls `DraftRequest.go_on`, and reading its probabilities does not wait for a device.
         drafts_at_once: it makes all drafts of an iteration in one forward, so their number costs nothing.
         reads_prompts: its first proposal takes longer for longer prompts.
-        uses_target: it drafts with the target itself, on its cache.
+        uses_target: it drafts with the target itself, on its cache, or from its hidden states.
+        taps_target: it reads the hidden states of the target's forwards, which then have no fixed shapes.
         cost_share: what one of its forwards costs, as a share of the target's; `None` to believe in parameters.
         compile_seconds: wall time that the last `start` spent compiling.
     """
@@ -134,6 +135,7 @@ class Drafter(ABC):
     drafts_at_once = False
     reads_prompts = False
     uses_target = False
+    taps_target = False
     cost_share: float | None = None
     compile_seconds = 0.0
 
@@ -146,6 +148,13 @@ class Drafter(ABC):
 
     def commit(self, context: Context) -> None:
         """The committed tokens are in the context now; forget rejected drafts."""
+
+    @property
+    def use_of_target(self) -> str:
+        """What it needs the target for, as the subject and verb of a message; for those with `uses_target`."""
+        if self.taps_target:
+            return "`assistant_model` is a head that reads hidden states as the target's cache is filled"
+        return "`assistant_early_exit` drafts on the target's cache"
 
     def unread(self, context: Context) -> int:
         """How many committed tokens of the active rows, in all, it would read before it can draft."""

@@ -61,6 +61,7 @@ def hand_back_cache(decoding: SpeculativeDecoding, width: int, cache: Cache) -> 
     """
     context, target = decoding.context, decoding.target
     assert isinstance(target, CachedModel)
+    target.tap = None  # nobody will draft any more
     context.rows = list(range(context.batch_size))
     context.ends = [width] * context.batch_size
     if target.has_states and context.batch_size > 1:  # finished rows have lost theirs: feed all again

@@ -155,15 +155,16 @@ def prepare(
     feeding = _feeding(checked, lockstep)
     if drafter.uses_target and feeding is Feeding.SELF_FED:
         raise ValueError(
-            f"`assistant_early_exit` drafts on the target's cache, but {type(call.model).__name__} carries its own "
-            "state from step to step: pass a draft model as `assistant_model`"
+            f"{drafter.use_of_target}, but {type(call.model).__name__} carries its own state from step to step: pass a "
+            "draft model as `assistant_model`"
         )
     unbounded = _needs_unbounded_windows(checked, lockstep, stopping)
     draft_length = options.prompt_lookup_num_tokens or options.num_assistant_tokens
     kind = bool(sequential), type(rule)
     schedule = make_schedule(options.num_assistant_tokens_schedule, draft_length, call.model, drafter, kind)
     blocks = range(1, min((schedule.longest or LONGEST) + 1, LONGEST) + 1)
-    make_target = functools.partial(_make_target, checked, feeding, unbounded, options.compiles("target"), blocks)
+    compiles, fixed = options.compiles("target"), not drafter.taps_target
+    make_target = functools.partial(_make_target, checked, feeding, unbounded, compiles and fixed, blocks, fixed)
     target = make_target()
     if target.static is not None:
         stats.compile_seconds += target.static.compile_seconds
@@ -348,12 +349,13 @@ def _needs_unbounded_windows(checked: _Checked, lockstep: bool, stopping: Stoppi
 
 
 def _make_target(
-    checked: _Checked, feeding: Feeding, unbounded: bool, compiles: bool, blocks: Sequence[int]
+    checked: _Checked, feeding: Feeding, unbounded: bool, compiles: bool, blocks: Sequence[int], fixed: bool
 ) -> CachedModel | SelfFedModel:
     """The target, with nothing fed to it yet.
 
     Args:
         blocks: the widths of the blocks that it will verify.
+        fixed: its forwards may have fixed shapes, which show no hidden states.
     """
     call, prompt, columns = checked.call, checked.prompt, checked.columns
     model = call.model
@@ -361,7 +363,7 @@ def _make_target(
         return SelfFedModel(model, call.input_ids, call.config, call.kwargs)
     first = _slots_begin(checked, feeding)
     padded = feeding is Feeding.ALIGNED and not bool(prompt.mask.all())
-    cache, static = _make_cache(checked, padded, unbounded, compiles, blocks)
+    cache, static = _make_cache(checked, padded, unbounded, compiles, blocks, fixed)
     if prompt.past:
         cache.load(checked.cache, first)
     layout = Layout(
@@ -379,7 +381,7 @@ def _make_target(
 
 
 def _make_cache(
-    checked: _Checked, padded: bool, unbounded: bool, compiles: bool, blocks: Sequence[int]
+    checked: _Checked, padded: bool, unbounded: bool, compiles: bool, blocks: Sequence[int], fixed: bool
 ) -> tuple[RaggedCache, StaticForwards | None]:
     """The cache, and forwards of fixed shapes on it if they are wanted and possible."""
     model, prompt, columns, is_static = checked.call.model, checked.prompt, checked.columns, checked.call.is_static
@@ -389,9 +391,11 @@ def _make_cache(
     if not is_static and not compiles:
         return cache, None
     moving = prompt.positions is not None or prompt.axes is not None or prompt.first_forward is not None
-    moving = moving or padded or checked.encoder is not None or bool(cache.states) or not Abilities.of(model).ragged
+    moving = moving or padded or checked.encoder is not None or bool(cache.states)
+    moving = moving or not fixed or not Abilities.of(model).ragged
     if moving and is_static:
-        logger.warning_once(f"{type(model).__name__} and this prompt need forwards of changing shapes.")
+        reason = f"{type(model).__name__} and this prompt need" if fixed else "A head on hidden states needs"
+        logger.warning_once(f"{reason} forwards of changing shapes.")
         layers = cache_layers(checked.cache, model.config, rows, columns, windowed=False)
         cache = RaggedCache(rows, device, capacity=columns, max_capacity=columns, layers=layers)
     widths = compilable(model, BLOCKS, not moving, "verifies") if compiles else ()

@@ -181,7 +181,7 @@ class SpeculativeDecoding:
                 raise ValueError(f"{found}, and then strategy='spec' does not record {names}: leave it out") from found
             if self.drafter.uses_target:
                 raise ValueError(
-                    f"{found}, on which `assistant_early_exit` drafts: pass a draft model as `assistant_model`"
+                    f"{found}, but {self.drafter.use_of_target}: pass a draft model as `assistant_model`"
                 ) from found
             logger.warning_once(f"{found}: its own code makes the forwards, on copies of what it caches.")
             self.target, self.lockstep = SelfFedModel.going_on(found.first_forward, found.output), True

@@ -4,6 +4,7 @@ Owns the inputs of a forward besides tokens; `layout.py` computes the slots, pos
 Both target and draft run through it. It never chooses a token.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -29,6 +30,20 @@ class Resumable(Protocol):
 
     def resumed(self, width: int) -> PreTrainedModel | None:
         """What runs the layers after these over the first `width` tokens; `None` if the whole model must run."""
+
+
+class Listener(Protocol):
+    """Reads the hidden states of a model's forwards (see `tap.py`)."""
+
+    def listening(self) -> AbstractContextManager[None]:
+        """Inside, the model runs."""
+
+    @property
+    def width(self) -> int:
+        """How many tokens per row the last forward was over."""
+
+    def hand_over(self, rows: list[int], columns: list[int]) -> None:
+        """That forward is over; `columns` are those of each row's first token."""
 
 
 class CachedModel:
@@ -72,6 +87,7 @@ class CachedModel:
         self.encoded = encoded
         self.no_bookkeeping = no_bookkeeping(model, self.device)
         self.early: Resumable | None = None  # what the next forward goes on from, if drafts have run its first layers
+        self.tap: Listener | None = None
         self.at_once: int | None = None  # how many tokens one forward continues a state over; None for no limit
         self.forwards = 0  # those whose logits were needed
         self.prefill_forwards = 0
@@ -159,8 +175,12 @@ class CachedModel:
         assert self.first_forward is not None
         first_forward, self.first_forward = self.first_forward, None
         self.forwards += 1
-        output = first_forward.run(**kwargs)
+        with self._listening():
+            output = first_forward.run(**kwargs)
         self.take_over(first_forward, output)
+        if self.tap is not None:
+            rows, columns = first_forward.ids.shape
+            self.tap.hand_over(list(range(rows)), [columns - self.tap.width] * rows)
         output.logits = output.logits[:, -1:]
         return output
 
@@ -212,7 +232,7 @@ class CachedModel:
         is_plain = not any(self.prompt_left(context)) and all(value is None for value in kwargs.values())
         static = self.static
         with self.no_bookkeeping():
-            if static is not None and is_plain and static.takes(len(context.rows), width):
+            if static is not None and is_plain and self.tap is None and static.takes(len(context.rows), width):
                 return CausalLMOutputWithPast(logits=self._feed_static(static, context, width, ids)[:, -keep:])
             early, self.early = self.early, None
             model = early.resumed(width) if early is not None and is_plain else None
@@ -285,9 +305,15 @@ class CachedModel:
             inputs[name] = value.fed(rows, width) if isinstance(value, (OfRow, OfToken)) else value
         if self.encoded is not None:
             inputs = self.encoded.join(inputs, rows)
-        output = (model or self.model)(**inputs, **kwargs, return_dict=True)
+        with self._listening():
+            output = (model or self.model)(**inputs, **kwargs, return_dict=True)
         self._advance(rows, width)
+        if self.tap is not None:
+            self.tap.hand_over(rows, [start - self.layout.slot_offset[row] for row, start in zip(rows, starts)])
         return output
+
+    def _listening(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.tap is None else self.tap.listening()
 
     def _advance(self, rows: list[int], width: int) -> None:
         for row in rows:

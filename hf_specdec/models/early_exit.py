@@ -116,8 +116,11 @@ class _Tap(nn.Module):
         return self.outputs[-1]
 
 
-def layers_path(model: PreTrainedModel) -> str:
+def layers_path(model: PreTrainedModel, user: str = "`assistant_early_exit`") -> str:
     """The name of the module list that holds the layers of a model's decoder.
+
+    Args:
+        user: what needs it, for the message.
 
     Raises:
         ValueError: if there is not exactly one list with as many modules as the config has layers.
@@ -133,7 +136,7 @@ def layers_path(model: PreTrainedModel) -> str:
     if len(found) != 1:
         lists = "no list" if not found else f"{len(found)} lists ({', '.join(found)})"
         raise ValueError(
-            f"`assistant_early_exit` needs the list of layers of {type(model).__name__}, but its decoder has {lists} "
+            f"{user} needs the list of layers of {type(model).__name__}, but its decoder has {lists} "
             f"of {count} modules: pass a draft model as `assistant_model`"
         )
     return found[0]

@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from ..device import model_device
 from ..drafters import Drafter, EarlyExitDrafter, Either, OtherTokenizerDrafter, PromptLookupDrafter
+from ..drafters.heads import Eagle3Head
 from ..drafters.parallel import drafter_of
 from ..models.checks import check_mode, unwrapped
 from ..options import OPTION_NAMES, Options
@@ -35,6 +36,7 @@ from .compatibility import (
     quantity,
     vocabulary_check,
 )
+from .heads import check_no_head, drafter_of_head, head_of
 from .loading import find_pair, load_model, load_tokenizer, pin, save_model
 from .pair_file import FILE_NAME, ModelReference, PairConfig
 
@@ -116,6 +118,7 @@ class SpecPair:
             config = PairConfig(reference, draft_reference, tokenizer=found.config.tokenizer if found else {})
         sources = (source, pin(draft_reference, **kwargs))
 
+        check_no_head(sources[1])
         tokenizer = load_tokenizer(sources[0], **kwargs)
         _check_recorded_vocabulary(tokenizer, config, sources[0])
         try:
@@ -286,8 +289,8 @@ def make_drafter(
     """Make the drafter that a call asks for.
 
     Args:
-        assistant_model: a model, a Hub id or local path (of a draft, or of a pair that has one), "auto" for the draft
-            in the target's pair file or the catalogue, a `Drafter`, or `None` for prompt look-up.
+        assistant_model: a model, a head, a Hub id or local path (of either, or of a pair that has one), "auto" for the
+            draft in the target's pair file or the catalogue, a `Drafter`, or `None` for prompt look-up.
         target: the model that it drafts for.
         options: the call's options.
         tokenizer: the target's tokenizer. If the draft's differs, drafts are translated.
@@ -332,6 +335,8 @@ def make_drafter(
         of_the_target = (target.name_or_path,) if assistant_model == "auto" else ()
         with _loading:
             assistant_model = load_draft(str(assistant_model), target.dtype, model_device(target), *of_the_target)
+    if isinstance(assistant_model, Eagle3Head):
+        return drafter_of_head(assistant_model, target, options)
     draft = draft_model(assistant_model)
     check_mode(draft, "`assistant_model`", "assistant_model")
     different = check_draft_model(draft, target, tokenizer, assistant_tokenizer)
@@ -363,10 +368,12 @@ def draft_model(assistant_model: object) -> PreTrainedModel:
 
 
 @functools.lru_cache(maxsize=4)
-def load_draft(name: str, dtype: torch.dtype, device: torch.device, target: str = "") -> PreTrainedModel:
-    """Load a draft model by name, once per dtype and device; `target` is the target's name, for "auto"."""
+def load_draft(name: str, dtype: torch.dtype, device: torch.device, target: str = "") -> PreTrainedModel | Eagle3Head:
+    """Load a draft model or head by name, once per dtype and device; `target` is the target's name, for "auto"."""
     try:
-        return load_model(pin(_find_draft(name, target)), dtype=dtype).to(device)
+        reference = pin(_find_draft(name, target))
+        head = head_of(reference, dtype=dtype, device=device)
+        return load_model(reference, dtype=dtype).to(device) if head is None else head
     except (OSError, ValueError) as error:
         raise ValueError(f"`assistant_model` {name!r} could not be loaded: {error}") from error
 

@@ -10,7 +10,7 @@ from typing import Any
 import pretend_cuda
 import pytest
 import torch
-from conftest import make_pair, make_prompts
+from conftest import VOCAB, make_pair, make_prompts
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
@@ -73,7 +73,10 @@ def by_iteration(cuda: pretend_cuda.Device, monkeypatch: pytest.MonkeyPatch) -> 
 
 @functools.cache
 def on_cuda(name: str) -> Pair:
-    target, draft = make_pair(name.removesuffix("-eager"))
+    target, draft = make_pair(name.removesuffix("-eager").removesuffix("-head"))
+    if name.endswith("-head"):
+        parts = hf_specdec.Eagle3Config(target.config, VOCAB, draft_vocab_size=40, aux_ids=(0, 1, 2))
+        draft = hf_specdec.Eagle3Head(parts, torch.arange(5, 45)).requires_grad_(False)  # type: ignore[assignment]
     for model in (target, draft) if name.endswith("-eager") else ():
         model.set_attn_implementation("eager")
     return pretend_cuda.move(target), pretend_cuda.move(draft)  # type: ignore[return-value]
@@ -108,6 +111,8 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
         "llama-eager", 4, {"return_dict_in_generate": True, "output_hidden_states": True, "output_attentions": True},
     ),
     "alibi, lockstep": ("bloom", 4, {}),
+    "a head": ("llama-head", 4, {}),
+    "a head, sampled": ("mistral-sliding-head", 4, {"do_sample": True, "repetition_penalty": 1.1}),
     "sliding window": ("mistral-sliding", 4, {}),
     "static": ("llama", 4, {"cache_implementation": "static"}),
 }  # fmt: skip

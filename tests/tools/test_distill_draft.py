@@ -233,3 +233,25 @@ def test_the_default_text_takes_no_chat_template(
 ) -> None:
     arguments = ["--target", target, "--from-layers", "1", "--chat-template", "--output", tmp_path / "pair"]
     assert "expected --dataset with --chat-template" in refusal(script, capsys, *arguments, "--device", "cpu")
+
+
+def test_a_head_becomes_a_folder_that_drafts(
+    tmp_path: Path, text: Path, tokenizer: PreTrainedTokenizerFast, script: Script, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = ARCHITECTURES["llama"]()
+    config.update({"num_hidden_layers": 3})
+    target = make_model(config, seed=3)
+    target.save_pretrained(tmp_path / "target")
+    tokenizer.save_pretrained(tmp_path / "target")
+    output = tmp_path / "head"
+    options = [*SMALL.split(), "--target", tmp_path / "target", "--dataset", text, "--output", output]
+    script(*options, "--head", "eagle3", "--draft-vocab-size", "60")
+    assert f"The head is in {output}." in capsys.readouterr().out
+    written = json.loads((output / "config.json").read_text())
+    assert written["speculators_model_type"] == "eagle3" and written["draft_vocab_size"] == 60
+    assert load_file(output / "model.safetensors")["d2t"].shape == (60,)
+    ids = tokenizer("the quick brown fox", return_tensors="pt", return_token_type_ids=False)
+    out = target.generate(**ids, max_new_tokens=12, do_sample=False, strategy="spec", assistant_model=str(output))
+    assert torch.equal(out, target.generate(**ids, max_new_tokens=12, do_sample=False))
+    found = refusal(script, capsys, *SMALL.split(), "--target", tmp_path / "target", "--draft-vocab-size", "9")
+    assert "expected --head with --draft-vocab-size" in found

@@ -1,0 +1,232 @@
+"""The entries of a head: its keys and values for the text, made from true hidden states of the target.
+
+Entry t of a row joins the target's states at token t with token t + 1, so a text of n tokens has n - 1 entries:
+
+    column         2     3     4     5     6               row 0, first = 2
+    token         the   cat   sat   on     a
+    entry       the|cat  cat|sat  sat|on  on|a   .         4 entries; the last one yields the first draft
+
+The target's states arrive with each of its forwards (`read`). Those of a prompt become entries at once, piece by piece.
+The others wait for the next draft, which feeds all of them in one ragged forward. Entries of drafts are made from the
+head's own output, and always dropped.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...cache.ragged import RaggedCache
+from ...device import no_bookkeeping, row_index, to_device
+from ...models.cached import CachedModel
+from ...models.masks import Mask, ragged_mask
+from ...sampling.context import Context
+from .eagle3 import Eagle3Head
+
+_CHUNK = 512  # entries per row that one forward makes of a prompt
+_MOST_WAITING = 64  # states per row that wait for the next draft
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """The target's states from one of its forwards.
+
+    Attributes:
+        states: one tensor `[rows, width, hidden]` per tapped layer.
+        rows: of the batch.
+        begins: by row, the context's column of the first one.
+    """
+
+    states: list[Tensor]
+    rows: list[int]
+    begins: list[int]
+
+    @property
+    def width(self) -> int:
+        return self.states[0].shape[1]
+
+    def of(self, rows: list[int]) -> "_Piece":
+        """The same of these rows only, in this order."""
+        if rows == self.rows:
+            return self
+        places = [self.rows.index(row) for row in rows]
+        states = [part[row_index(places, part.device)] for part in self.states]
+        return _Piece(states, rows, [self.begins[place] for place in places])
+
+    def after(self, begins: list[int]) -> "_Piece | None":
+        """Copies of the states from these columns on; `None` if there are none."""
+        first = max(min(b - mine for b, mine in zip(begins, self.begins)), 0)
+        if first >= self.width:
+            return None
+        return _Piece([part[:, first:].clone() for part in self.states], self.rows, [b + first for b in self.begins])
+
+
+class HeadEntries:
+    """Feeds a head from the target's states and a context, and keeps its keys and values for each row.
+
+    Args:
+        head: the head.
+        context: of the call; the target has been fed what its cache holds, and nothing else.
+        target: the model whose states it reads.
+    """
+
+    at_once: int | None = None  # the interface of `CachedModel`: no limit
+
+    def __init__(self, head: Eagle3Head, context: Context, target: CachedModel):
+        self.head, self.device, self._context = head, head.device, context
+        self.cache = RaggedCache(context.batch_size, head.device, context.prompt_width + 256, context.max_length)
+        held = [length - offset for length, offset in zip(target.cache.lengths, target.layout.slot_offset)]
+        # By row of the batch, the column of its first entry: the first token whose states will be seen.
+        self._first = [max(column, first, 0) for column, first in zip(held, context.first)]
+        self._shift = [column - first for column, first in zip(self._first, context.first)]
+        self._pieces: list[_Piece] = []
+        self._embeddings = _embeddings(head, target)
+        self._shared = None if head.parts.has_lm_head else target.model.get_output_embeddings().weight
+        self.no_bookkeeping = no_bookkeeping(head, head.device)
+        self.forwards = 0  # those that drafted
+        self.prefill_forwards = 0
+
+    def missing(self, context: Context) -> list[int]:
+        """How many committed tokens of each active row have no entry yet; the last one never has one."""
+        return [context.ends[row] - self._first[row] - self.cache.lengths[row] for row in context.rows]
+
+    @property
+    def waiting(self) -> int:
+        """How many forwards of the target have left states to read."""
+        return len(self._pieces)
+
+    def read(self, states: list[Tensor], rows: list[int], columns: list[int]) -> None:
+        """Take the states of one of the target's forwards; see `models.tap.Reader`."""
+        self._pieces.append(_Piece(states, list(rows), columns))
+        if sum(piece.width for piece in self._pieces) > _MOST_WAITING:
+            with self.no_bookkeeping():
+                self._read_ahead()
+
+    def catch_up(self, context: Context) -> Tensor:
+        """Make the entries of all committed tokens. Returns: `[rows, 1, hidden]`, h of each row's last entry."""
+        todo = [max(n - 1, 0) for n in self.missing(context)]  # at most what waits
+        hidden = self._make_entries(context.rows, todo)
+        self._pieces.clear()
+        self.forwards += 1
+        if hidden.shape[1] == 1:
+            return hidden
+        last = to_device([max(n - 1, 0) for n in todo], hidden.device)[:, None, None]
+        return hidden.gather(1, last.expand(-1, 1, hidden.shape[2]))
+
+    def step(self, context: Context, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """h after one more token of each row, `[rows, 1]`, from h before it. The entry is the last in the cache."""
+        self.forwards += 1
+        return self._forward(context.rows, hidden, tokens.to(self.device))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.head.logits(hidden, self._shared)
+
+    def lengths(self, context: Context) -> list[int]:
+        return [self.cache.lengths[row] for row in context.rows]
+
+    def commit(self, context: Context) -> None:
+        """Drop entries of tokens that were taken back; those of drafts are gone already."""
+        held = zip(self.lengths(context), self.missing(context))
+        self.roll_back(context.rows, [length + min(n - 1, 0) for length, n in held])
+
+    def release(self) -> None:
+        self._pieces.clear()
+
+    def _read_ahead(self) -> None:
+        """Make entries now, but for each row's last one, from which it will draft."""
+        context = self._context
+        rows = [row for row in context.rows if row in self._pieces[-1].rows]
+        while True:
+            todo = [self._settled(row) - self._first[row] - self.cache.lengths[row] for row in rows]
+            if max(todo, default=0) <= 0:
+                break
+            self._make_entries(rows, [min(max(n, 0), _CHUNK) for n in todo])
+            self.prefill_forwards += 1
+        begins = [self._first[row] + self.cache.lengths[row] for row in rows]
+        kept = [piece.of(rows).after(begins) for piece in self._pieces]
+        self._pieces = [piece for piece in kept if piece is not None]
+
+    def _settled(self, row: int) -> int:
+        """The column after those whose entries can be made now and will not be drafted from."""
+        last = self._pieces[-1]
+        seen = last.begins[last.rows.index(row)] + last.width
+        return min(self._context.ends[row] - 2, seen)
+
+    def _make_entries(self, rows: list[int], counts: list[int]) -> Tensor:
+        """The next entries of each row. Returns: `[rows, widest count, hidden]`, h of each, fill after a row's own."""
+        width = max(counts)
+        begins = [self._first[row] + self.cache.lengths[row] for row in rows]
+        given = self.head.mix(self._states(rows, begins, width))
+        tokens = self._context.tokens
+        columns = to_device(begins, tokens.device)[:, None] + 1 + torch.arange(width, device=tokens.device)
+        ids = tokens[row_index(rows, tokens.device)[:, None], columns.clamp(max=tokens.shape[1] - 1)]
+        before = [self.cache.lengths[row] for row in rows]
+        hidden = self._forward(rows, given, ids.to(self.device))
+        self.roll_back(rows, [n + count for n, count in zip(before, counts)])
+        return hidden
+
+    def _states(self, rows: list[int], begins: list[int], width: int) -> list[Tensor]:
+        """The target's states from each row's column in `begins` on, `[rows, width, hidden]` per tapped layer."""
+        pieces = [piece.of(rows) for piece in self._pieces]
+        if len(pieces) == 1:
+            starts = [begin - mine for begin, mine in zip(begins, pieces[0].begins)]
+            if min(starts) == max(starts) and starts[0] + width <= pieces[0].width:
+                return [part[:, starts[0] : starts[0] + width] for part in pieces[0].states]
+            index = to_device(starts, self.device)[:, None] + torch.arange(width, device=self.device)
+            joined = pieces[0].states
+        else:
+            places = [[_place(pieces, i, begin + j) for j in range(width)] for i, begin in enumerate(begins)]
+            index = torch.tensor(places).to(self.device, non_blocking=True)
+            joined = [torch.cat(parts, dim=1) for parts in zip(*(piece.states for piece in pieces))]
+        index = index.clamp(0, joined[0].shape[1] - 1)  # fill
+        return [part.gather(1, index.to(part.device)[..., None].expand(-1, -1, part.shape[2])) for part in joined]
+
+    def _forward(self, rows: list[int], given: Tensor, ids: Tensor) -> Tensor:
+        """h of the next tokens of each row, whose entries are written after those in the cache."""
+        cache, width = self.cache, ids.shape[1]
+        cache.activate(rows)
+        starts = [cache.lengths[row] for row in rows]
+        cache.prepare(width)
+        slots = to_device(starts, self.device)[:, None] + torch.arange(width, device=self.device)
+        shift = [self._shift[row] for row in rows]
+        positions = slots + to_device(shift, self.device)[:, None] if any(shift) else slots
+        embedded = _embedded(ids, self._embeddings).to(self.device, self.head.dtype)
+        hidden = self.head(given, embedded, positions, cache, self._mask(slots, starts))
+        for row in rows:
+            cache.lengths[row] += width
+        return hidden
+
+    def _mask(self, slots: Tensor, starts: list[int]) -> Mask | None:
+        width, is_uniform = slots.shape[1], min(starts) == max(starts)
+        config = self.head.config
+        windowed = getattr(config, "sliding_window", None) is not None
+        if is_uniform and not windowed and (width == 1 or starts[0] == 0):
+            return None
+        used = max(starts) + width
+        return ragged_mask(self.head, slots[:1] if is_uniform else slots, used, uniform=is_uniform)
+
+    def roll_back(self, rows: list[int], lengths: list[int]) -> None:
+        """Keep so many entries of each of these rows."""
+        for row, length in zip(rows, lengths):
+            self.cache.lengths[row] = length
+
+
+def _embedded(ids: Tensor, weight: Tensor) -> Tensor:
+    """Rows of the embedding matrix; ids outside of it, such as placeholders of images, take the nearest one."""
+    return torch.nn.functional.embedding(ids.to(weight.device).clamp(0, len(weight) - 1), weight)
+
+
+def _place(pieces: list[_Piece], row: int, column: int) -> int:
+    """Where a row's column is in all pieces joined: in the latest one that has it."""
+    place, offset = 0, 0
+    for piece in pieces:
+        at = column - piece.begins[row]
+        if 0 <= at < piece.width:
+            place = offset + at
+        offset += piece.width
+    return place
+
+
+def _embeddings(head: Eagle3Head, target: CachedModel) -> Tensor:
+    weight: Tensor = (head.embed_tokens if head.parts.has_embeddings else target.model.get_input_embeddings()).weight
+    return weight

@@ -1,0 +1,44 @@
+"""Whether a head was made for a target; nothing is run."""
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ...device import model_device
+from ...models.tap import check_ids
+from .eagle3 import Eagle3Head
+
+
+def check_fit(head: Eagle3Head, target: PreTrainedModel) -> None:
+    """Raise a ValueError, with the sizes found, unless a head can draft for this target."""
+    parts, name = head.parts, type(target).__name__
+    config = target.config.get_text_config(decoder=True)
+    width, given = parts.layer.hidden_size, parts.target_hidden_size or parts.layer.hidden_size
+    if given != config.hidden_size:
+        _differ("hidden states", f"of width {given}", f"{name} has width {config.hidden_size}")
+    if parts.vocab_size != config.vocab_size:
+        _differ("a vocabulary", f"of {parts.vocab_size} tokens", f"{name} has {config.vocab_size}")
+    check_ids(parts.states_of(config.num_hidden_layers), config.num_hidden_layers, name)
+    here, there = head.device, model_device(target)
+    if here != there:
+        raise ValueError(
+            f"`assistant_model` is on {here}, the target on {there}: move it with `assistant_model.to({str(there)!r})`"
+        )
+    for has, shared, key in (
+        (parts.has_embeddings, target.get_input_embeddings(), "embed_tokens.weight"),
+        (parts.has_lm_head, target.get_output_embeddings(), "lm_head.weight"),
+    ):
+        weight: Any = getattr(shared, "weight", None)
+        found = "none" if weight is None else f"{weight.dtype} {list(weight.shape)}"
+        if not has and (weight is None or not weight.is_floating_point() or weight.shape[1] != width):
+            raise ValueError(
+                f"`assistant_model` is a head without `{key}`, so it uses the target's: expected floats "
+                f"[{config.vocab_size}, {width}], but {name} has {found}. Use a head that has its own"
+            )
+
+
+def _differ(what: str, mine: str, theirs: str) -> None:
+    raise ValueError(
+        f"`assistant_model` is a head for another target: it was made for {what} {mine}, but {theirs}. Use a head that "
+        "was trained for this model"
+    )

@@ -1,0 +1,107 @@
+"""Heads by name: local folders and Hub repositories."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..drafters.heads import Eagle3Head, HeadDrafter
+from ..drafters.heads.loading import PATTERNS, head_format, load_folder, read_config
+from ..options import Options
+from .loading import explain, hub_file, pin
+from .pair_file import ModelReference
+
+logger = logging.get_logger(__name__)
+
+
+def load_head(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    norm_before_residual: bool | None = None,
+    norm_output: bool | None = None,
+    aux_ids: Sequence[int] | None = None,
+) -> Eagle3Head:
+    """Load an EAGLE-3 head, to pass as `assistant_model`. Its name does as well, unless something must be changed.
+
+    Args:
+        name: a Hub id or local folder, in the format of SafeAILab, SpecForge, DeepSpec or speculators.
+        revision: branch, tag or commit on the Hub.
+        dtype: of its weights; by default as in the file.
+        device: the target's.
+        norm_before_residual, norm_output: where the checkpoint's config is silent or wrong.
+        aux_ids: the same for the target's layers whose inputs it reads, 0 for the first.
+
+    Raises:
+        OSError: if it cannot be loaded.
+        ValueError: if it is no head, or one that is not supported; it names file, key and shape.
+    """
+    reference = pin(ModelReference(str(name), revision))
+    changes: dict[str, Any] = {"norm_before_residual": norm_before_residual, "norm_output": norm_output}
+    changes["aux_ids"] = None if aux_ids is None else tuple(aux_ids)
+    head = head_of(reference, dtype=dtype, device=device, **changes)
+    if head is None:
+        raise ValueError(
+            f"{name} is not a head on hidden states: its config.json has none of their keys (`draft_vocab_size`, "
+            "`speculators_model_type`, ...). Load a draft model with AutoModelForCausalLM"
+        )
+    return head
+
+
+def check_no_head(reference: ModelReference) -> None:
+    """Raise a ValueError if a reference names a head, which pairs cannot have yet."""
+    folder = head_folder(reference)
+    if folder is not None and head_format(read_config(folder)) is not None:
+        raise ValueError(
+            f"{reference.name_or_path} is a head on hidden states, and pairs take draft models only: pass it to the "
+            "target's generate() as `assistant_model`"
+        )
+
+
+def head_of(reference: ModelReference, **options: Any) -> Eagle3Head | None:
+    """The head that a reference names; `None` if that is not a head.
+
+    Args:
+        options: of `load_folder`.
+    """
+    folder = head_folder(reference)
+    if folder is None or head_format(read_config(folder)) is None:
+        return None
+    if not Path(reference.name_or_path).is_dir():
+        name, revision = reference.name_or_path, reference.revision
+        try:
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=PATTERNS))
+        except Exception as error:
+            raise OSError(explain(error, name, revision)) from error
+    return load_folder(folder, **options)
+
+
+def head_folder(reference: ModelReference) -> Path | None:
+    """The local folder of a reference's config.json; `None` if there is none, or it is a file in GGUF."""
+    if reference.gguf_file is not None or Path(reference.name_or_path).is_dir():
+        return None if reference.gguf_file is not None else Path(reference.name_or_path)
+    try:
+        file = hub_file(reference.name_or_path, "config.json", reference.revision)
+    except LocalEntryNotFoundError:  # loading it as a model will say so
+        return None
+    return None if file is None else file.parent
+
+
+def drafter_of_head(head: Eagle3Head, target: PreTrainedModel, options: Options) -> HeadDrafter:
+    """The drafter of a call whose `assistant_model` is a head."""
+    for part in ("draft", "target"):
+        if options.speculation_compile == part:
+            raise ValueError(
+                f"`speculation_compile={part!r}` needs forwards of fixed shapes, and `assistant_model` is a head on "
+                "hidden states, which has none: leave it out, or use 'attention'"
+            )
+    if options.speculation_compile is True:
+        logger.warning_once("`assistant_model` is a head on hidden states, so only attention is compiled.")
+    return HeadDrafter(head, target, options.assistant_confidence_threshold)

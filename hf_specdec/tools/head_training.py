@@ -1,0 +1,147 @@
+"""Training of EAGLE-3 heads for a target: test-time training (Li et al. 2025), on hidden states made on the fly.
+
+The head drafts several tokens from each position, each from its own output for the one before, as it does when it is
+used. The text's own tokens are put in for the drafted ones. Needs the extra `train`, as `distillation.py` does.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import LlamaConfig, PreTrainedModel
+
+from ..drafters.heads import Eagle3Config, Eagle3Head
+from ..models.tap import Tap
+from .distillation import Distillation, distillation_loss
+
+DRAFTED = 4  # drafts from each position
+DECAY = 0.8  # how much less each of them counts than the one before
+
+
+def frequent_tokens(rows: Iterable[Sequence[int]], count: int, vocab_size: int) -> Tensor:
+    """`[count]`, sorted: the tokens that come most often; unseen ones, lowest first, where there are too few."""
+    seen = Counter(token for row in rows for token in row if token < vocab_size)
+    known = [token for token, _ in seen.most_common(count)]
+    rest = (token for token in range(vocab_size) if token not in seen)
+    while len(known) < count:
+        known.append(next(rest))
+    return torch.tensor(sorted(known))
+
+
+def new_head(target: PreTrainedModel, target_ids: Tensor | None = None, layers: int = 1) -> Eagle3Head:
+    """A head with random layers, the target's embeddings, and a copy of its output weights.
+
+    Args:
+        target_ids: the tokens that it can propose; `None` for all.
+
+    Raises:
+        ValueError: for a target with fewer than three layers, or without weights of its width at both ends.
+    """
+    config = target.config.get_text_config(decoder=True)
+    count = config.num_hidden_layers
+    if count < 3:
+        raise ValueError(f"an EAGLE-3 head reads three layers, and {type(target).__name__} has {count}")
+    sizes = {name: getattr(config, name) for name in ("hidden_size", "vocab_size", "num_attention_heads")}
+    heads = sizes["num_attention_heads"]
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    inner = getattr(config, "intermediate_size", None)
+    layer = LlamaConfig(
+        **sizes,
+        num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=width + width % 2,
+        intermediate_size=inner if isinstance(inner, int) else 4 * config.hidden_size,
+        max_position_embeddings=getattr(config, "max_position_embeddings", None) or 2048,
+        rms_norm_eps=getattr(config, "rms_norm_eps", None) or 1e-6,
+        num_hidden_layers=layers,
+    )
+    parts = Eagle3Config(
+        layer,
+        config.vocab_size,
+        draft_vocab_size=None if target_ids is None else len(target_ids),
+        aux_ids=(min(2, count - 2), max(count // 2, min(2, count - 2) + 1), count) if count < 8 else None,
+        layers=layers,
+        norm_before_residual=True,
+    )
+    head = Eagle3Head(parts, target_ids)
+    with torch.no_grad():
+        for weight in head.parameters():
+            if weight.ndim > 1:
+                weight.normal_(std=0.5 * weight.shape[1] ** -0.5)
+        output: Any = target.get_output_embeddings()
+        head.lm_head.weight.copy_(output.weight if target_ids is None else output.weight[target_ids])
+    return head.to(target.device, target.dtype).eval()
+
+
+class _Steps:
+    """The keys and values of all drafts from all positions: those of the text, then those of each draft."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+    def update(self, key: Tensor, value: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        held = self._held.setdefault(index, [])
+        held.append((key, value))
+        return torch.cat([k for k, _ in held], dim=2), torch.cat([v for _, v in held], dim=2)
+
+
+def training_loss(
+    head: Eagle3Head,
+    states: Sequence[Tensor],
+    tokens: Tensor,
+    target_logits: Tensor,
+    counted: Tensor,
+    embeddings: Tensor,
+    argmax_weight: float = 0.0,
+    drafted: int = DRAFTED,
+) -> Tensor:
+    """The mean loss of `drafted` drafts from each position, each weighted by DECAY of the one before.
+
+    Args:
+        states: of the target, each `[rows, tokens, hidden]`.
+        tokens: `[rows, tokens]`.
+        target_logits: `[rows, tokens, vocabulary]`.
+        counted: `[rows, tokens]` bool, positions whose logits are to be learned.
+        embeddings: `[vocabulary, hidden]`, the target's.
+    """
+    length = tokens.shape[1] - 1
+    given, cache = head.mix(states)[:, :-1], _Steps()
+    at = torch.arange(length, device=tokens.device)
+    causal, own = torch.ones(length, length, device=at.device).tril().bool(), torch.eye(length, device=at.device).bool()
+    wanted = target_logits if head.target_ids is None else target_logits[..., head.target_ids]
+    losses, weights = [], []
+    for step in range(min(drafted, length)):
+        ahead = (at + 1 + step).clamp(max=length)
+        embedded = F.embedding(tokens[:, ahead], embeddings).to(given.dtype)
+        mask = torch.cat([causal, *[own] * step], dim=1)[None, None]
+        given = head(given, embedded, (at + step)[None], cache, mask)
+        valid = counted[:, ahead].bool() & (at + 1 + step <= length)
+        if bool(valid.any()):
+            losses.append(DECAY**step * distillation_loss(head.logits(given), wanted[:, ahead], argmax_weight, valid))
+            weights.append(DECAY**step)
+    return torch.stack(losses).sum() / sum(weights)
+
+
+class HeadDistillation(Distillation):
+    """A head in training; `Distillation` says what else it does."""
+
+    def _loss(self, batch: dict[str, Tensor]) -> Tensor:
+        counted = batch.pop("counted")
+        head: Any = self._accelerator.unwrap_model(self._draft)
+        seen: list[list[Tensor]] = []
+        layers = self.target.config.get_text_config(decoder=True).num_hidden_layers
+        tap = Tap(self.target, head.parts.states_of(layers), lambda states, rows, columns: seen.append(states))
+        try:
+            with torch.no_grad(), self._accelerator.autocast(), tap.listening():
+                logits = self.target(**batch, use_cache=False).logits
+            rows = len(logits)
+            tap.hand_over(list(range(rows)), [0] * rows)
+        finally:
+            tap.close()
+        embeddings: Any = self.target.get_input_embeddings()
+        with self._accelerator.autocast():
+            return training_loss(
+                head, seen[0], batch["input_ids"], logits, counted, embeddings.weight, self.recipe.argmax_weight
+            )

@@ -1,0 +1,84 @@
+"""Heads in training: the loss is that of the drafts which the head will make, and acceptance rises."""
+
+import copy
+
+import pytest
+import torch
+from conftest import VOCAB
+from datasets import Dataset
+from eagle3_reference import make_parts, random_head, reference_logits, some_tokens
+from test_eagle3 import make_target, true_states
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_specdec import Eagle3Head
+from hf_specdec.tools.distillation import Recipe, acceptance, distillation_loss
+from hf_specdec.tools.head_training import DECAY, HeadDistillation, frequent_tokens, new_head, training_loss
+
+
+@pytest.fixture(scope="module")
+def target() -> PreTrainedModel:
+    return make_target()
+
+
+def plain_loss(head: Eagle3Head, target: PreTrainedModel, rows: list[list[int]], drafted: int) -> Tensor:
+    """Position by position, draft by draft, with the reference's logits from scratch."""
+    parts = [[] for _ in range(drafted)]
+    known = slice(None) if head.target_ids is None else head.target_ids
+    for tokens in rows:
+        states = true_states(target, head.parts.states_of(3), tokens)
+        with torch.no_grad():
+            target_logits = target(torch.tensor([tokens])).logits[0][:, known]
+        for t in range(len(tokens) - 1):
+            for step in range(min(drafted, len(tokens) - 1 - t)):
+                logits = reference_logits(head, target, [s[: t + 1] for s in states], tokens[: t + 2 + step])
+                parts[step].append(distillation_loss(logits[None], target_logits[t + 1 + step][None], 0.5))
+    weights = [DECAY**step for step in range(drafted)]
+    return sum(w * torch.stack(p).mean() for w, p in zip(weights, parts)) / sum(weights)
+
+
+@pytest.mark.parametrize("reduced", [False, True])
+def test_the_loss_is_that_of_drafts_from_every_position(reduced: bool, target: PreTrainedModel) -> None:
+    """With rows of uneven lengths, whose fill counts for nothing."""
+    head = random_head(make_parts(draft_vocab_size=40), some_tokens(40)) if reduced else random_head(make_parts())
+    torch.manual_seed(0)
+    rows = [torch.randint(2, VOCAB, (n,)).tolist() for n in (7, 5)]
+    tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    states = [
+        torch.nn.utils.rnn.pad_sequence(each, batch_first=True)
+        for each in zip(*(true_states(target, (0, 1, 2), row) for row in rows))
+    ]
+    counted = torch.arange(7) < torch.tensor([[7], [5]])
+    with torch.no_grad():
+        logits = target(tokens, attention_mask=counted.long()).logits
+    embeddings = target.get_input_embeddings().weight
+    found = training_loss(head, states, tokens, logits, counted, embeddings, 0.5, drafted=3)
+    torch.testing.assert_close(found, plain_loss(head, target, rows, 3), atol=1e-5, rtol=1e-4)
+
+
+def test_frequent_tokens_come_first() -> None:
+    assert frequent_tokens([[5, 5, 7], [7, 5, 9, 200]], 2, 100).tolist() == [5, 7]
+    assert frequent_tokens([[5, 5, 7]], 4, 100).tolist() == [0, 1, 5, 7]
+
+
+def test_training_raises_the_acceptance_and_leaves_the_target_alone(target: PreTrainedModel) -> None:
+    before = copy.deepcopy(target.state_dict())
+    torch.manual_seed(0)
+    head = new_head(target, some_tokens(80))
+    prompts = torch.randint(2, VOCAB, (32, 4))
+    texts = target.generate(prompts, do_sample=True, max_new_tokens=24, top_k=0).tolist()
+    examples = Dataset.from_dict({"input_ids": texts, "completion_mask": [[1] * len(t) for t in texts]})
+    training = HeadDistillation(head, target, examples, Recipe(steps=25, rows=8, lr=0.02))
+    held = torch.randint(2, VOCAB, (8, 4)).tolist()
+    first = acceptance(target, training.draft(), held, 16, 1.0)
+    losses = list(training.train())
+    last = acceptance(target, training.draft(), held, 16, 1.0)
+    assert losses[-1] < losses[0]
+    for way in ("greedy", "sampled"):
+        assert last[way].acceptance_rate > first[way].acceptance_rate + 0.05
+    assert all(torch.equal(weights, before[name]) for name, weights in target.state_dict().items())
+
+
+def test_targets_without_enough_layers_are_refused() -> None:
+    with pytest.raises(ValueError, match="an EAGLE-3 head reads three layers, and LlamaForCausalLM has 2"):
+        new_head(make_target(layers=2))
