@@ -8,6 +8,7 @@ Importing registers `strategy="spec"` on `generate()`:
 from . import metrics
 from .drafters import Draft, Drafter, DraftRequest, ModelDrafter, PromptLookupDrafter
 from .generate.attached import attach, attached
+from .generate.many import Generated, generate_many
 from .generate.method import speculative
 from .generate.strategy import register, unregister
 from .models.kept import release
@@ -26,6 +27,7 @@ __all__ = [
     "Draft",
     "DraftRequest",
     "Drafter",
+    "Generated",
     "MatcherProcessor",
     "ModelDrafter",
     "PairConfig",
@@ -38,6 +40,7 @@ __all__ = [
     "attach",
     "attached",
     "demo_pair",
+    "generate_many",
     "metrics",
     "pure",
     "register",
