@@ -1,8 +1,8 @@
 """The loop of `generate_many`: places of rows that have ended go to other texts, while the other rows go on.
 
 A place is *free*; then its prompt is *read*, in pieces between the iterations of the others, by target and drafter;
-then its row is *active* until it ends. A piece takes about as long as an iteration at most, so running rows take no more
-than twice the time per token.
+then its row is *active* until it ends. A piece takes about as long as an iteration at most, so active rows take no
+more than twice the time per token.
 """
 
 from dataclasses import dataclass, field, fields
