@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from ..device import forward_parameters
 from ..models.kept import release
 from ..records.stats import SpeculationStats
 from .places import Done, Places, check_by_row, reason_for_static
-from .prompts import Entry, Preparation, per_prompt, read_entries
+from .prompts import Entry, Preparation, is_whole, per_prompt, read_entries
 from .session import Checked, PreparedCall, check_call
 from .static_batches import Item, StaticBatches
 
@@ -127,7 +126,7 @@ def generate_many(
 
 def _checked_options(model: Any, batch_size: Any, on_error: Any, options: dict[str, Any]) -> dict[str, Any]:
     """The options for `generate()`, without those that say what holds anyway."""
-    if not isinstance(batch_size, Integral) or isinstance(batch_size, bool):
+    if not is_whole(batch_size):
         raise TypeError(f"`batch_size` must be an int, got {batch_size!r} of type {type(batch_size).__name__}")
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}")
@@ -158,7 +157,7 @@ def _first_of(limits: Any, prompts: Any) -> int | None:
         return None
     if hasattr(prompts, "__len__") and len(limits) != len(prompts):
         raise ValueError(f"`max_new_tokens` has {len(limits)} values for {len(prompts)} prompts: pass one for each")
-    valid = [limit for limit in limits if isinstance(limit, Integral) and limit > 0]
+    valid = [limit for limit in limits if is_whole(limit) and limit > 0]
     return int(max(valid)) if valid else None
 
 
@@ -293,8 +292,7 @@ class _Many:
                 if isinstance(found, list):
                     yield from map(self._make.of, found)
                 else:
-                    (entry, _, _), error = found
-                    yield self._make.failed(entry, error)
+                    yield self._make.failed(found[0][0], found[1])
                 self._count(batches.take_stats())
 
     def _prepared(self, entry: Entry) -> PreparedCall:

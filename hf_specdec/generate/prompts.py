@@ -70,10 +70,15 @@ def per_prompt(value: Any) -> bool:
     return isinstance(value, Iterable) and not isinstance(value, (str, bytes))
 
 
+def is_whole(value: Any) -> bool:
+    """Whether a value is an int, of Python or NumPy."""
+    return isinstance(value, Integral) and type(value) is not bool
+
+
 def _checked_limit(limit: Any) -> int | None:
     if limit is _MISSING:
         raise ValueError("`max_new_tokens` has a value for each prompt, but no more for this one")
-    if limit is not None and (not isinstance(limit, Integral) or isinstance(limit, bool) or limit < 1):
+    if limit is not None and (not is_whole(limit) or limit < 1):
         raise ValueError(f"`max_new_tokens` must be an int of at least 1 for each prompt, got {limit!r}")
     return None if limit is None else int(limit)
 
@@ -97,7 +102,7 @@ def token_ids(prompt: Any, tokenizer: Any) -> list[int]:
         return [int(token) for token in prompt.tolist()]
     if isinstance(prompt, Sequence) or hasattr(prompt, "__array__"):
         found = list(prompt)
-        wrong = next((token for token in found if not isinstance(token, Integral) or isinstance(token, bool)), None)
+        wrong = next((token for token in found if not is_whole(token)), None)
         if wrong is None:
             return [int(token) for token in found]
         raise TypeError(f"A prompt must be a list of token ids, got one with {wrong!r} of type {type(wrong).__name__}")

@@ -5,6 +5,7 @@ then its row is *active* until it ends. A piece takes about as long as an iterat
 more than twice the time per token.
 """
 
+import copy
 from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
@@ -174,8 +175,9 @@ class RefilledDecoding(SpeculativeDecoding):
     def _end(self, row: int, reason: str) -> None:
         own = self._own.pop(row)
         del self._texts[row]
-        counters = {counter.name: getattr(own, counter.name) for counter in fields(RowStats)}
-        own.per_row = [RowStats(**{n: list(c) if isinstance(c, list) else c for n, c in counters.items()})]
+        own.per_row = [
+            RowStats(**{counter.name: copy.copy(getattr(own, counter.name)) for counter in fields(RowStats)})
+        ]
         self._ended.append(Ended(row, self.context.row(row).clone(), reason, own))
 
     def _name(self, row: int) -> str:

@@ -66,7 +66,7 @@ def compare_ways(
     with _timed_admission() as admission:
         for number, begin in enumerate(range(0, count, size)):
             part = jobs[begin : begin + size]
-            found = {}
+            found: dict[str, dict[int, list[int]]] = {}
             for name in sorted(ways, key=lambda name: (list(ways).index(name) + number) % len(ways)):
                 own = [0]
 
@@ -125,7 +125,7 @@ def _static(
     pair: SpecPair, part: list[Text], batch_size: int, options: dict[str, Any], by_length: bool = False
 ) -> dict[int, list[int]]:
     order = sorted(range(len(part)), key=lambda i: part[i][1]) if by_length else list(range(len(part)))
-    found = {}
+    found: dict[int, list[int]] = {}
     for begin in range(0, len(part), batch_size):
         chosen = order[begin : begin + batch_size]
         rows = [torch.tensor(part[i][0]) for i in chosen]

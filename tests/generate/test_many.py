@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
-    MambaConfig,
+    Mamba2Config,
     StoppingCriteria,
     T5Config,
     T5ForConditionalGeneration,
@@ -35,18 +35,10 @@ ENDS = [3, 17, 40]  # tokens that end texts, so that these have all lengths
 
 @functools.cache
 def pair(name: str = "llama") -> tuple[Any, Any]:
-    if name == "mamba":
-        target = make_model(
-            MambaConfig(
-                vocab_size=VOCAB,
-                hidden_size=32,
-                num_hidden_layers=2,
-                state_size=8,
-                initializer_range=0.2,
-                eos_token_id=None,
-                pad_token_id=0,
-            )
-        )
+    if name == "mamba2":
+        sizes = {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1, "chunk_size": 8, "num_hidden_layers": 2}
+        ids = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
+        target = make_model(Mamba2Config(**sizes, **ids, hidden_size=32, initializer_range=0.2))
         return target, perturbed(target, 0.05)
     return make_pair(name, 0.08)
 
@@ -99,7 +91,7 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("batch_size", [2, 5])
-@pytest.mark.parametrize("name", ["llama", "mistral-sliding", "mamba"])
+@pytest.mark.parametrize("name", ["llama", "mistral-sliding", "mamba2"])
 def test_each_result_is_vanillas_for_the_prompt_alone(name: str, batch_size: int) -> None:
     target, draft = pair(name)
     stats = SpeculationStats()
@@ -315,7 +307,7 @@ BAD: dict[str, tuple[Any, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", ["llama", "mamba"])
+@pytest.mark.parametrize("name", ["llama", "mamba2"])
 def test_a_bad_prompt_is_its_own_result(name: str) -> None:
     target, draft = pair(name)
     good = prompts()[1:3]
@@ -376,7 +368,7 @@ def test_an_endless_iterable_is_taken_as_there_are_places() -> None:
 
 def test_static_batches_take_a_block_at_a_time() -> None:
     taken = itertools.count()
-    target, _ = pair("mamba")
+    target, _ = pair("mamba2")
     endless = ([2 + number % 90, 3] for number in taken)
     results = hf_specdec.generate_many(target, endless, batch_size=2, do_sample=False, max_new_tokens=3)
     assert len(list(itertools.islice(results, 10))) == 10
@@ -557,7 +549,7 @@ def test_a_drafter_without_restart_gets_static_batches(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("case", ["by number, the last, and the set of tokens", "a pure criterion", "max_length"])
 def test_static_batches_show_processors_each_text_alone(case: str) -> None:
-    target, draft = pair("mamba")
+    target, draft = pair("mamba2")
     some = [prompt for prompt in prompts() if len(prompt) < 40][:8]
     options = {"max_new_tokens": 14, **PROCESSED[case]}
     results = many(target, some, assistant_model=draft, batch_size=4, **options)
