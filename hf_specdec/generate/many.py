@@ -139,7 +139,8 @@ def _checked_options(model: Any, batch_size: Any, on_error: Any, options: dict[s
         raise ValueError(f"generate_many() always speculates, but `strategy` is {strategy!r}: leave it out")
     config = options.get("generation_config")
     for name, why in _REFUSED.items():
-        if options.get(name) or isinstance(options.get(name), Tensor) or getattr(config, name, None):
+        given = options.get(name), getattr(config, name, None)
+        if any(value is not None and value is not False for value in given):
             raise ValueError(f"generate_many() takes no `{name}`: {why}")
     inputs = {*forward_parameters(model)} - {*vars(GenerationConfig())}
     if given := sorted(name for name in options if name in inputs and options[name] is not None):

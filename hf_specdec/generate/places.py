@@ -27,12 +27,11 @@ from ..models.layout import Layout
 from ..records.stats import SpeculationStats
 from ..sampling.by_row import OwnProcessors
 from ..sampling.context import Context
-from ..sampling.matchers import could_be_by_row
-from ..sampling.processors import for_call, is_known, unknown_names
+from ..sampling.processors import could_be_known, for_call, unknown_names
 from ..sampling.row_processors import METHODS
 from ..sampling.rules import make_rule
 from .prompts import Entry, Preparation
-from .session import Checked, PreparedCall, check_call, lockstep_reason, vocab_size_of
+from .session import Checked, PreparedCall, check_prompt, lockstep_reason, vocab_size_of
 
 
 class Done(NamedTuple):
@@ -53,7 +52,7 @@ class Done(NamedTuple):
 
 def check_by_row(call: PreparedCall) -> None:
     """Raise a ValueError for processors and criteria that see more than one text, or may keep state."""
-    processors = [p for p in call.processors if not (is_known(p) or could_be_by_row(p))]
+    processors = [p for p in call.processors if not could_be_known(p)]
     criteria = Stopping(call.criteria, call.max_length).unknown
     for kind, found in (("logits processor", processors), ("stopping criterion", criteria)):
         if found:
@@ -121,6 +120,7 @@ class Places:
     def __init__(self, preparation: Preparation, checked: Checked, size: int):
         self._preparation = preparation
         self._entries: dict[int, Entry] = {}  # by row
+        self._longest = 0  # of the texts so far, the most tokens that one may have
         stats = SpeculationStats()
         self._decoding = _decoding(preparation, checked, size, stats)
         options, model = preparation.resolved, checked.call.model
@@ -151,17 +151,18 @@ class Places:
         Raises:
             TypeError, ValueError, or whatever its processors raise: if it cannot be decoded; nothing has changed then.
         """
-        checked = check_call(call)
+        check_prompt(call, entry.prompt, self._longest)
         check_by_row(call)
         text = Text(
             entry.name,
             entry.prompt,
             call.max_length,
-            own_processors(checked.call),
+            own_processors(call),
             Stopping(call.criteria, call.max_length),
             seed,
         )
         row = self.free[0]
+        self._longest = max(self._longest, text.limit)
         self._decoding.admit(row, text)
         self._entries[row] = entry
 

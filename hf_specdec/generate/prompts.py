@@ -3,18 +3,22 @@
 Owns how an iterable becomes prompts, and asks `generate()` to prepare a call for each; nothing is decoded here.
 """
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, repeat
 from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList, StopStringCriteria
 
 from ..device import forward_parameters
 from ..drafters import Drafter
 from ..options import Options
+from ..sampling.processors import fits_any_prompt
+from ..sampling.pure import is_pure
 from .method import HandOver, SpeculativeMethod
 from .session import PreparedCall
 
@@ -141,10 +145,32 @@ class Preparation:
         """How many texts each prompt gets."""
         return int(self.call.config.num_return_sequences or 1)
 
+    @functools.cached_property
+    def _repeats(self) -> bool:
+        """Whether all calls are like `call`, but for prompt and `max_new_tokens`: `generate()` takes milliseconds."""
+        call = self.call
+        lasting = (EosTokenCriteria, MaxLengthCriteria, StopStringCriteria)
+        return (
+            not call.model.config.is_encoder_decoder
+            and all(map(fits_any_prompt, call.processors))
+            and all(type(criterion) in lasting or is_pure(criterion) for criterion in call.criteria)
+        )
+
     def of(self, entry: Entry) -> PreparedCall:
         """The call of one text, of one row."""
+        new_tokens = entry.max_new_tokens or self.call.config.max_new_tokens
+        if self._repeats and new_tokens is not None and entry.prompt:
+            ids = torch.tensor([entry.prompt], dtype=torch.int64).to(self.call.input_ids.device, non_blocking=True)
+            end = MaxLengthCriteria(len(entry.prompt) + new_tokens, self._max_positions)
+            criteria = [end if type(c) is MaxLengthCriteria else c for c in self.call.criteria]
+            return replace(self.call, input_ids=ids, criteria=StoppingCriteriaList(criteria))
         own = {} if entry.max_new_tokens is None else {"max_new_tokens": entry.max_new_tokens}
         return self._prepare(entry.prompt, self.options | {"num_return_sequences": 1} | own)[0]
+
+    @property
+    def _max_positions(self) -> int | None:
+        found = [c.max_position_embeddings for c in self.call.criteria if type(c) is MaxLengthCriteria]
+        return found[0] if found else None
 
     def _prepare(self, prompt: list[int], options: dict[str, Any]) -> tuple[PreparedCall, SpeculativeMethod]:
         taken: list[tuple[PreparedCall, SpeculativeMethod]] = []

@@ -21,7 +21,7 @@ from transformers import LogitsProcessorList, PrefixConstrainedLogitsProcessor
 from ..device import to_device, to_host
 from .by_row import OwnProcessors, RowAlone
 from .context import Context
-from .matchers import row_processor
+from .matchers import could_be_by_row, row_processor
 from .prefixes import Positions, process, reads_the_batch
 from .pure import PrefixConstraint, is_pure
 from .row_processors import Constraint, Mask, RowStates
@@ -63,6 +63,15 @@ def _classes(names: tuple[str, ...]) -> frozenset[type]:
     return frozenset(getattr(module, name) for name in names if hasattr(module, name))
 
 
+_SAME = _classes(
+    (
+        "RepetitionPenaltyLogitsProcessor",
+        "NoRepeatNGramLogitsProcessor",
+        "NoBadWordsLogitsProcessor",
+        "SequenceBiasLogitsProcessor",
+        "PrefixConstrainedLogitsProcessor",
+    )
+)
 BLIND = _classes(_BLIND)
 PURE = _classes(_PURE)
 
@@ -175,6 +184,20 @@ def is_known(processor: Any) -> bool:
     return (
         type(processor) in BLIND or type(processor) in PURE or isinstance(processor, Constraint) or is_pure(processor)
     )
+
+
+def fits_any_prompt(processor: Any) -> bool:
+    """Whether `generate()` prepares the same processor whatever the prompt is."""
+    ignores = getattr(processor, "prompt_ignore_length", None) is not None
+    same = type(processor) in BLIND or type(processor) in _SAME or is_pure(processor) or could_be_by_row(processor)
+    return same and not ignores
+
+
+def could_be_known(processor: Any) -> bool:
+    """Whether `for_call` may put something known in a processor's place. Asks nothing of the processor."""
+    if type(processor) is PrefixConstrainedLogitsProcessor:
+        return is_pure(processor._prefix_allowed_tokens_fn)
+    return is_known(processor) or could_be_by_row(processor)
 
 
 def known(processors: LogitsProcessorList) -> LogitsProcessorList:

@@ -44,7 +44,7 @@ def pair(name: str = "llama") -> tuple[Any, Any]:
 
 
 @functools.cache
-def prompts(count: int = 40, longest: int = 60, seed: int = 0) -> list[list[int]]:
+def prompts(count: int = 40, longest: int = 50, seed: int = 0) -> list[list[int]]:
     """Short and long ones, in no order."""
     rng = random.Random(seed)
     lengths = [
@@ -56,7 +56,7 @@ def prompts(count: int = 40, longest: int = 60, seed: int = 0) -> list[list[int]
 @functools.cache
 def limits(count: int = 40) -> list[int]:
     rng = random.Random(1)
-    return [rng.choice([1, 2, 5, 12, 30]) for _ in range(count)]
+    return [rng.choice([1, 2, 5, 10, 20]) for _ in range(count)]
 
 
 def alone(target: Any, prompt: list[int], **options: Any) -> list[int]:
@@ -90,8 +90,10 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(invariants, "ENABLED", True)
 
 
-@pytest.mark.parametrize("batch_size", [2, 5])
-@pytest.mark.parametrize("name", ["llama", "mistral-sliding", "mamba2"])
+@pytest.mark.parametrize(
+    ("name", "batch_size"),
+    [("llama", 2), ("llama", 5), ("mistral-sliding", 2), ("mistral-sliding", 5), ("mamba2", 5)],
+)
 def test_each_result_is_vanillas_for_the_prompt_alone(name: str, batch_size: int) -> None:
     target, draft = pair(name)
     stats = SpeculationStats()
@@ -135,26 +137,26 @@ def test_caches_stand_for_the_committed_tokens_after_every_iteration(name: str, 
 def test_coupled_sampling_gives_each_prompt_its_text_alone() -> None:
     target, draft = pair()
     options = {"do_sample": True, "temperature": 0.8, "speculation_acceptance": "coupled", "max_new_tokens": 12}
-    results = many(target, prompts()[:16], assistant_model=draft, batch_size=3, speculation_seed=7, **options)
-    others = many(target, prompts()[:16], batch_size=5, speculation_seed=list(range(7, 23)), **options)
-    for index, prompt in enumerate(prompts()[:16]):
+    results = many(target, prompts()[:9], assistant_model=draft, batch_size=3, speculation_seed=7, **options)
+    others = many(target, prompts()[:9], batch_size=5, speculation_seed=list(range(7, 16)), **options)
+    for index, prompt in enumerate(prompts()[:9]):
         text = alone(target, prompt, strategy="spec", assistant_model=draft, speculation_seed=7 + index, **options)
         assert results[index].sequence.tolist() == others[index].sequence.tolist() == text
 
 
 def test_sampling_draws_from_the_target() -> None:
-    """1500 first and second tokens after one prompt: a χ² test that is wrong once in 10,000 runs."""
+    """600 first and second tokens after one prompt: a χ² test that is wrong once in 10,000 runs."""
     scipy = pytest.importorskip("scipy.stats")
     target, draft = pair()
     torch.manual_seed(0)
     options = {"do_sample": True, "top_k": 4, "max_new_tokens": 2}
-    found = many(target, [[5, 6, 7]] * 1500, assistant_model=draft, batch_size=50, **options)
+    found = many(target, [[5, 6, 7]] * 600, assistant_model=draft, batch_size=50, **options)
     torch.manual_seed(1)
-    drawn = target.generate(torch.tensor([[5, 6, 7]] * 1500), **options)[:, 3:]
+    drawn = target.generate(torch.tensor([[5, 6, 7]] * 600), **options)[:, 3:]
     mine = torch.stack([result.new_tokens for result in found.values()])
     both = torch.cat([mine, drawn])
     kinds, which = torch.unique(both[:, 0] * VOCAB + both[:, 1], return_inverse=True)
-    table = torch.stack([which[:1500].bincount(minlength=len(kinds)), which[1500:].bincount(minlength=len(kinds))])
+    table = torch.stack([which[:600].bincount(minlength=len(kinds)), which[600:].bincount(minlength=len(kinds))])
     table = table[:, table.sum(dim=0) >= 10]
     assert scipy.chi2_contingency(table.numpy()).pvalue > 1e-4
 
@@ -221,7 +223,7 @@ PROCESSED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", PROCESSED)
 def test_processors_and_criteria_see_each_text_alone(case: str) -> None:
     target, draft = pair()
-    some = [prompt for prompt in prompts() if len(prompt) < 40][:16]
+    some = [prompt for prompt in prompts() if len(prompt) < 40][:9]
     options = {"max_new_tokens": 14, **PROCESSED[case]}
     results = many(target, some, assistant_model=draft, batch_size=4, **options)
     for index, prompt in enumerate(some):
@@ -231,8 +233,8 @@ def test_processors_and_criteria_see_each_text_alone(case: str) -> None:
 def test_stop_strings_end_texts(tokenizer: Any) -> None:
     target, draft = pair()
     options = {"stop_strings": ["ab", "q", "m\n"], "max_new_tokens": 30, "tokenizer": tokenizer}
-    results = many(target, prompts()[:16], assistant_model=draft, batch_size=4, **options)
-    for index, prompt in enumerate(prompts()[:16]):
+    results = many(target, prompts()[:9], assistant_model=draft, batch_size=4, **options)
+    for index, prompt in enumerate(prompts()[:9]):
         assert results[index].sequence.tolist() == alone(target, prompt, **options)
     assert "stop_string" in {result.finished for result in results.values()}
 
@@ -481,11 +483,11 @@ def test_counts_of_texts_add_up() -> None:
 def test_fewer_target_forwards_than_static_batches() -> None:
     """Where few texts are long."""
     target, draft = pair()
-    lengths = [40 if index % 8 == 3 else 3 for index in range(48)]
-    texts = [[5 + index, 6] for index in range(48)]
+    lengths = [30 if index % 8 == 3 else 3 for index in range(32)]
+    texts = [[5 + index, 6] for index in range(32)]
     options = {"assistant_model": draft, "num_assistant_tokens": 3, "do_sample": False}
     static = 0
-    for begin in range(0, 48, 8):
+    for begin in range(0, 32, 8):
         stats = SpeculationStats()
         batch = torch.tensor(texts[begin : begin + 8])
         target.generate(
