@@ -23,7 +23,10 @@ from ..loop.stopping import OwnStopping, Stopping
 from ..loop.streaming import StepStreamer
 from ..models.abilities import Abilities
 from ..models.cached import CachedModel
+from ..models.checks import check_blocks, check_windows
 from ..models.layout import Layout
+from ..models.prompt import unknown_token
+from ..models.rope import check_lengths
 from ..records.stats import SpeculationStats
 from ..sampling.by_row import OwnProcessors
 from ..sampling.context import Context
@@ -31,7 +34,7 @@ from ..sampling.processors import could_be_known, for_call, unknown_names
 from ..sampling.row_processors import METHODS
 from ..sampling.rules import make_rule
 from .prompts import Entry, Preparation
-from .session import Checked, PreparedCall, check_prompt, lockstep_reason, vocab_size_of
+from .session import Checked, PreparedCall, lockstep_reason, vocab_size_of
 
 
 class Done(NamedTuple):
@@ -62,6 +65,25 @@ def check_by_row(call: PreparedCall) -> None:
                 f"{kind} for texts that begin and end at different times: declare it with `hf_specdec.pure` if it is a "
                 f"function of one text{other}"
             )
+
+
+def _check_prompt(call: PreparedCall, prompt: list[int], longest: int) -> None:
+    """The checks of `check_call` that depend on the prompt, for one row of plain tokens.
+
+    Args:
+        longest: texts of at most so many tokens have been decoded already.
+
+    Raises:
+        ValueError: if it holds ids that are no tokens, or the text may get too long for the model's code.
+    """
+    size = vocab_size_of(call.model)
+    if outside := [token for token in prompt if not 0 <= token < size]:
+        raise unknown_token(outside[0], size)
+    fed_at_once = 0 if call.config.prefill_chunk_size else len(prompt) - 1
+    check_lengths(call.model, fed_at_once, call.max_length)
+    if call.max_length > longest:
+        check_windows(call.model, call.max_length)
+        check_blocks(call.model, call.cache, call.max_length)
 
 
 def own_processors(call: PreparedCall) -> LogitsProcessorList:
@@ -151,7 +173,7 @@ class Places:
         Raises:
             TypeError, ValueError, or whatever its processors raise: if it cannot be decoded; nothing has changed then.
         """
-        check_prompt(call, entry.prompt, self._longest)
+        _check_prompt(call, entry.prompt, self._longest)
         check_by_row(call)
         text = Text(
             entry.name,

@@ -39,7 +39,7 @@ from ..models.graphs import StaticForwards
 from ..models.kept import borrow
 from ..models.layout import Layout
 from ..models.masks import takes_position_ids
-from ..models.prompt import Prompt, read_prompt, unknown_token, whole_numbers
+from ..models.prompt import Prompt, read_prompt, whole_numbers
 from ..models.rope import check_lengths
 from ..models.self_fed import SelfFedModel
 from ..options import STATIC_KINDS, Options
@@ -228,25 +228,6 @@ def check_call(call: PreparedCall) -> Checked:
         check_blocks(model, call.cache, columns)
     cache = DynamicCache() if self_fed else call.cache
     return Checked(call, encoder, cross, self_fed, cache, prompt, columns)
-
-
-def check_prompt(call: PreparedCall, prompt: list[int], longest: int) -> None:
-    """The checks of `check_call` that depend on the prompt, for one row of plain tokens.
-
-    Args:
-        longest: texts of at most so many tokens have been decoded already.
-
-    Raises:
-        ValueError: if it holds ids that are no tokens, or the text may get too long for the model's code.
-    """
-    size = vocab_size_of(call.model)
-    if outside := [token for token in prompt if not 0 <= token < size]:
-        raise unknown_token(outside[0], size)
-    fed_at_once = 0 if call.config.prefill_chunk_size else len(prompt) - 1
-    check_lengths(call.model, fed_at_once, call.max_length)
-    if call.max_length > longest:
-        check_windows(call.model, call.max_length)
-        check_blocks(call.model, call.cache, call.max_length)
 
 
 def _read_prompt(call: PreparedCall, cache: Cache | None) -> Prompt:
