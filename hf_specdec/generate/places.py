@@ -12,7 +12,7 @@ from transformers import LogitsProcessorList
 from ..cache.layers import cache_layers
 from ..cache.ragged import RaggedCache
 from ..cache.states import has_states
-from ..device import CPU, model_device
+from ..device import model_device
 from ..drafters import DraftRequest, ModelDrafter
 from ..kernels.attention import compile_attention, folded_attention
 from ..kernels.packing import PackedLinears
@@ -86,12 +86,12 @@ def _check_prompt(call: PreparedCall, prompt: list[int], longest: int) -> None:
         check_blocks(call.model, call.cache, call.max_length)
 
 
-def own_processors(call: PreparedCall) -> LogitsProcessorList:
+def own_processors(call: PreparedCall, prompt: list[int]) -> LogitsProcessorList:
     """The processors of one text, with state of their own where they have any."""
     processors = [
         _copied(p) if all(callable(getattr(p, name, None)) for name in METHODS) else p for p in call.processors
     ]
-    found = for_call(LogitsProcessorList(processors), call.input_ids.to(CPU), vocab_size_of(call.model))
+    found = for_call(LogitsProcessorList(processors), torch.tensor([prompt]), vocab_size_of(call.model))
     if unknown := unknown_names(found):
         raise ValueError(f"{unknown[0]} may keep state, so generate_many() cannot use it")
     return found
@@ -179,7 +179,7 @@ class Places:
             entry.name,
             entry.prompt,
             call.max_length,
-            own_processors(call),
+            own_processors(call, entry.prompt),
             Stopping(call.criteria, call.max_length),
             seed,
         )

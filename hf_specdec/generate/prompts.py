@@ -60,7 +60,7 @@ def read_entries(prompts: Iterable[Any], tokenizer: Any, max_new_tokens: Any, co
         try:
             entry.max_new_tokens = _checked_limit(limit)
             entry.prompt = token_ids(prompt, tokenizer)
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # a tokenizer may raise anything
             entry.error = error
         for copy in range(copies if entry.error is None else 1):
             yield Entry(index, index * copies + copy, entry.prompt, entry.max_new_tokens, entry.error)
@@ -104,7 +104,7 @@ def token_ids(prompt: Any, tokenizer: Any) -> list[int]:
                 f"{str(prompt.dtype).removeprefix('torch.')} {list(prompt.shape)}"
             )
         return [int(token) for token in prompt.tolist()]
-    if isinstance(prompt, Sequence) or hasattr(prompt, "__array__"):
+    if (isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray))) or hasattr(prompt, "__array__"):
         found = list(prompt)
         wrong = next((token for token in found if not is_whole(token)), None)
         if wrong is None:

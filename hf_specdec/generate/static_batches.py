@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import MaxTimeCriteria, StoppingCriteriaList
 
 from ..cache.states import has_states
+from ..device import forward_parameters
 from ..loop.stopping import Stopping
 from ..models.masks import takes_position_ids
 from ..records.stats import SpeculationStats
@@ -79,7 +80,7 @@ class StaticBatches:
             return torch.nn.utils.rnn.pad_sequence(rows, True, value, padding_side=side).to(device)
 
         ids = padded(prompts, 0 if pad is None else int(pad))
-        mask = padded([torch.ones_like(prompt) for prompt in prompts], 0)
+        masks = {"attention_mask": padded([torch.ones_like(prompt) for prompt in prompts], 0)}
         options = dict(preparation.options)
         if preparation.resolved.speculation_acceptance == "coupled":
             options["speculation_seed"] = [seed for _, _, seed in batch]
@@ -89,7 +90,7 @@ class StaticBatches:
         options |= {"max_new_tokens": max(room), "num_return_sequences": 1}
         sequences = preparation.model.generate(
             ids,
-            attention_mask=mask,
+            **(masks if "attention_mask" in forward_parameters(preparation.model) else {}),
             **options,
             strategy="spec",
             assistant_model=preparation.assistant_model,
