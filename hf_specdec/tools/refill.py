@@ -8,6 +8,8 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from ..generate.many import generate_many
 from ..generate.places import Places
@@ -135,6 +137,7 @@ def _static(
             ids.to(pair.target.device),
             attention_mask=mask.to(pair.target.device),
             max_new_tokens=max(part[i][1] for i in chosen),
+            stopping_criteria=StoppingCriteriaList([_Lengths(ids.shape[1], [part[i][1] for i in chosen])]),
             do_sample=False,
             **_NO_END,
             **options,
@@ -142,6 +145,16 @@ def _static(
         new = out[:, ids.shape[1] :].tolist()
         found |= {i: tokens[: part[i][1]] for i, tokens in zip(chosen, new)}
     return found
+
+
+class _Lengths(StoppingCriteria):
+    """Ends each row of a batch after its number of new tokens, as an EOS token would."""
+
+    def __init__(self, width: int, new_tokens: list[int]):
+        self._ends = torch.tensor(new_tokens) + width
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return (input_ids.shape[1] >= self._ends).to(input_ids.device)
 
 
 @contextmanager
