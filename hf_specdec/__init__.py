@@ -19,6 +19,7 @@ from .drafters import (
 )
 from .drafters.heads import Eagle3Config, Eagle3Head
 from .generate.attached import attach, attached
+from .generate.many import Generated, generate_many
 from .generate.method import speculative
 from .generate.strategy import register, unregister
 from .models.kept import release
@@ -41,6 +42,7 @@ __all__ = [
     "Eagle3Config",
     "Eagle3Head",
     "Either",
+    "Generated",
     "MatcherProcessor",
     "ModelDrafter",
     "OtherTokenizerDrafter",
@@ -56,6 +58,7 @@ __all__ = [
     "attach",
     "attached",
     "demo_pair",
+    "generate_many",
     "load_head",
     "metrics",
     "pure",

@@ -154,6 +154,18 @@ class RaggedCache(Cache):
         """
         self._write = _Write(self.capacity, 0, slots)
 
+    def restart(self, row: int) -> None:
+        """Forget a row, which is not active: another one takes its place. For caches without states."""
+        self.lengths[row] = 0
+        for window in self.windows:
+            window.base[row] = 0
+
+    def allow(self, capacity: int) -> None:
+        """From now on, rows may need as many slots as this."""
+        self.max_capacity = max(self.max_capacity, round_up(capacity))
+        for window in self.windows:
+            window.limit = max(window.limit, min(window.size + window.slack, self.max_capacity))
+
     @property
     def nbytes(self) -> int:
         """Memory of the keys and values."""

@@ -146,6 +146,21 @@ class Drafter(ABC):
     def propose(self, context: Context, max_tokens: int) -> Draft:
         """Up to `max_tokens` tokens for each row in `context.rows`, in that order."""
 
+    @property
+    def refills(self) -> bool:
+        """Whether `restart` can be called. `generate_many` decodes static batches with drafters that do not have it."""
+        return type(self).restart is not Drafter.restart
+
+    def restart(self, context: Context, row: int) -> None:
+        """Another prompt, which `context` holds, has taken the place of a row that had ended: drop that row's state.
+
+        The row is not active before the target has read the prompt. Other rows go on.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no `restart`")
+
+    def read(self, context: Context, count: int) -> None:
+        """Read at most `count` more tokens of each active row, which will begin soon. Reading ahead is optional."""
+
     def commit(self, context: Context) -> None:
         """The committed tokens are in the context now; forget rejected drafts."""
 

@@ -84,6 +84,16 @@ class EarlyExitDrafter(ModelDrafter):
         self.cached.forward(context, left, keep=1, ids=draft.tokens[:, -1:] if left == 1 else None)
         self.cached.model = self._exit.draft
 
+    @property
+    def refills(self) -> bool:
+        return True
+
+    def restart(self, context: Context, row: int) -> None:
+        """Nothing to do: it drafts on the target's cache."""
+
+    def read(self, context: Context, count: int) -> None:
+        """Nothing to do: the target reads the text."""
+
     def commit(self, context: Context) -> None:
         self._target.early = None
 

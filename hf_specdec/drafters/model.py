@@ -11,6 +11,7 @@ from transformers.utils import ModelOutput, logging
 
 from ..cache.layers import cache_layers
 from ..cache.ragged import RaggedCache
+from ..cache.states import has_states
 from ..device import model_device, to_device
 from ..models.abilities import Abilities
 from ..models.cached import CachedModel
@@ -19,6 +20,7 @@ from ..models.kept import borrow
 from ..models.layout import Layout
 from ..models.multimodal_prompt import FirstForward, prepared_call, show, split_axes
 from ..models.self_fed import SelfFedModel
+from ..sampling.by_row import OwnProcessors
 from ..sampling.context import Context
 from ..sampling.processors import BLIND, BlockProcessors, drafts_of
 from ..sampling.row_processors import Constraint, forced_token
@@ -67,13 +69,14 @@ class ModelDrafter(Drafter):
     def _serve(self, call: DraftRequest) -> None:
         self._call = call
         self._process = BlockProcessors(call.processors)
-        self._is_blind = all(type(processor) in BLIND for processor in call.processors)
+        blind = all(type(processor) in BLIND for processor in call.processors)
+        self._is_blind = blind and not isinstance(call.processors, OwnProcessors)
 
     def start(self, call: DraftRequest, context: Context) -> None:
         self._serve(call)
         config = self.model.config.get_text_config(decoder=True)
         limits = (getattr(config, name, None) for name in ("max_position_embeddings", "max_target_positions"))
-        self._max_positions: int = next(filter(None, limits), context.max_length)
+        self._limit: int | None = next(filter(None, limits), None)
         if Abilities.of(self.model).needs_own_code:
             self.cached = self._self_fed(context)
             return
@@ -94,7 +97,7 @@ class ModelDrafter(Drafter):
             first=[0] * rows if padded else context.first,
             padding_mask=context.prompt_mask.to(device) if padded else None,
             position_offset=[-f for f in context.first] if padded else None,
-            max_slot=[self._max_positions - 1] * rows,
+            max_slot=[(self._limit or context.max_length) - 1] * rows,
             own_masks=Abilities.of(self.model).own_masks(padded, drafts=True),
         )
         unnamed = Abilities.of(self.model).positions
@@ -192,6 +195,20 @@ class ModelDrafter(Drafter):
         """`[rows, k]`: the probabilities of the drawn tokens."""
         return (scores.gather(-1, drawn[..., None]).squeeze(-1) - scores.logsumexp(dim=-1)).exp()
 
+    @property
+    def refills(self) -> bool:
+        has_shapes = self.compiles  # a cache of fixed size, made for the rows of one call
+        return not has_shapes and self.takes_ragged_rows and not has_states(DynamicCache(config=self.model.config))
+
+    def restart(self, context: Context, row: int) -> None:
+        assert isinstance(self.cached, CachedModel)
+        limit = context.limits[row]
+        self.cached.restart(row, limit, (self._limit or limit) - 1)
+
+    def read(self, context: Context, count: int) -> None:
+        assert isinstance(self.cached, CachedModel)
+        self.cached.read(context, count)
+
     def commit(self, context: Context) -> None:
         # The cache holds the previous context and all drafts but the last; the committed ones stay.
         self.cached.commit(context)
@@ -205,10 +222,10 @@ class ModelDrafter(Drafter):
 
     def _room(self, context: Context) -> int:
         """How many tokens can be drafted before the draft model runs out of positions."""
-        room = self._max_positions - max(context.lengths)
+        room = (self._limit or context.max_length) - max(context.lengths)
         if room <= 0:
             logger.warning_once(
-                f"The draft model {type(self.model).__name__} has {self._max_positions} positions, and the context is "
+                f"The draft model {type(self.model).__name__} has {self._limit} positions, and the context is "
                 "longer: nothing is drafted from here on."
             )
         return max(room, 0)

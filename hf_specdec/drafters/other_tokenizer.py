@@ -128,6 +128,10 @@ class OtherTokenizerDrafter(ModelDrafter):
         own.append(new)
         super().commit(own)
 
+    @property
+    def refills(self) -> bool:
+        return False
+
     def unread(self, context: Context) -> int:
         self.own.rows = list(context.rows)
         return super().unread(self.own)

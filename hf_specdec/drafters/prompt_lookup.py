@@ -32,6 +32,9 @@ class PromptLookupDrafter(Drafter):
         encoded = None if call.encoder is None else call.encoder.token_ids()
         self._encoded = None if encoded is None else encoded.to(CPU)
 
+    def restart(self, context: Context, row: int) -> None:
+        """Nothing to do: it knows nothing but the context."""
+
     def propose(self, context: Context, max_tokens: int) -> Draft:
         ends, rows = torch.tensor(context.active_ends), torch.tensor(context.rows)
         first = torch.tensor([context.first[row] for row in context.rows])

@@ -122,6 +122,7 @@ class SpeculativeMethod:
         self._call: dict[str, Any] = {}
         self._calls: list[object] = []  # one entry per call; copies share it
         self._record: Callable[[SpeculationStats, SpeculationStats | None], None] | None = None
+        self._take: Take | None = None
 
     def of_call(self, call: dict[str, Any]) -> "SpeculativeMethod":
         """A copy that knows the arguments of one `generate()` call, by name.
@@ -136,6 +137,12 @@ class SpeculativeMethod:
         """A copy that hands the statistics of each decoding over at its end, with those that should be filled too."""
         method = copy.copy(self)
         method._record = record
+        return method
+
+    def handed_to(self, take: "Take") -> "SpeculativeMethod":
+        """A copy that hands the prepared call over instead of decoding it; `generate()` then returns the prompt."""
+        method = copy.copy(self)
+        method._take = take
         return method
 
     @property
@@ -158,9 +165,6 @@ class SpeculativeMethod:
             self._trace.tokenizer = self._tokenizers[0]
         _check_decoding_method(model)
         check_generation_config(generation_config, self._call)
-        together = sharded(model, self._assistant_model)
-        options = resolve_options(self._options, generation_config, model, self._assistant_model, together)
-        drafter = make_drafter(self._assistant_model, model, options, *self._tokenizers)
         call = PreparedCall(
             model,
             input_ids,
@@ -171,11 +175,21 @@ class SpeculativeMethod:
             inputs_tensor,
             _given_inputs(model, self._call),
         )
+        if self._take is not None:
+            self._take(call, self)
+            return input_ids
+        drafter, options, together = self.decide(call)
         try:
             return self._decode(call, drafter, options, together)
         except torch.OutOfMemoryError:
             release()  # a smaller call may follow
             raise
+
+    def decide(self, call: PreparedCall) -> tuple[Drafter, Options, str | None]:
+        """The drafter and the options of a call, and what several processes compute together (`resolve_options`)."""
+        together = sharded(call.model, self._assistant_model)
+        options = resolve_options(self._options, call.config, call.model, self._assistant_model, together)
+        return make_drafter(self._assistant_model, call.model, options, *self._tokenizers), options, together
 
     def _decode(self, call: PreparedCall, drafter: Drafter, options: Options, together: str | None) -> Any:
         """The result of one call.
@@ -204,6 +218,20 @@ class SpeculativeMethod:
             stats.capture_seconds += captured_seconds() - captured
             if self._record is not None:
                 self._record(stats, self._stats)
+
+
+# Called with a prepared call and the method that would have decoded it.
+Take: TypeAlias = Callable[[PreparedCall, SpeculativeMethod], None]
+
+
+class HandOver:
+    """`generate(..., custom_generate=HandOver(take))` prepares a call with strategy="spec", and `take` gets it."""
+
+    def __init__(self, take: Take):
+        self.take = take
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError("`generate()` does not know strategy='spec': call `hf_specdec.register()` first")
 
 
 def check_handed_over(call: dict[str, Any]) -> None:

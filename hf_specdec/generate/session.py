@@ -99,7 +99,7 @@ class PreparedCall:
 
 
 @dataclass
-class _Checked:
+class Checked:
     """A call that has passed the checks, with their findings.
 
     Attributes:
@@ -133,12 +133,12 @@ def prepare(
     Raises:
         ValueError, TypeError: if speculation could not be lossless for this call.
     """
-    checked = _check(call)
+    checked = check_call(call)
     stopping = Stopping(call.criteria, call.max_length)
     prompt, pad = checked.prompt, call.config._pad_token_tensor
     first = [max(f - prompt.column_offset, 0) for f in prompt.first]
     context = Context(prompt.input_ids, first, call.max_length, 0 if pad is None else int(pad))
-    vocab_size = _vocab_size(call.model)
+    vocab_size = vocab_size_of(call.model)
     processors = for_call(call.processors, context.host[:, : context.prompt_width], vocab_size)
     if sequential := unknown_names(processors):
         processors = call.processors
@@ -202,7 +202,7 @@ def prepare(
     )
 
 
-def _check(call: PreparedCall) -> _Checked:
+def check_call(call: PreparedCall) -> Checked:
     """Raise an error if the call cannot be served; the cheapest checks come first."""
     model, config, encoder, cross = call.model, call.config, None, None
     check_user_cache(call.kwargs.get("past_key_values"), model, config.max_length)
@@ -230,19 +230,19 @@ def _check(call: PreparedCall) -> _Checked:
     if not self_fed:
         check_blocks(model, call.cache, columns)
     cache = DynamicCache() if self_fed else call.cache
-    return _Checked(call, encoder, cross, self_fed, cache, prompt, columns)
+    return Checked(call, encoder, cross, self_fed, cache, prompt, columns)
 
 
 def _read_prompt(call: PreparedCall, cache: Cache | None) -> Prompt:
-    return read_prompt(call.model, call.input_ids, call.config, cache, call.kwargs, _vocab_size(call.model))
+    return read_prompt(call.model, call.input_ids, call.config, cache, call.kwargs, vocab_size_of(call.model))
 
 
-def _vocab_size(model: PreTrainedModel) -> int:
+def vocab_size_of(model: PreTrainedModel) -> int:
     size: int = model.config.get_text_config(decoder=True).vocab_size
     return size
 
 
-def _feeding(checked: _Checked, lockstep: bool) -> Feeding:
+def _feeding(checked: Checked, lockstep: bool) -> Feeding:
     """Aligned for recurrent layers, which recognise padding only on the left, as in vanilla; and for models without
     position ids, which count columns, padding included.
     """
@@ -256,12 +256,12 @@ def _feeding(checked: _Checked, lockstep: bool) -> Feeding:
     return Feeding.ALIGNED if aligned else Feeding.RAGGED
 
 
-def _slots_begin(checked: _Checked, feeding: Feeding) -> list[int]:
+def _slots_begin(checked: Checked, feeding: Feeding) -> list[int]:
     """By row, the column of slot 0."""
     return checked.prompt.first if feeding is Feeding.RAGGED else [0] * len(checked.prompt.first)
 
 
-def _make_recorder(checked: _Checked, context: Context, feeding: Feeding) -> Recorder:
+def _make_recorder(checked: Checked, context: Context, feeding: Feeding) -> Recorder:
     prompt = checked.prompt
     return Recorder(
         checked.call.config,
@@ -298,15 +298,25 @@ def check_cache(cache: Any) -> None:
     check_layers(cache, "the model")
 
 
-def _needs_lockstep(checked: _Checked, drafter: Drafter, unknown: list[str]) -> bool:
+def _needs_lockstep(checked: Checked, drafter: Drafter, unknown: list[str]) -> bool:
     """Whether the rows of a batch must advance together; logs the reason once.
 
     Args:
         unknown: names of processors that may keep state between calls.
     """
-    model, prompt = checked.call.model, checked.prompt
-    if len(prompt.first) == 1:
+    if len(checked.prompt.first) == 1 or not (reason := lockstep_reason(checked, drafter, unknown)):
         return False
+    logger.warning_once(f"The rows of this batch advance in lockstep, which accepts fewer drafts: {reason}.")
+    return True
+
+
+def lockstep_reason(checked: Checked, drafter: Drafter, unknown: list[str]) -> str | None:
+    """Why rows of a batch like this one must advance together; `None` if they need not.
+
+    Args:
+        unknown: names of processors that may keep state between calls.
+    """
+    model, prompt = checked.call.model, checked.prompt
     windows = []
     if not checked.self_fed and checked.encoder is None:
         windows = unexplained_windows(model, checked.cache, checked.columns)
@@ -327,12 +337,11 @@ def _needs_lockstep(checked: _Checked, drafter: Drafter, unknown: list[str]) -> 
     elif isinstance(drafter, (Either, ModelDrafter)) and not drafter.takes_ragged_rows:
         reason = f"{type(drafter.model).__name__} cannot decode rows of different lengths together"
     else:
-        return False
-    logger.warning_once(f"The rows of this batch advance in lockstep, which accepts fewer drafts: {reason}.")
-    return True
+        return None
+    return reason
 
 
-def _needs_unbounded_windows(checked: _Checked, lockstep: bool, stopping: Stopping) -> bool:
+def _needs_unbounded_windows(checked: Checked, lockstep: bool, stopping: Stopping) -> bool:
     """Whether layers with a window must hold every slot, since more than a block may be rolled back or recorded.
 
     Attention weights are recorded over all slots. A returned cache holds the columns of the output, and some rows may
@@ -349,7 +358,7 @@ def _needs_unbounded_windows(checked: _Checked, lockstep: bool, stopping: Stoppi
 
 
 def _make_target(
-    checked: _Checked, feeding: Feeding, unbounded: bool, compiles: bool, blocks: Sequence[int], fixed: bool
+    checked: Checked, feeding: Feeding, unbounded: bool, compiles: bool, blocks: Sequence[int], fixed: bool
 ) -> CachedModel | SelfFedModel:
     """The target, with nothing fed to it yet.
 
@@ -381,7 +390,7 @@ def _make_target(
 
 
 def _make_cache(
-    checked: _Checked, padded: bool, unbounded: bool, compiles: bool, blocks: Sequence[int], fixed: bool
+    checked: Checked, padded: bool, unbounded: bool, compiles: bool, blocks: Sequence[int], fixed: bool
 ) -> tuple[RaggedCache, StaticForwards | None]:
     """The cache, and forwards of fixed shapes on it if they are wanted and possible."""
     model, prompt, columns, is_static = checked.call.model, checked.prompt, checked.columns, checked.call.is_static

@@ -25,7 +25,7 @@ from ..models.prompt import check_not_empty
 from ..models.sharding import check_synced_gpus, sharded
 from ..options import OPTION_NAMES, check_cache_implementation
 from .defaults import Defaults, completed, newest
-from .method import SpeculativeMethod, check_handed_over, speculative
+from .method import HandOver, SpeculativeMethod, check_handed_over, speculative
 
 logger = logging.get_logger(__name__)
 
@@ -63,6 +63,16 @@ def _generate_speculatively(
         finally:
             if method.was_called:
                 defaults.count()
+
+
+def _hand_over(
+    original: Callable[..., Any], model: PreTrainedModel, defaults: Defaults | None, *args: Any, **kwargs: Any
+) -> Any:
+    """Prepare a call as for strategy="spec", and hand it over instead of decoding it."""
+    call = _bind(original, model, *args, **kwargs)
+    take = call.pop("custom_generate").take
+    missing = None if defaults is None else defaults.arguments
+    return _call(original, model, _method(model, call, missing).handed_to(take), call)
 
 
 def _method(model: PreTrainedModel, call: dict[str, Any], missing: dict[str, Any] | None = None) -> SpeculativeMethod:
@@ -224,6 +234,9 @@ def _with_strategy(original: Callable[..., Any]) -> Callable[..., Any]:
             check_handed_over(call)
             with _settled(original is not _original):
                 return original(self, **{**call, "custom_generate": custom.of_call(call)})
+        if isinstance(custom, HandOver):
+            with _settled(original is not _original):
+                return _hand_over(original, self, defaults, *args, **kwargs)
         if strategy is None and custom is not None:
             with _settled(True):
                 return original(self, *args, **kwargs)

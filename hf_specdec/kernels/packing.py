@@ -84,20 +84,34 @@ def packed_linears(
 
     Yields: seconds that packing took; nearly 0 if an earlier call has done it.
     """
-    began = perf_counter()
-    layers: dict[nn.Module, _Pair] = {}
-    if wanted is not False:
-        with _lock, torch.no_grad():
-            for model in models:
-                layers |= _packed_layers(model, bool(wanted), new_tokens, by_clock)
-    seconds = perf_counter() - began
-    before = _thread.layers, _thread.weights
-    _thread.layers, _thread.weights = layers, {pair.own.data_ptr(): pair for pair in layers.values()}
-    try:
-        with exchanged() if layers else nullcontext():
-            yield seconds
-    finally:
-        _thread.layers, _thread.weights = before
+    packed = PackedLinears(models, wanted, new_tokens, by_clock)
+    with packed.in_use():
+        yield packed.seconds
+
+
+class PackedLinears:
+    """The same for work that pauses, so that it is `in_use` several times; arguments as for `packed_linears`."""
+
+    def __init__(self, models: Iterable[nn.Module], wanted: bool | None, new_tokens: int, by_clock: bool = True):
+        began = perf_counter()
+        self._layers: dict[nn.Module, _Pair] = {}
+        if wanted is not False:
+            with _lock, torch.no_grad():
+                for model in models:
+                    self._layers |= _packed_layers(model, bool(wanted), new_tokens, by_clock)
+        self._weights = {pair.own.data_ptr(): pair for pair in self._layers.values()}
+        self.seconds = perf_counter() - began
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Inside, linear layers use packed weights in this thread."""
+        before = _thread.layers, _thread.weights
+        _thread.layers, _thread.weights = self._layers, self._weights
+        try:
+            with exchanged() if self._layers else nullcontext():
+                yield
+        finally:
+            _thread.layers, _thread.weights = before
 
 
 def forget(model: nn.Module | None = None) -> None:

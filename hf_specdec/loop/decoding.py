@@ -134,7 +134,7 @@ class SpeculativeDecoding:
         context, rows = self.context, len(self.context.rows)
         if self.target.prompt_is_unread or any(self.target.prompt_left(context)) or self._is_first_of_long():
             return no_draft(context)
-        left = [max(context.max_length - end - 1, 0) for end in context.active_ends]
+        left = [max(context.limits[row] - context.ends[row] - 1, 0) for row in context.rows]
         gamma = self.schedule.plan(rows, max(left), self.drafter.unread(context))
         room = [min(pair) for pair in zip(left, self.target.room(context, gamma))]
         max_tokens = min(gamma, max(room))
@@ -347,10 +347,14 @@ class SpeculativeDecoding:
 
     def _raise_no_distribution(self, model: str, row: int) -> None:
         raise ValueError(
-            f"The {model} gave no distribution over the vocabulary for row {row} after column "
+            f"The {model} gave no distribution over the vocabulary for {self._name(row)} after column "
             f"{self.context.ends[row] - 1}: its scores hold NaN or +inf, or are all -inf. Check its weights and dtype, "
             "and the logits processors"
         )
+
+    def _name(self, row: int) -> str:
+        """A row, in messages."""
+        return f"row {row}"
 
     def record(self, iteration: Iteration) -> None:
         """Add the iteration to statistics and trace."""

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from ..sampling.context import Context
+from ..sampling.pure import is_pure
 
 Scores = Callable[[int], "tuple[Tensor, ...] | None"]
 
@@ -45,7 +46,7 @@ class Stopping:
     Attributes:
         pads_finished_rows: vanilla pads a finished row only if some criterion has `eos_token_id`; otherwise every row
             goes on until all have met a criterion.
-        unknown: the criteria that may keep state between calls.
+        unknown: the criteria that may keep state between calls: neither transformers' own nor declared pure.
         columns: by row that has met a criterion, the column after the token at which it did.
     """
 
@@ -53,14 +54,14 @@ class Stopping:
         self.criteria = criteria
         self.max_length = max_length
         self.pads_finished_rows = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
-        self.unknown = [c for c in criteria if type(c) not in _KNOWN]
+        self.unknown = [c for c in criteria if type(c) not in _KNOWN and not is_pure(c)]
         self.columns: dict[int, int] = {}
         self._asked: int | None = None  # `unknown` have been called for the steps of the columns before this one
         self._eos = {
             token for c in criteria if type(c) is EosTokenCriteria for token in c.eos_token_id.flatten().tolist()
         }
         # These must see the tokens (or the clock) to decide.
-        self._by_call = [c for c in criteria if type(c) in (StopStringCriteria, MaxTimeCriteria)]
+        self._by_call = [c for c in criteria if type(c) in (StopStringCriteria, MaxTimeCriteria) or is_pure(c)]
         self._limits = [c for c in criteria if type(c) is MaxLengthCriteria and c.max_position_embeddings is not None]
 
     def first_end(self, context: Context, row: int, tokens: list[int]) -> tuple[int, str] | None:
@@ -83,11 +84,12 @@ class Stopping:
             return "eos"
         if end >= self.max_length:
             return "max_length"
-        view = context.host[row : row + 1, :end]
+        view = _on_host(context, slice(row, row + 1), end)
         for criterion in self._limits:
             if end > criterion.max_position_embeddings:
                 criterion(view, None)  # for its warning
-        return next((_KNOWN[type(c)] for c in self._by_call if bool(c(view, None).any())), None)
+        reasons = (_KNOWN.get(type(c), "stopping_criteria") for c in self._by_call if _holds(c(view, None)))
+        return next(reasons, None)
 
     def width(self, context: Context) -> int:
         """Columns of the output: `max_length` until every row has met a criterion."""
@@ -120,15 +122,49 @@ class Stopping:
         self, criteria: Iterable[StoppingCriteria], context: Context, end: int, scores: tuple[Tensor, ...] | None
     ) -> list[bool]:
         """By row of the batch, whether some criterion ends it, as vanilla asks after the step of column `end - 1`."""
-        view = context.host[:, :end]
-        if context.host is not context.tokens:
-            view = view.as_subclass(HostIds)
+        view = _on_host(context, slice(None), end)
         done = [False] * context.batch_size
         for criterion in criteria:
             answer = criterion(view, scores)
             answers = answer.expand(context.batch_size).tolist() if isinstance(answer, Tensor) else [answer] * len(done)
             done = [bool(before or now) for before, now in zip(done, answers)]
         return done
+
+
+class OwnStopping(Stopping):
+    """For rows that have each their own criteria, and end by them whatever others do.
+
+    Args:
+        rows: batch size.
+    """
+
+    def __init__(self, rows: int):
+        super().__init__(StoppingCriteriaList(), max_length=0)
+        self.pads_finished_rows = True
+        self._of: list[Stopping | None] = [None] * rows
+
+    def restart(self, row: int, own: Stopping) -> None:
+        """Another text takes the place of a row."""
+        self._of[row] = own
+        self.columns.pop(row, None)
+
+    def first_end(self, context: Context, row: int, tokens: list[int]) -> tuple[int, str] | None:
+        own = self._of[row]
+        return None if own is None else own.first_end(context, row, tokens)
+
+    def width(self, context: Context) -> int:
+        return context.max_length
+
+
+def _on_host(context: Context, rows: slice, end: int) -> Tensor:
+    """`[rows, end]`: the first columns of these rows, for criteria."""
+    view = context.host[rows, :end]
+    return view if context.host is context.tokens else view.as_subclass(HostIds)
+
+
+def _holds(answer: Tensor | bool) -> bool:
+    """What a criterion answers for one row."""
+    return bool(answer.any()) if isinstance(answer, Tensor) else bool(answer)
 
 
 class HostIds(Tensor):

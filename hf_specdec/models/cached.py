@@ -157,6 +157,30 @@ class CachedModel:
         self.commit(context)
         return outputs
 
+    def restart(self, row: int, slots: int, last: int) -> None:
+        """Forget a row, which is not active: another one takes its place.
+
+        For the ragged layout, a cache without states, and rows that begin in column 0.
+
+        Args:
+            slots: the most that the row can need.
+            last: see `Layout.max_slot`.
+        """
+        self.cache.allow(slots)
+        self.cache.restart(row)
+        if self.layout.max_slot is not None:
+            self.layout.max_slot[row] = last
+
+    def read(self, context: Context, count: int) -> None:
+        """Feed at most `count` uncached tokens of each active row, in one forward; never the last committed one."""
+        width = min(max(self._next_own(context, None)), count)
+        if width == 0:
+            return
+        with self.no_bookkeeping():
+            self._feed(context, width, keep=1, prefill=True)
+        self.prefill_forwards += 1
+        self.commit(context)
+
     def _next_own(self, context: Context, chunk_size: int | None) -> list[int]:
         """How many tokens of each active row `prefill` has to feed before anything else."""
         missing, left = self.missing(context), self.prompt_left(context)

@@ -44,7 +44,7 @@ class Layout:
     position_offset: Sequence[int] | None = None
     prompt_positions: Tensor | None = None
     axes: Tensor | None = None
-    max_slot: Sequence[int] | None = None
+    max_slot: list[int] | None = None
     own_masks: bool = False
 
     def on(self, device: torch.device) -> "Layout":

@@ -54,6 +54,14 @@ def check_not_empty(input_ids: Tensor) -> None:
         )
 
 
+def unknown_token(token: int, vocab_size: int) -> ValueError:
+    """The error about an id that is none of the model's."""
+    return ValueError(
+        f"`input_ids` holds {token}, but the model's vocabulary has the ids 0 to {vocab_size - 1}: was it tokenized "
+        "for another model?"
+    )
+
+
 def whole_numbers(input_ids: Tensor) -> Tensor:
     """Ids as int64, the type of all new tokens. Vanilla converts the prompt when it appends the first new token."""
     if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
@@ -120,10 +128,7 @@ def read_prompt(
     if 0 in real:
         raise ValueError(f"The prompt of row {real.index(0)} is empty: its `attention_mask` is all zeros")
     if any(wrong):
-        raise ValueError(
-            f"`input_ids` holds {int(input_ids[outside][0])}, but the model's vocabulary has the ids 0 to "
-            f"{vocab_size - 1}: was it tokenized for another model?"
-        )
+        raise unknown_token(int(input_ids[outside][0]), vocab_size)
     position_ids, axes = split_axes(position_ids, batch)
     position_offset, positions = _read_positions(position_ids, mask, first)
     return Prompt(

@@ -29,6 +29,7 @@ class Context:
         prompt_width: number of columns of the prompt.
         first: by row of the batch, the first column that is not left padding.
         ends: by row of the batch, one past its last committed token.
+        limits: by row of the batch, how many columns it may have; `max_length`, but for rows that begin anew.
         rows: the rows of the batch that are still being decoded, in the order of the caches.
     """
 
@@ -40,6 +41,7 @@ class Context:
         self.host = self.tokens.to(CPU)
         self.first = first
         self.ends = [self.prompt_width] * batch
+        self.limits = [self.max_length] * batch
         self.rows = list(range(batch))
         self._draft_width = 0  # columns after the ends that may hold drafts
         self._make_room(self.prompt_width + 1)
@@ -70,6 +72,21 @@ class Context:
     def prompt_mask(self) -> Tensor:
         """`[batch, prompt_width]` bool: which columns of the prompt are not left padding."""
         return real_columns(self.prompt_width, self.first, self.tokens.device)
+
+    def restart(self, row: int, tokens: list[int], limit: int) -> None:
+        """Give the place of a row that has ended to another prompt, which begins in column 0. It is not active yet.
+
+        Args:
+            tokens: the prompt.
+            limit: how many columns the row may have.
+        """
+        self.max_length = max(self.max_length, limit)
+        self._make_room(len(tokens) + 1)
+        prompt = torch.tensor(tokens, dtype=torch.int64)
+        for mine in (self.tokens,) if self.host is self.tokens else (self.tokens, self.host):
+            mine[row] = self.pad_token_id
+            mine[row, : len(tokens)].copy_(prompt, non_blocking=True)
+        self.first[row], self.ends[row], self.limits[row] = 0, len(tokens), limit
 
     def row(self, row: int) -> Tensor:
         """The committed tokens of one row of the batch, on the host and without padding: `[length]`."""

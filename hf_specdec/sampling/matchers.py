@@ -44,6 +44,12 @@ class MatcherProcessor(RowProcessor):
     def allows_beyond(self) -> bool:  # type: ignore[override]
         return any(row.allows_beyond for row in self._rows)
 
+    def __deepcopy__(self, memo: Any) -> "MatcherProcessor":
+        """What makes the matchers is shared; they themselves, if there are any, are not part of the copy."""
+        made = copy.copy(self)
+        made._rows, made._seen = [], None
+        return made
+
     def begin(self, prompts: Tensor) -> None:
         self._rows = [_wrap(self._make_matcher(row), self._vocab_size) for row in range(len(prompts))]
 
@@ -181,6 +187,16 @@ def _unpacked(words: Tensor) -> Tensor:
     return ((words[:, None] >> torch.arange(32, dtype=torch.int32)) & 1).bool().flatten()
 
 
+def could_be_by_row(processor: Any) -> bool:
+    """Whether `row_processor` may find something; asks nothing of the processor."""
+    if getattr(processor, "is_pure", None) is False:
+        return False
+    if all(callable(getattr(processor, name, None)) for name in METHODS):
+        return True
+    code = [getattr(type(processor), name, None) for name in ("__call__", "process_logits")]
+    return not any(function is not None and function.__module__.split(".")[0] not in _PACKAGES for function in code)
+
+
 def row_processor(processor: Any, prompts: Tensor, vocab_size: int) -> Any | None:
     """An object with the methods of `RowProcessor` that does what a logits processor does; `None` if none is known.
 
@@ -190,13 +206,10 @@ def row_processor(processor: Any, prompts: Tensor, vocab_size: int) -> Any | Non
         prompts: `[batch, columns]` on the CPU.
         vocab_size: of the scores.
     """
-    if getattr(processor, "is_pure", None) is False:
+    if not could_be_by_row(processor):
         return None
     if all(callable(getattr(processor, name, None)) for name in METHODS):
         return processor
-    code = [getattr(type(processor), name, None) for name in ("__call__", "process_logits")]
-    if any(function is not None and function.__module__.split(".")[0] not in _PACKAGES for function in code):
-        return None
     begun = copy.copy(processor)
     if callable(set_up := getattr(begun, "_setup", None)):
         sizes = {"batch_size": len(prompts), "vocab_size": vocab_size}

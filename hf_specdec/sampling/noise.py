@@ -31,6 +31,11 @@ class GumbelNoise:
         self._place: object = None
         self._known: list[Tensor] = []  # by offset from the ends at that place, `[active rows, vocab]`
 
+    def restart(self, row: int, seed: int) -> None:
+        """Another text takes the place of a row."""
+        self.seeds[row] = seed
+        self._place = None  # it may look the same
+
     def at(self, context: Context, offset: int, count: int, vocab_size: int) -> Tensor:
         """`[active rows, count, vocab]` float32, for the tokens `offset`, `offset + 1`... after each row's last one.
 

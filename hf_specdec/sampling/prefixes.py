@@ -90,6 +90,12 @@ _OF_BATCH = _classes(dict.fromkeys(("EncoderRepetitionPenaltyLogitsProcessor", "
 _SET = _classes(dict.fromkeys(("RepetitionPenaltyLogitsProcessor",)))
 
 
+def reads_the_batch(processor: Any) -> bool:
+    """Whether a processor looks up something by a row's index in the batch."""
+    ignored = getattr(processor, "prompt_ignore_length", None)
+    return type(processor) in _OF_BATCH or isinstance(ignored, Tensor)
+
+
 def process(processor: Any, positions: Positions, scores: Tensor) -> Tensor:
     """Call a processor for each position, in as few calls as it allows.
 

@@ -104,6 +104,8 @@ class PrefixConstraint(Constraint):
     def apply(self, scores: Tensor, masks: Sequence[Mask | None]) -> Tensor:
         """By transformers' own code, which has a rule for rows that other processors leave nothing."""
         some = [i for i, mask in enumerate(masks) if mask is not None]
+        if not some:
+            return scores
         allowed = [masks[i].allowed.nonzero()[:, 0].tolist() for i in some]  # type: ignore[union-attr]
         processor = PrefixConstrainedLogitsProcessor(lambda i, _: allowed[i], num_beams=1)
         ids = torch.zeros(len(some), 1, dtype=torch.int64, device=scores.device)

@@ -70,6 +70,10 @@ class HeadDrafter(ModelDrafter):
             draft = draft.cut([n if own else 0 for n, own in zip(draft.row_lengths, unread)])
         return draft
 
+    @property
+    def refills(self) -> bool:
+        return False
+
     def unread(self, context: Context) -> int:
         """Usually nothing: what the last verification has left costs no forward of its own."""
         return sum(self.cached.missing(context)) - len(context.rows) if self.cached.waiting > 1 else 0
