@@ -193,7 +193,8 @@ class Shifted(LogitsProcessor):
     is_pure = True
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return scores - 0.05 * ((torch.arange(VOCAB) + input_ids.sum(dim=1, keepdim=True)) % 7)
+        seen = input_ids.sum(dim=1, keepdim=True) + 3 * input_ids.shape[1]
+        return scores - 0.2 * ((torch.arange(VOCAB) + seen) % 7)
 
 
 class LongEnough(StoppingCriteria):
@@ -210,7 +211,7 @@ PROCESSED: dict[str, dict[str, Any]] = {
         "repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "min_new_tokens": 4, "eos_token_id": ENDS,
         "forced_eos_token_id": 17,
     },
-    "the prompt's tokens": {"encoder_repetition_penalty": 1.5, "encoder_no_repeat_ngram_size": 2},
+    "the prompt's tokens": {"encoder_repetition_penalty": 4.0, "encoder_no_repeat_ngram_size": 2},
     "a row processor": {"logits_processor": LogitsProcessorList([Alternates()]), "repetition_penalty": 1.2},
     "a pure function": {"prefix_allowed_tokens_fn": by_last},
     "a pure processor": {"logits_processor": LogitsProcessorList([Shifted()])},
@@ -549,7 +550,7 @@ def test_a_drafter_without_restart_gets_static_batches(monkeypatch: pytest.Monke
     assert len(warned) == 1 and "Repeats cannot begin a row anew" in warned[0]
 
 
-@pytest.mark.parametrize("case", ["by number, the last, and the set of tokens", "a pure criterion", "max_length"])
+@pytest.mark.parametrize("case", ["by number, the last, and the set of tokens", "a pure processor", "a pure criterion"])
 def test_static_batches_show_processors_each_text_alone(case: str) -> None:
     target, draft = pair("mamba2")
     some = [prompt for prompt in prompts() if len(prompt) < 40][:8]
