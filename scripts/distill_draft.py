@@ -151,7 +151,13 @@ def load_start(args: argparse.Namespace) -> SpecPair:
         raise ValueError("expected --head with --draft-vocab-size, got none: a draft model has the target's vocabulary")
     layers = args.from_layers or (None if args.pair or args.target or args.head else 2)
     if args.random is None and layers is None and args.head is None:
-        return load_pair(args)
+        pair = load_pair(args)
+        if pair.has_two_tokenizers:
+            raise ValueError(
+                "the draft has another tokenizer than the target, whose distribution it would learn: begin with a "
+                "draft that shares it, or with --from-layers"
+            )
+        return pair
     if args.draft is not None or (args.pair and args.target):
         raise ValueError(
             "expected --pair or --target with one of --draft, --from-layers, --random and --head, got several"

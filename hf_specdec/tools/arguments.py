@@ -116,9 +116,10 @@ def load_prompts(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -
     """Load the prompts that `add_prompt_arguments` describes, evenly spaced over the dataset (so over categories)."""
     if args.prompts < 1:
         raise SystemExit(f"expected --prompts of at least 1, got {args.prompts}")
-    if args.edits and args.dataset is not None:
+    edited = getattr(args, "edits", False)  # not every script has it
+    if edited and args.dataset is not None:
         raise SystemExit("expected --edits or --dataset, got both")
-    given = edits.rows() if args.edits else _embedded_rows() if args.dataset is None else _dataset_rows(args)
+    given = edits.rows() if edited else _embedded_rows() if args.dataset is None else _dataset_rows(args)
     rows = list(given)
     if not rows:
         raise SystemExit(f"expected prompts in {args.dataset}, found no rows")

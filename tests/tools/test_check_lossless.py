@@ -24,7 +24,7 @@ from hf_specdec.loop import decoding
 from hf_specdec.models import abilities
 from hf_specdec.models.cached import CachedModel
 from hf_specdec.models.layout import Layout
-from hf_specdec.sampling import acceptance
+from hf_specdec.sampling import acceptance, rules
 from hf_specdec.sampling.acceptance import Verdict
 from hf_specdec.tools import two_sample
 from hf_specdec.tools.lossless import BUG, IDENTICAL, TIE, Comparison, Row, compare, spacing
@@ -138,7 +138,7 @@ def accept_everything(monkeypatch):
         tokens = tokens.scatter(1, draft_lengths[:, None], scores.argmax(-1).gather(1, draft_lengths[:, None]))
         return Verdict(tokens, draft_lengths, torch.ones_like(draft_lengths, dtype=torch.bool))
 
-    monkeypatch.setattr(decoding, "accept_greedy", accept)
+    monkeypatch.setattr(rules, "accept_greedy", accept)
 
 
 def shift_positions(monkeypatch):

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 import hf_specdec
-from hf_specdec.loop import decoding
 from hf_specdec.pairs import DEMO_PAIR
+from hf_specdec.sampling import rules
 from hf_specdec.sampling.acceptance import Verdict, accept_greedy
 from hf_specdec.tools import quality
 from hf_specdec.tools.arguments import Prompt
@@ -295,7 +295,7 @@ def test_no_two_sampled_runs_share_a_seed(script: Script, monkeypatch: pytest.Mo
 def test_greedy_outputs_that_differ_fail_in_float32(
     script: Script, monkeypatch: pytest.MonkeyPatch, dtype: str, code: int
 ) -> None:
-    monkeypatch.setattr(decoding, "accept_greedy", accept_the_first_draft_unseen)
+    monkeypatch.setattr(rules, "accept_greedy", accept_the_first_draft_unseen)
     got, printed, result = script("--dtype", dtype, "--metrics")
     assert got == code and result["identical"] is False
     assert not result["greedy"]["metrics"]["exact match, vanilla"]["equal"]

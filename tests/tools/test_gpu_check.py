@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from hf_specdec.loop import decoding
 from hf_specdec.records.stats import Iteration, RowStep
+from hf_specdec.sampling import rules
 from hf_specdec.sampling.acceptance import Verdict, accept_greedy
 from hf_specdec.tools import gpu_check_speed as speed
 from hf_specdec.tools import gpu_check_static as static
@@ -119,7 +119,7 @@ def accept_everything(draft_tokens: Any, lengths: Any, scores: Any) -> Verdict:
 
 
 def test_wrong_tokens_are_reported_with_the_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "accept_greedy", accept_everything)
+    monkeypatch.setattr(rules, "accept_greedy", accept_everything)
     target, draft = tokens.pair_of("dense", TINY)
     inputs = tokens.prompts_of("dense", 3, TINY)
     case = attempt("broken", lambda: tokens.compare_calls(target, inputs, 10, {"assistant_model": draft}, gamma=3))

@@ -349,6 +349,7 @@ def test_tables_fit_80_columns() -> None:
         "family": "hf_specdec", "tokens_per_second": 12345.6, "speedup": spread, "decode_speedup": spread,
         "over_assisted": spread, "first_token_ms": 12345.0, "first_token_speedup": spread, "acceptance_rate": 0.5,
         "block_efficiency": 2.5, "ideal": 10.5, "efficiency": 0.5, "peak_bytes": 2**33, "rows": 16, "differing_rows": 3,
+        "compared": True,
         "categories": {name: spread for name in ("writing", "roleplay", "reasoning", "mathematics", "coding")},
     }  # fmt: skip
     methods = {name: method for name in ("vanilla", "hf_specdec heuristic_transient unpacked")}
