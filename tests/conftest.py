@@ -133,6 +133,14 @@ def make_prompts(batch: int, width: int = 14, seed: int = 0) -> dict[str, torch.
     return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
 
 
+def repeating_prompts(batch: int) -> dict[str, torch.Tensor]:
+    """The same, ending in six tokens that each row has had just before."""
+    prompts = make_prompts(batch, seed=batch)
+    prompts["input_ids"][:, -6:] = prompts["input_ids"][:, -12:-6]
+    prompts["attention_mask"][:, -12:] = 1
+    return prompts
+
+
 # What `pytest --under NAME` adds to each call with strategy="spec": other paths to the same tokens.
 PATHS: dict[str, dict[str, Any]] = {
     "optimal": {"num_assistant_tokens_schedule": "optimal"},

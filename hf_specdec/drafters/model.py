@@ -281,8 +281,10 @@ class ModelDrafter(Drafter):
         logits = self._in_vocabulary(logits.float().to(context.tokens.device))
         if not self._call.processors:
             return logits
-        scores = self._process(logits, context, offset=step)
-        # If processors leave no token, draw from the unprocessed distribution: q is still what was drawn from.
+        return self._usable(self._process(logits, context, offset=step), logits)
+
+    def _usable(self, scores: Tensor, logits: Tensor) -> Tensor:
+        """Processed scores; where processors leave no token, the logits before them, since q is what was drawn from."""
         return torch.where(scores.amax(dim=-1, keepdim=True).isfinite(), scores, logits)
 
     def _in_vocabulary(self, logits: Tensor) -> Tensor:

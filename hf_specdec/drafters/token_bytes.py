@@ -154,7 +154,7 @@ class TokenBytes:
         return meaning
 
     def _encoder(self, tokenizer: PreTrainedTokenizerBase, form: dict[str, Any] | None) -> Callable[[str], list[int]]:
-        """Text -> ids, by a copy of the tokenizer: nobody else's padding, truncation or special tokens get in."""
+        """Text -> ids, by a copy of the tokenizer, without the user's padding, truncation and special tokens."""
         if form is None:
             text = tokenizer("a")["input_ids"]
             self.prefix = _leading(text, self.names)

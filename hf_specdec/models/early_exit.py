@@ -143,12 +143,12 @@ def layers_path(model: PreTrainedModel, user: str = "`assistant_early_exit`") ->
 
 
 def resumes(model: PreTrainedModel, layers: int) -> Answer:
-    """Whether verification may go on from the states behind the first `layers`: it gets the same logits."""
-    return ask(model, ("goes on behind layers", layers), functools.partial(_go_on, model, layers))
+    """Whether verification may go on from the states after the first `layers`: it gets the same logits."""
+    return ask(model, ("goes on after layers", layers), functools.partial(_go_on, model, layers))
 
 
 def _go_on(model: PreTrainedModel, layers: int, seed: int) -> None:
-    """Three drafts after a text: verification behind the first layers gets the logits of a whole one."""
+    """Three drafts after a text: verification after the first layers gets the logits of a whole one."""
     vanilla = Vanilla(model)
     *text, a, b, c = ordinary_tokens(model, 9, seed)
     vanilla.check_asked(text, closely=seed > 0)

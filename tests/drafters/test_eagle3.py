@@ -184,7 +184,7 @@ CALLS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", ["mistral-sliding", "gemma2", "gpt2", "mixtral", "qwen3_next", "falcon_h1"])
 def test_every_kind_of_target(name: str, asked: list[tuple[list[int], int, Tensor]]) -> None:
-    """Windows are left behind, recurrent rows are padded and fed twice: the states are those of one plain forward."""
+    """Texts outgrow windows, recurrent rows are padded and fed twice: the states are those of one plain forward."""
     target = make_target(name)
     head = kindred_head(target)
     if target.config.tie_word_embeddings:  # then a quiet target repeats the last token

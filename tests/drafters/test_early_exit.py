@@ -1,4 +1,4 @@
-"""`assistant_early_exit`: the target's first layers draft on its own cache, and verification goes on behind them."""
+"""`assistant_early_exit`: the target's first layers draft on its own cache, and verification goes on after them."""
 
 from collections import Counter
 from typing import Any

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SIZES, VOCAB, make_model, make_pair, make_prompts, perturbed
+from conftest import SIZES, VOCAB, make_model, make_pair, make_prompts, perturbed, repeating_prompts
 from transformers import LlamaConfig, PreTrainedModel, Qwen3NextConfig
 
 from hf_specdec import Draft, Drafter, DraftRequest, Either, ModelDrafter, SpeculationStats, SuffixDrafter
@@ -70,13 +70,6 @@ def pair(name: str) -> tuple[PreTrainedModel, PreTrainedModel]:
     return PAIRS[name]()
 
 
-def repeating(rows: int) -> dict[str, torch.Tensor]:
-    prompts = make_prompts(rows, seed=rows)
-    prompts["input_ids"][:, -6:] = prompts["input_ids"][:, -12:-6]
-    prompts["attention_mask"][:, -12:] = 1
-    return prompts
-
-
 def corpus(expected: torch.Tensor) -> list[list[int]]:
     """Parts of the right text, with errors, so that copies are right in part."""
     wrong = torch.arange(expected.shape[1]) % 9 == 0
@@ -88,7 +81,7 @@ def corpus(expected: torch.Tensor) -> list[list[int]]:
 def test_greedy_calls_give_what_the_target_says(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each row's draft cache holds its committed tokens, whatever was drafted beside a copy."""
     target, draft = pair(name)
-    prompts = repeating(rows)
+    prompts = repeating_prompts(rows)
     expected = target.generate(**prompts, max_new_tokens=NEW_TOKENS, do_sample=False)
     monkeypatch.setattr(invariants, "ENABLED", True)
     for gamma in (2, 6):
@@ -137,7 +130,12 @@ def test_sampled_drafts_of_mixed_batches_say_what_they_were_drawn_from(options: 
     torch.manual_seed(0)
     drafter = Checked(draft, SuffixDrafter(), at_least=0.2)
     target.generate(
-        **repeating(8), max_new_tokens=NEW_TOKENS, do_sample=True, strategy="spec", assistant_model=drafter, **options
+        **repeating_prompts(8),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=True,
+        strategy="spec",
+        assistant_model=drafter,
+        **options,
     )
     assert drafter.mixed > 3 and checked > 5
 
@@ -145,7 +143,7 @@ def test_sampled_drafts_of_mixed_batches_say_what_they_were_drawn_from(options: 
 def test_the_model_does_not_run_where_all_rows_copy() -> None:
     """And catches up later: drafts are then those of a model that has read everything."""
     target, draft = pair("dense")
-    prompts = repeating(2)
+    prompts = repeating_prompts(2)
     expected = target.generate(**prompts, max_new_tokens=NEW_TOKENS, do_sample=False)
     halves = expected[:, :-20].tolist()  # copies are right until then
 
@@ -233,7 +231,7 @@ def test_the_schedule_hears_how_sure_copies_are() -> None:
 
 def test_the_optimal_schedule_runs_with_it_and_keeps_its_own_estimates() -> None:
     target, draft = pair("dense")
-    prompts = repeating(3)
+    prompts = repeating_prompts(3)
     expected = target.generate(**prompts, max_new_tokens=NEW_TOKENS, do_sample=False)
     drafter, suffix = Either(draft, SuffixDrafter()), SuffixDrafter()
     for each in (drafter, suffix, drafter, suffix):
@@ -258,7 +256,7 @@ def test_any_two_drafters_will_do() -> None:
             return Draft(context.tokens.new_empty(len(context.rows), 0))
 
     target, _ = pair("dense")
-    prompts = repeating(3)
+    prompts = repeating_prompts(3)
     options: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
     expected = target.generate(**prompts, **options)
     drafter = Watched(Silent(), SuffixDrafter(), at_least=0.5)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SIZES, VOCAB, make_model, make_pair, make_prompts
+from conftest import SIZES, VOCAB, make_model, make_pair, make_prompts, repeating_prompts
 from transformers import BartConfig, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_specdec import DraftRequest, SpeculationStats, SuffixDrafter
@@ -160,9 +160,7 @@ def test_greedy_calls_give_what_the_target_says(name: str) -> None:
     drafter = SuffixDrafter()
     stats = SpeculationStats()
     for rows in (1, 3, 8):
-        prompts = make_prompts(rows, seed=rows)
-        prompts["input_ids"][:, -6:] = prompts["input_ids"][:, -12:-6]  # they repeat themselves
-        prompts["attention_mask"][:, -12:] = 1
+        prompts = repeating_prompts(rows)
         expected = target.generate(**prompts, max_new_tokens=40, do_sample=False)
         drafter._memory.add(_changed(expected[0], every=7))
         for gamma in (1, 4, 9):

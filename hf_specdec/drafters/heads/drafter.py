@@ -109,16 +109,11 @@ class HeadDrafter(ModelDrafter):
         logits: Tensor = entries.logits(self._hidden)
         return logits
 
-    def _processed(self, logits: Tensor, context: Context, step: int) -> Tensor:
-        logits = self._in_vocabulary(logits.float().to(context.tokens.device))
-        if not self._call.processors:
-            return logits
-        scores = self._process(logits, context, offset=step)
+    def _usable(self, scores: Tensor, logits: Tensor) -> Tensor:
         # Processors may subtract infinities; a token that the head does not know stays unknown.
         scores = scores.masked_fill(scores.isnan() & logits.isneginf(), -math.inf)
-        says = scores.amax(dim=-1).isfinite()
-        self._says.append(says)
-        return torch.where(says[..., None], scores, logits)  # where they leave nothing, what is drawn is not proposed
+        self._says.append(scores.amax(dim=-1).isfinite())  # where they leave nothing, what is drawn is not proposed
+        return super()._usable(scores, logits)
 
     def _in_vocabulary(self, logits: Tensor) -> Tensor:
         """-inf for tokens that the head does not know."""
