@@ -12,9 +12,6 @@ from typing import Any
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import GenerationMode
-from transformers.utils import logging
-
-logger = logging.get_logger(__name__)
 
 # Values of options that are set nowhere.
 DEFAULTS: dict[str, Any] = {
@@ -106,7 +103,6 @@ def resolve_options(
     prepared: GenerationConfig,
     target: PreTrainedModel,
     draft: object | None,
-    together: str | None = None,
 ) -> Options:
     """Decide every option.
 
@@ -115,8 +111,6 @@ def resolve_options(
         prepared: the call's generation config, in which transformers has already filled in its own defaults.
         target: its generation config comes second.
         draft: its generation config, if any, comes third.
-        together: which model several processes compute together, and how (`sharding.sharded`). If given, no decision
-            depends on the clock of one process.
 
     Raises:
         TypeError, ValueError: if the value of an option is invalid, or invalid in this context.
@@ -138,21 +132,7 @@ def resolve_options(
     # If γ is set without a schedule, use that γ throughout.
     if options["num_assistant_tokens_schedule"] is None:
         gamma = options["num_assistant_tokens"] or options["prompt_lookup_num_tokens"]
-        options["num_assistant_tokens_schedule"] = "optimal" if gamma is None and together is None else "constant"
-        if gamma is None and together is not None:
-            logger.warning_once(
-                f"As {together}, all processes must draft the same number of tokens: `num_assistant_tokens_schedule` "
-                "is 'constant' instead of 'optimal', which relies on the clock of each process. Set "
-                "`num_assistant_tokens` to choose the number."
-            )
-    if together is not None:
-        if options["num_assistant_tokens_schedule"] == "optimal":
-            raise ValueError(
-                "`num_assistant_tokens_schedule='optimal'` relies on the clock of each process, but as "
-                f"{together}, all processes must draft the same number of tokens: set it to 'constant' or "
-                "'heuristic', or leave it out"
-            )
-        options["speculation_pack_weights"] = bool(options["speculation_pack_weights"])
+        options["num_assistant_tokens_schedule"] = "optimal" if gamma is None else "constant"
     return Options(**options)
 
 

@@ -197,31 +197,45 @@ class SuffixIndex:
         """
         if not found.places:
             return NOTHING
-        size, end, stored = max(found.sizes), own.stop, self._view
-        voters = [place for place, n in zip(found.places, found.sizes) if n == size]
+        size = max(found.sizes)
+        count = min(limits.tokens, max(int(limits.factor * size), 1))
+        texts = self._after([place for place, n in zip(found.places, found.sizes) if n == size], count, own)
         tokens: list[int] = []
         confidence: list[float] = []
         alive, score = 1.0, 0.0
-        for i in range(min(limits.tokens, max(int(limits.factor * size), 1))):
-            said = [tokens[place + i - end] if place < end <= place + i else stored[place + i] for place in voters]
-            votes: dict[int, int] = {}
-            for token in said:
-                votes[token] = votes.get(token, 0) + 1
-            if len(votes) > 1 or not 0 <= said[0] < limits.vocab_size:
-                votes = {token: n for token, n in votes.items() if 0 <= token < limits.vocab_size}
-                if not votes:
+        for i in range(count):
+            said = [text[i] for text in texts]
+            token = said[0]
+            votes, total = said.count(token), len(said)
+            if votes < total or not 0 <= token < limits.vocab_size:
+                counts: dict[int, int] = {}
+                for other in said:
+                    if 0 <= other < limits.vocab_size:
+                        counts[other] = counts.get(other, 0) + 1
+                if not counts:
                     break
-            token = max(votes, key=votes.__getitem__)  # of equals, the one that came last
-            probability = votes[token] / (sum(votes.values()) + 1 / (size + i))
+                token = max(counts, key=counts.__getitem__)  # of equals, the one that came last
+                votes, total = counts[token], sum(counts.values())
+            probability = votes / (total + 1 / (size + i))
             alive *= probability
             if alive < limits.probability:
                 break
-            if votes[token] < len(voters):
-                voters = [place for place, other in zip(voters, said) if other == token]
+            if votes < len(said):
+                texts = [text for text, other in zip(texts, said) if other == token]
             tokens.append(token)
             confidence.append(probability)
             score += alive
         return Continuation(tokens, confidence, score)
+
+    def _after(self, places: list[int], count: int, own: range) -> list[list[int]]:
+        """`count` tokens from each place; a copy that comes to the end of `own` goes on with what was copied."""
+        last = len(self.tokens) - 1  # a separator
+        texts = self.tokens[np.minimum(np.array(places)[:, None] + np.arange(count), last)].tolist()
+        for place, text in zip(places, texts):
+            if own.stop - count < place < own.stop:
+                for i in range(own.stop - place, count):
+                    text[i] = text[i - (own.stop - place)]
+        return texts
 
 
 class Limits(NamedTuple):

@@ -17,6 +17,7 @@ from ..drafters import DraftRequest, ModelDrafter
 from ..kernels.attention import compile_attention, folded_attention
 from ..kernels.packing import PackedLinears
 from ..loop.outputs import Recorder
+from ..loop.ranks import Follower, join
 from ..loop.refill import RefilledDecoding, Text
 from ..loop.schedule import make_schedule
 from ..loop.stopping import OwnStopping, Stopping
@@ -224,9 +225,10 @@ def _decoding(preparation: Preparation, checked: Checked, size: int, stats: Spec
     )
     target = CachedModel(model, cache, layout)
     draft_length = options.prompt_lookup_num_tokens or options.num_assistant_tokens
+    ranks = join(preparation.together, drafter, model_device(model), bool(config.do_sample))
     rule = make_rule(bool(config.do_sample), options.speculation_acceptance, [0] * size, size)
     kind = False, type(rule)
-    schedule = make_schedule(options.num_assistant_tokens_schedule, draft_length, model, drafter, kind)
+    schedule = make_schedule(options.num_assistant_tokens_schedule, draft_length, model, drafter, kind, ranks)
     processors = OwnProcessors(size)
     request = DraftRequest(
         rule=rule,
@@ -240,7 +242,7 @@ def _decoding(preparation: Preparation, checked: Checked, size: int, stats: Spec
         context=context,
         target=target,
         make_target=lambda: target,
-        drafter=drafter,
+        drafter=drafter if ranks is None or ranks.drafts else Follower(),
         request=request,
         schedule=schedule,
         processors=processors,
@@ -252,4 +254,5 @@ def _decoding(preparation: Preparation, checked: Checked, size: int, stats: Spec
         prefill_chunk_size=config.prefill_chunk_size,
         stats=stats,
         by_clock=preparation.together is None,
+        ranks=ranks,
     )

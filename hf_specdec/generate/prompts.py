@@ -16,6 +16,7 @@ from transformers import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaLi
 
 from ..device import forward_parameters
 from ..drafters import Drafter
+from ..models.sharding import gathered
 from ..options import Options
 from ..sampling.processors import fits_any_prompt
 from ..sampling.pure import is_pure
@@ -124,7 +125,7 @@ class Preparation:
     Attributes:
         call: that of a prompt of one token, which is never decoded.
         drafter, resolved: of all prompts.
-        together: see `resolve_options`.
+        together: the models that several processes compute together.
 
     Raises:
         TypeError, ValueError: where no prompt could be decoded with these arguments.
@@ -136,6 +137,11 @@ class Preparation:
         self.options = options
         chosen = {} if assistant_model is None else {"assistant_model": assistant_model}
         self.call, method = self._prepare([0], options | chosen)
+        if gathered(self.call.model, assistant_model, options.get("synced_gpus")):
+            raise ValueError(
+                "generate_many() cannot be used where all ranks gather weights in each forward (FSDP, `synced_gpus`): "
+                "call `generate()` for batches, equally often on all ranks"
+            )
         self.drafter: Drafter
         self.resolved: Options
         self.drafter, self.resolved, self.together = method.decide(self.call)

@@ -27,6 +27,7 @@ from ..device import hidden_parameters, model_device
 from ..drafters import Drafter, DraftRequest, Either, ModelDrafter
 from ..loop.decoding import SpeculativeDecoding
 from ..loop.outputs import Recorder
+from ..loop.ranks import Follower, join
 from ..loop.schedule import make_schedule
 from ..loop.stopping import Stopping
 from ..loop.streaming import StepStreamer
@@ -42,6 +43,7 @@ from ..models.masks import takes_position_ids
 from ..models.prompt import Prompt, read_prompt, whole_numbers
 from ..models.rope import check_lengths
 from ..models.self_fed import SelfFedModel
+from ..models.sharding import Sharded
 from ..options import STATIC_KINDS, Options
 from ..records.stats import SpeculationStats
 from ..records.trace import Trace
@@ -127,6 +129,7 @@ def prepare(
     streamer: BaseStreamer | None,
     stats: SpeculationStats,
     trace: Trace | None,
+    together: Sharded | None = None,
 ) -> SpeculativeDecoding:
     """Build the decoding of one prepared `generate()` call. No model has been fed the prompt yet.
 
@@ -142,9 +145,9 @@ def prepare(
     processors = for_call(call.processors, context.host[:, : context.prompt_width], vocab_size)
     if sequential := unknown_names(processors):
         processors = call.processors
-    rule = make_rule(
-        bool(call.config.do_sample), options.speculation_acceptance, options.speculation_seed, context.batch_size
-    )
+    samples = bool(call.config.do_sample)
+    ranks = join(together, drafter, model_device(call.model), samples)
+    rule = make_rule(samples, options.speculation_acceptance, options.speculation_seed, context.batch_size)
     if sequential and rule.judges_blocks:
         raise ValueError(
             f"`speculation_acceptance='block'` judges the drafts of a block together, but {', '.join(sequential)} may "
@@ -161,7 +164,7 @@ def prepare(
     unbounded = _needs_unbounded_windows(checked, lockstep, stopping)
     draft_length = options.prompt_lookup_num_tokens or options.num_assistant_tokens
     kind = bool(sequential), type(rule)
-    schedule = make_schedule(options.num_assistant_tokens_schedule, draft_length, call.model, drafter, kind)
+    schedule = make_schedule(options.num_assistant_tokens_schedule, draft_length, call.model, drafter, kind, ranks)
     blocks = range(1, min((schedule.longest or LONGEST) + 1, LONGEST) + 1)
     compiles, fixed = options.compiles("target"), not drafter.taps_target
     make_target = functools.partial(_make_target, checked, feeding, unbounded, compiles and fixed, blocks, fixed)
@@ -187,7 +190,7 @@ def prepare(
         context=context,
         target=target,
         make_target=make_target,
-        drafter=drafter,
+        drafter=drafter if ranks is None or ranks.drafts else Follower(),
         request=request,
         schedule=schedule,
         processors=processors,
@@ -199,6 +202,7 @@ def prepare(
         prefill_chunk_size=call.config.prefill_chunk_size,
         stats=stats,
         trace=trace,
+        ranks=ranks,
     )
 
 

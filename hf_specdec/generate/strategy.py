@@ -22,7 +22,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, Sto
 from transformers.utils import logging
 
 from ..models.prompt import check_not_empty
-from ..models.sharding import check_synced_gpus, sharded
+from ..models.sharding import gathered
 from ..options import OPTION_NAMES, check_cache_implementation
 from .defaults import Defaults, completed, newest
 from .method import HandOver, SpeculativeMethod, check_handed_over, speculative
@@ -82,8 +82,7 @@ def _method(model: PreTrainedModel, call: dict[str, Any], missing: dict[str, Any
         missing: defaults for arguments that the call does not give; `None` if there are none.
     """
     own = _take_own(model, call, missing)
-    check_synced_gpus(call.pop("synced_gpus", None))
-    sharded(model, own["assistant_model"])  # before an encoder runs
+    gathered(model, own["assistant_model"], call.get("synced_gpus"))  # its errors come before an encoder runs
     prompt = call.get("inputs", call.get("input_ids"))
     if isinstance(prompt, Tensor) and call.get("inputs_embeds") is None:
         check_not_empty(prompt)

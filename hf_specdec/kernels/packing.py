@@ -80,7 +80,7 @@ def packed_linears(
             measured once per machine and kept (`machine.decision`).
         new_tokens: the most tokens that this call can generate.
         by_clock: leave out layers whose products would not become faster, as measured here. Processes that compute a
-            model together must not measure: each would leave out different layers.
+            model together must not measure: each would leave out different layers. Then None packs none.
 
     Yields: seconds that packing took; nearly 0 if an earlier call has done it.
     """
@@ -95,7 +95,7 @@ class PackedLinears:
     def __init__(self, models: Iterable[nn.Module], wanted: bool | None, new_tokens: int, by_clock: bool = True):
         began = perf_counter()
         self._layers: dict[nn.Module, _Pair] = {}
-        if wanted is not False:
+        if wanted or (wanted is None and by_clock):
             with _lock, torch.no_grad():
                 for model in models:
                     self._layers |= _packed_layers(model, bool(wanted), new_tokens, by_clock)

@@ -6,6 +6,7 @@ is the only one that appends to the context.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from . import invariants
 from .clock import Clock
 from .committed import Committed
 from .outputs import Recorder
+from .ranks import Ranks
 from .schedule import Schedule
 from .stopping import Stopping
 from .streaming import StepStreamer
@@ -46,6 +48,7 @@ class SpeculativeDecoding:
         sequential: logits processors are called step by step, as vanilla calls them.
         lockstep: all rows commit equally many tokens per iteration.
         make_target: makes the target anew, with nothing fed to it.
+        ranks: the processes that decode this call together; `None` for this one alone.
     """
 
     context: Context
@@ -63,6 +66,7 @@ class SpeculativeDecoding:
     prefill_chunk_size: int | None = None
     stats: SpeculationStats = field(default_factory=SpeculationStats)
     trace: Trace | None = None
+    ranks: Ranks | None = None
     _pending: list[int] = field(
         default_factory=list
     )  # by active row, queries in the last forward before its last committed token
@@ -78,6 +82,10 @@ class SpeculativeDecoding:
         self.prefill()
         while self.context.rows:
             self.iterate()
+        if self.ranks is not None:
+            self.ranks.flush()
+            if self.request.do_sample:
+                self.ranks.share_random_state()
         self.stats.draft_prefill_forwards += self.drafter.prefill_forwards
         return self.output_width
 
@@ -86,7 +94,7 @@ class SpeculativeDecoding:
         if self._prefilled is None:
             self._clock.begin()
         forwards = self.drafter.forwards
-        draft = self.draft()
+        draft = self.draft() if self.ranks is None else self.ranks.draft(self.draft, self.context)
         self._clock.lap()
         output = self.verify(draft)
         committed = self.accept(draft, output.logits)
@@ -107,6 +115,8 @@ class SpeculativeDecoding:
     def release(self) -> None:
         """The call is over, or has raised an error: later ones may use what its models used."""
         self.target.release()
+        if self.ranks is not None:
+            self.ranks.end()
         if self._has_started:
             self.drafter.end()
 
@@ -115,8 +125,7 @@ class SpeculativeDecoding:
 
         If all prompts have the same length, that verification feeds them whole: one forward fewer.
         """
-        self.drafter.start(self.request, self.context)
-        self._has_started = True
+        self.start_drafter()
         chunks: list[tuple[list[int], ModelOutput]] = []
         unlike = len(set(self.target.missing(self.context))) > 1 or any(self.target.prompt_left(self.context))
         is_special = self.prefill_chunk_size or self.recorder.forward_kwargs
@@ -128,6 +137,11 @@ class SpeculativeDecoding:
             self.recorder.layers(output, counts)
         self._clock.lap()
         self._prefilled = len(chunks)
+
+    def start_drafter(self) -> None:
+        start = partial(self.drafter.start, self.request, self.context)
+        start() if self.ranks is None else self.ranks.start(start)
+        self._has_started = True
 
     def draft(self) -> Draft:
         """Up to γ tokens for each active row, always leaving room for the target's own token."""
@@ -327,7 +341,7 @@ class SpeculativeDecoding:
         """The one synchronisation of an iteration: new tokens, accepted lengths and drafts as Python numbers."""
         draft_valid = torch.ones_like(verdict.valid) if draft.valid is None else draft.valid
         flags = torch.stack([verdict.accepted, lengths, verdict.valid, draft_valid], dim=1)
-        packed = to_host(torch.cat([flags, verdict.tokens, draft.proposed], dim=1)).tolist()
+        packed = self._choose(torch.cat([flags, verdict.tokens, draft.proposed], dim=1))
         first, last = flags.shape[1], flags.shape[1] + verdict.tokens.shape[1]
         drafted = [row[last:][: row[1]] for row in packed]
         check_proposed(drafted, self.request.vocab_size, self.drafter)
@@ -339,6 +353,15 @@ class SpeculativeDecoding:
             if not valid and not self._vanilla_would_choose(logits[slot, used], scores[slot, used]):
                 self._raise_no_distribution(f"target model ({type(self.target.model).__name__})", row)
         return [row[first:last] for row in packed], [row[0] for row in packed], drafted
+
+    def _choose(self, packed: Tensor) -> list[list[int]]:
+        """On the host; of several ranks, what the first one says."""
+        if self.ranks is None:
+            return list(to_host(packed).tolist())
+        rows = self.context.rows
+        values, are_up = self.ranks.choose(packed, self.stopping.ask_time(rows))
+        self.stopping.set_time(rows, are_up)
+        return values
 
     def _vanilla_would_choose(self, logits: Tensor, scores: Tensor) -> bool:
         """Processors may turn finite logits into inf or NaN: vanilla's argmax accepts that, sampling cannot."""

@@ -85,8 +85,7 @@ class RefilledDecoding(SpeculativeDecoding):
         self._clock = Clock(self.context.tokens.device)
         self.context.rows = []
         self._piece = max(_FIRST * self.context.batch_size, _LEAST)
-        self.drafter.start(self.request, self.context)
-        self._has_started = True
+        self.start_drafter()
 
     @property
     def free(self) -> list[int]:
@@ -119,6 +118,8 @@ class RefilledDecoding(SpeculativeDecoding):
             self._prefilled = self.target.prefill_forwards - before
         seconds = self.stats.seconds
         self.iterate()
+        if self.ranks is not None:
+            self.ranks.flush()  # reading prompts is work that all ranks do together
         if is_piece and self.by_clock:
             reading = self.stats.prefill_seconds - self._prefill_seconds
             self._adapt(reading, self.stats.seconds - seconds - reading)

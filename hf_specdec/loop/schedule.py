@@ -7,6 +7,7 @@ from typing import Protocol
 from ..drafters.base import Drafter, GoOn
 from ..records.stats import Iteration
 from .optimal import MAX_GAMMA, Optimal, estimates_for
+from .ranks import Ranks
 
 DEFAULT_GAMMA = 5
 
@@ -86,10 +87,50 @@ class Heuristic:
             _learned[self._owner] = self._start, self.gamma
 
 
+class InStep:
+    """A schedule of ranks that draft in step: the first rank's choice counts, and it is made before drafting."""
+
+    go_on: GoOn | None = None
+
+    def __init__(self, schedule: Schedule, ranks: Ranks):
+        self._schedule = schedule
+        self._ranks = ranks
+        self.longest = schedule.longest
+
+    def plan(self, rows: int, left: int, unread: int) -> int:
+        return self._ranks.agree(self._schedule.plan(rows, left, unread) if self._ranks.leads else 0)
+
+    def update(self, iteration: Iteration) -> None:
+        if self._ranks.leads:
+            self._schedule.update(iteration)
+
+
+class Unused:
+    """Stands in for a schedule on ranks that do not draft."""
+
+    go_on: GoOn | None = None
+
+    def __init__(self, longest: int | None):
+        self.longest = longest
+
+    def plan(self, rows: int, left: int, unread: int) -> int:
+        raise AssertionError("only the first rank plans")
+
+    def update(self, iteration: Iteration) -> None:
+        pass
+
+
 SCHEDULES = ("optimal", "constant", "heuristic", "heuristic_transient")
 
 
-def make_schedule(name: str, gamma: int | None, target: object, drafter: Drafter, kind: Hashable = ()) -> Schedule:
+def make_schedule(
+    name: str,
+    gamma: int | None,
+    target: object,
+    drafter: Drafter,
+    kind: Hashable = (),
+    ranks: Ranks | None = None,
+) -> Schedule:
     """A schedule by its name in the generation config.
 
     Args:
@@ -98,12 +139,19 @@ def make_schedule(name: str, gamma: int | None, target: object, drafter: Drafter
         target: the target model; costs depend on it.
         drafter: estimates are remembered for its `owner`.
         kind: of the call; estimates for calls of different kinds are kept apart.
+        ranks: the processes that decode the call together, if there are several.
     """
     if name not in SCHEDULES:
         raise ValueError(f"`num_assistant_tokens_schedule` must be one of {', '.join(SCHEDULES)}, got {name!r}")
+    in_step = ranks is not None and ranks.in_step
+    schedule: Schedule
     if name == "optimal":
         estimates = estimates_for(target, drafter, kind)
-        return Optimal(gamma or MAX_GAMMA, estimates, drafter.shows_confidence)
-    if name == "constant":
-        return Constant(gamma or DEFAULT_GAMMA)
-    return Heuristic(gamma or DEFAULT_GAMMA, getattr(drafter, "model", None) if name == "heuristic" else None)
+        schedule = Optimal(gamma or MAX_GAMMA, estimates, drafter.shows_confidence and not in_step)
+    elif name == "constant":
+        schedule = Constant(gamma or DEFAULT_GAMMA)
+    else:
+        schedule = Heuristic(gamma or DEFAULT_GAMMA, getattr(drafter, "model", None) if name == "heuristic" else None)
+    if ranks is None:
+        return schedule
+    return InStep(schedule, ranks) if in_step else schedule if ranks.leads else Unused(schedule.longest)

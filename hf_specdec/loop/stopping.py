@@ -56,6 +56,7 @@ class Stopping:
         self.pads_finished_rows = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         self.unknown = [c for c in criteria if type(c) not in _KNOWN and not is_pure(c)]
         self.columns: dict[int, int] = {}
+        self._time_is_up: bool | None = None  # what `MaxTimeCriteria` shall answer; `None` for their own clock
         self._asked: int | None = None  # `unknown` have been called for the steps of the columns before this one
         self._eos = {
             token for c in criteria if type(c) is EosTokenCriteria for token in c.eos_token_id.flatten().tolist()
@@ -88,8 +89,25 @@ class Stopping:
         for criterion in self._limits:
             if end > criterion.max_position_embeddings:
                 criterion(view, None)  # for its warning
-        reasons = (_KNOWN.get(type(c), "stopping_criteria") for c in self._by_call if _holds(c(view, None)))
+        reasons = (_KNOWN.get(type(c), "stopping_criteria") for c in self._by_call if _holds(self._ask(c, view)))
         return next(reasons, None)
+
+    def ask_time(self, rows: list[int]) -> list[bool]:
+        """By row, whether its time is up by the clock of this process."""
+        nothing = torch.zeros(1, 1, dtype=torch.int64)
+        return [any(_holds(c(nothing, None)) for c in self.criteria if type(c) is MaxTimeCriteria)] * len(rows)
+
+    def set_time(self, rows: list[int], are_up: list[bool]) -> None:
+        """From now on criteria go by these answers to `ask_time`, instead of a clock."""
+        self._time_is_up = any(are_up)
+
+    def _ask(
+        self, criterion: StoppingCriteria, view: Tensor, scores: tuple[Tensor, ...] | None = None
+    ) -> Tensor | bool:
+        if self._time_is_up is not None and type(criterion) is MaxTimeCriteria:
+            return self._time_is_up
+        answer: Tensor | bool = criterion(view, scores)
+        return answer
 
     def width(self, context: Context) -> int:
         """Columns of the output: `max_length` until every row has met a criterion."""
@@ -125,7 +143,7 @@ class Stopping:
         view = _on_host(context, slice(None), end)
         done = [False] * context.batch_size
         for criterion in criteria:
-            answer = criterion(view, scores)
+            answer = self._ask(criterion, view, scores)
             answers = answer.expand(context.batch_size).tolist() if isinstance(answer, Tensor) else [answer] * len(done)
             done = [bool(before or now) for before, now in zip(done, answers)]
         return done
@@ -151,6 +169,14 @@ class OwnStopping(Stopping):
     def first_end(self, context: Context, row: int, tokens: list[int]) -> tuple[int, str] | None:
         own = self._of[row]
         return None if own is None else own.first_end(context, row, tokens)
+
+    def ask_time(self, rows: list[int]) -> list[bool]:
+        return [own.ask_time([row])[0] for row in rows if (own := self._of[row]) is not None]
+
+    def set_time(self, rows: list[int], are_up: list[bool]) -> None:
+        for row, is_up in zip(rows, are_up):
+            if (own := self._of[row]) is not None:
+                own.set_time([row], [is_up])
 
     def width(self, context: Context) -> int:
         return context.max_length

@@ -1,47 +1,91 @@
-"""Sharded models, which several processes compute together: how to detect them, and which ones are unsupported.
+"""Sharded models, which several processes compute together: how to detect them.
 
 The model and its parameters show it. There are two kinds:
 
 - Tensor, expert and pipeline parallel models. All ranks decode the same prompts and must feed the same tokens in the
-  same forwards. So no decision may depend on a local clock; then all ranks decide alike.
+  same forwards. So one of them decides (`loop/ranks.py`).
 - Models whose weights FSDP or DeepSpeed ZeRO-3 shards. Each rank has different prompts, and each forward gathers
-  weights from all ranks, so all must make equally many forwards. They accept different drafts, so they do not.
+  weights from all ranks. So they make their forwards in turns (`turns.py`).
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import distributed, nn
 from transformers import DynamicCache
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
-def sharded(target: nn.Module, assistant_model: object) -> str | None:
-    """Which model is sharded over processes, and how, for messages; `None` where no model is.
+
+class Sharded(NamedTuple):
+    """The models of a call that processes compute together.
+
+    Attributes:
+        group: of the ranks that do; `None` for all.
+        draft: the draft model is one of them.
+    """
+
+    group: "distributed.ProcessGroup | None"
+    draft: bool
+
+
+def sharded(target: nn.Module, assistant_model: object) -> Sharded | None:
+    """Whether a model is sharded over processes; `None` where none is.
 
     Args:
         assistant_model: as given: a model, a drafter with a `model`, or anything else.
-
-    Raises:
-        ValueError: where ranks would need equal numbers of forwards (FSDP, ZeRO-3).
     """
     if _world_size() == 1:
         return None
-    models = list(_models(target, assistant_model))
-    for name, model in models:
-        _check_not_gathered(name, model)
-    return next((f"{name} ({type(model).__name__}) {how}" for name, model in models if (how := _how(model))), None)
+    meshes = [None if _is_gathered(model) else _mesh(model) for model in _models(target, assistant_model)]
+    found = [mesh for mesh in meshes if mesh is not None]
+    if not found:
+        return None
+    return Sharded(_group(max(found, key=lambda mesh: mesh.size())), draft=any(meshes[1:]))
 
 
-def check_synced_gpus(synced_gpus: bool | None) -> None:
-    """Raise a ValueError if a call requires equal numbers of forwards on all ranks."""
-    if synced_gpus:
+class Gathered(NamedTuple):
+    """The models of a call whose weights are gathered from all ranks in each forward.
+
+    Attributes:
+        group: of the ranks; `None` for all.
+    """
+
+    models: list[nn.Module]
+    group: "distributed.ProcessGroup | None"
+
+
+def gathered(target: nn.Module, assistant_model: object, synced_gpus: bool | None) -> Gathered | None:
+    """Whether weights are gathered in each forward; `None` where none are.
+
+    Args:
+        assistant_model: as given: a model, a drafter with a `model`, or anything else.
+        synced_gpus: the call's argument; True says so of the target.
+
+    Raises:
+        ValueError: for models of which each rank also has a part of the computation, and under DeepSpeed ZeRO-3.
+    """
+    if _world_size() == 1:
+        return None
+    if is_deepspeed_zero3_enabled():
         raise ValueError(
-            "`synced_gpus` is not supported by strategy='spec': it requires that all ranks make equally many forwards, "
-            "but a rank's number of forwards depends on the drafts that it accepts. Leave it out where each rank has "
-            "all weights or all ranks decode the same prompts (tensor parallel), or drop strategy='spec'"
+            "strategy='spec' has not been tried with DeepSpeed ZeRO-3, which is enabled in this process: generate in a "
+            "process without it, use FSDP, or drop strategy='spec'"
         )
+    models = list(_models(target, assistant_model))
+    found = [model for i, model in enumerate(models) if _is_gathered(model) or (synced_gpus and i == 0)]
+    if not found:
+        return None
+    if any(_is_divided(model) for model in models):
+        raise ValueError(
+            "strategy='spec' cannot be used with FSDP together with tensor parallel models or pipeline stages: use one "
+            "of them, or drop strategy='spec'"
+        )
+    meshes = [mesh for model in found if (mesh := _mesh(model)) is not None]
+    return Gathered(found, _group(max(meshes, key=lambda mesh: mesh.size())) if meshes else None)
 
 
 def _world_size() -> int:
@@ -49,42 +93,41 @@ def _world_size() -> int:
     return distributed.get_world_size() if is_running else 1
 
 
-def _models(target: nn.Module, assistant_model: object) -> Iterator[tuple[str, nn.Module]]:
-    yield "the target", target
+def _models(target: nn.Module, assistant_model: object) -> Iterator[nn.Module]:
+    yield target
     draft = assistant_model if isinstance(assistant_model, nn.Module) else getattr(assistant_model, "model", None)
     if isinstance(draft, nn.Module):
-        yield "`assistant_model`", draft
+        yield draft
 
 
-def _check_not_gathered(name: str, model: nn.Module) -> None:
-    """Raise a ValueError where `generate()` would switch `synced_gpus` on, or where a part of a model is sharded."""
-    if is_deepspeed_zero3_enabled():
-        found = "DeepSpeed ZeRO-3 is enabled in this process, so weights are"
-        way_out = "generate in a process without it"
-    elif any(is_fsdp_managed_module(module) for module in model.modules()):
-        found = "FSDP manages it, so its weights are"
-        way_out = "pass a copy that FSDP does not manage"
-    else:
-        return
-    raise ValueError(
-        f"strategy='spec' cannot be used with {name} ({type(model).__name__}): {found} gathered from all ranks in each "
-        "forward. All ranks must then make equally many forwards, but a rank's number of forwards depends on the "
-        f"drafts that it accepts. To generate, {way_out}, or drop strategy='spec'"
-    )
+def _is_gathered(model: nn.Module) -> bool:
+    return any(is_fsdp_managed_module(module) for module in model.modules())
 
 
-def _how(model: nn.Module) -> str | None:
-    given: Any = model
-    stage, tp_size = getattr(given, "_pp_stage", None), getattr(given, "_tp_size", None) or 1
-    if stage is not None:
-        return f"is one of {stage.pp_size} pipeline stages"
-    if tp_size > 1:
-        return f"is tensor parallel over {tp_size} processes"
+def _is_divided(model: Any) -> bool:
+    """Tensor parallel, or a pipeline stage, says transformers."""
+    return getattr(model, "_pp_stage", None) is not None or (getattr(model, "_tp_size", None) or 1) > 1
+
+
+def _mesh(model: nn.Module) -> "DeviceMesh | None":
+    """The processes that compute a model together, if there are several."""
     from torch.distributed.tensor import DTensor  # heavy, and only needed with several processes
 
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        return "has parameters sharded over processes"
-    return None
+    given: Any = model
+    if _is_divided(model):
+        return given._device_mesh
+    sharded_parameters = (p for p in model.parameters() if isinstance(p, DTensor))
+    return next((p.device_mesh for p in sharded_parameters if p.device_mesh.size() > 1), None)
+
+
+def _group(mesh: "DeviceMesh") -> "distributed.ProcessGroup | None":
+    """All processes of a mesh; `None` for all there are."""
+    if mesh.size() == _world_size():
+        return None
+    wide = [name for i, name in enumerate(mesh.mesh_dim_names or ()) if mesh.size(i) > 1]
+    if len(wide) == 1:
+        return mesh.get_group(wide[0])
+    return mesh.get_group() if mesh.ndim == 1 else mesh._flatten().get_group()
 
 
 class OwnLayersCache(DynamicCache):

@@ -16,7 +16,7 @@ _STEP = 0x9E3779B97F4A7C15  # odd, 2**64 divided by the golden ratio
 _MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))
 _BITS = 64
 _MASK = 2**_BITS - 1
-_HALF = 2**32
+_HALF = 2**31  # of each half of a number, the sign is left out
 
 
 class GumbelNoise:
@@ -68,8 +68,8 @@ def gumbel(states: Sequence[int], size: int, device: torch.device) -> Tensor:
     for shift, factor in _MIX:
         bits ^= (bits >> shift) & (2 ** (_BITS - shift) - 1)
         bits *= factor - 2**_BITS if factor >= 2 ** (_BITS - 1) else factor
-    halves = torch.stack([bits & (_HALF - 1), (bits >> 32) & (_HALF - 1)], dim=-1)
-    u = halves.flatten(1)[:, :size].float().add_(0.5).mul_(1 / _HALF).clamp_(max=1 - 2**-24)
+    halves = bits.view(torch.int32).bitwise_and_(_HALF - 1)[:, :size]
+    u = halves.float().add_(0.5).mul_(1 / _HALF).clamp_(max=1 - 2**-24)
     # log1p keeps small u apart, where the noise is large.
     return u.neg_().log1p_().neg_().log_().neg_()
 
