@@ -178,13 +178,22 @@ class SuffixIndex:
             places = [place for place in chain if tokens[place] >= 0]
             if not places:
                 continue
-            differs = self.tokens[np.array(places)[:, None] - self._back] != query.tail
-            differs[:, -1] = True  # beyond the depth
-            size = self._sizes[level]
-            found = [(place, n) for place, n in zip(places, differs.argmax(axis=1).tolist()) if n >= size]
-            if found:
+            size, sizes = self._sizes[level], self._equal(places, query.tail)
+            if max(sizes) >= size:
+                found = [(place, n) for place, n in zip(places, sizes) if n >= size]
                 return Found([place for place, _ in found], [n for _, n in found])
         return Found([], [])
+
+    def _equal(self, places: list[int], tail: np.ndarray) -> list[int]:
+        """By place, how many tokens before it are equal to those at the end of a text, at most `depth`."""
+        if len(places) == 1:  # without what numpy takes for a second axis
+            differs = self.tokens[places[0] - self.depth - 1 : places[0]][::-1] != tail
+            differs[-1] = True
+            return [int(differs.argmax())]
+        differs = self.tokens[np.array(places)[:, None] - self._back] != tail
+        differs[:, -1] = True
+        sizes: list[int] = differs.argmax(axis=1).tolist()
+        return sizes
 
     def follow(self, found: Found, limits: "Limits", own: range = range(0)) -> Continuation:
         """What follows the longest of the found occurrences, token by token the most frequent.
@@ -230,7 +239,11 @@ class SuffixIndex:
     def _after(self, places: list[int], count: int, own: range) -> list[list[int]]:
         """`count` tokens from each place; a copy that comes to the end of `own` goes on with what was copied."""
         last = len(self.tokens) - 1  # a separator
-        texts = self.tokens[np.minimum(np.array(places)[:, None] + np.arange(count), last)].tolist()
+        if len(places) == 1:
+            texts = [self.tokens[places[0] : places[0] + count].tolist()]
+            texts[0] += [NO_TOKEN] * (count - len(texts[0]))
+        else:
+            texts = self.tokens[np.minimum(np.array(places)[:, None] + np.arange(count), last)].tolist()
         for place, text in zip(places, texts):
             if own.stop - count < place < own.stop:
                 for i in range(own.stop - place, count):

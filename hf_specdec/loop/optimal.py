@@ -64,6 +64,10 @@ class Share:
         """The estimate; without outcomes it is `prior`."""
         return (self._hits + self._doubt * prior) / (self._seen + self._doubt)
 
+    def hope(self, value: float) -> float:
+        """How high the probability may well be: its estimate, plus how far outcomes may have lowered it by chance."""
+        return min(value + (value * (1 - value) * self._seen) ** 0.5 / (self._seen + self._doubt), 1.0)
+
 
 class Rate:
     """Tokens per row and unit of the recent iterations that drafted; older ones count less."""
@@ -138,6 +142,10 @@ class Estimates:
         chain = itertools.accumulate(self.by_position[:gamma], lambda prior, share: share.value(prior), initial=0.7)
         return list(chain)[1:]
 
+    def hopes(self, acceptance: list[float]) -> list[float]:
+        """How high `acceptance` may well be. A draft is judged by this, or an unlucky one would not be tried again."""
+        return [share.hope(value) for share, value in zip(self.by_position, acceptance)]
+
     def confidence(self, given: float) -> float:
         """The probability that a draft token is accepted, given the draft model's probability for it."""
         return self.by_confidence[_bin(given)].value(given**0.5)
@@ -186,6 +194,7 @@ class Optimal:
         self._alive: list[float] = []  # by active row, the probability that all its drafts so far are accepted
         self._costs = Costs(1.0, 0.0, _DRAFT_COST)
         self._acceptance: list[float] = []
+        self._hopes: list[float] = []  # the same, as high as it may well be
         self._rate = 0.0  # R: tokens per unit with drafts, over all rows
         self._gain = 1.0  # the same, relative to plain decoding
         self._price = 0.0  # tokens that another draft must be expected to bring
@@ -208,6 +217,7 @@ class Optimal:
         self._confidence, self._alive, self._unread = [], [1.0] * rows, unread
         estimates = known.costs(rows)
         self._costs, self._acceptance = estimates.costs, known.acceptance(self._max_gamma)
+        self._hopes = known.hopes(self._acceptance)
         tokens = itertools.accumulate(itertools.accumulate(self._acceptance, operator.mul), initial=1.0)
         rates = [rows * n / self._costs.iteration(gamma) for gamma, n in enumerate(tokens) if gamma]
         self._rate, gamma = max(rates), rates.index(max(rates)) + 1
@@ -251,7 +261,7 @@ class Optimal:
         self._confidence.append(confidence)
         self._alive = [p * known.confidence(c) for p, c in zip(self._alive, confidence)]
         drafted = len(self._confidence)
-        return drafted < self._bound and sum(self._alive) * self._acceptance[drafted] > self._price
+        return drafted < self._bound and sum(self._alive) * self._hopes[drafted] > self._price
 
     def update(self, iteration: Iteration) -> None:
         """Learn from one iteration."""

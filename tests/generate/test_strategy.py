@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from threading import Barrier, Thread
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from conftest import VOCAB, make_pair, make_prompts
@@ -540,6 +541,20 @@ def test_threads_do_not_disturb_each_other():
     for thread in threads:
         thread.join()
     assert together == {i: [(out.tolist(), 2 * 24)] * 2 for i, out in enumerate(alone)}
+
+
+def test_processes_of_a_dataset():
+    target, draft = pair()
+    prompts = make_prompts(4)
+    expected = generate(target, None, **prompts).tolist()
+    rows = datasets.Dataset.from_dict({name: value.tolist() for name, value in prompts.items()})
+
+    def answer(row: dict[str, list[int]]) -> dict[str, list[int]]:
+        torch.set_num_threads(1)
+        inputs = {name: torch.tensor([value]) for name, value in row.items()}
+        return {"text": generate(target, draft, **inputs)[0].tolist()}
+
+    assert rows.map(answer, num_proc=2, load_from_cache_file=False)["text"] == expected
 
 
 # Precedence of options

@@ -43,7 +43,7 @@ from hf_specdec.drafters import EarlyExitDrafter, ModelDrafter, SuffixDrafter
 from hf_specdec.generate import session
 from hf_specdec.loop import clock, invariants, optimal, schedule
 from hf_specdec.loop.costs import Costs
-from hf_specdec.loop.optimal import MAX_GAMMA, Estimates, Optimal, estimates_for
+from hf_specdec.loop.optimal import MAX_GAMMA, Estimates, Optimal, Share, estimates_for
 from hf_specdec.loop.schedule import Constant
 from hf_specdec.records.stats import Iteration, RowStep
 
@@ -240,6 +240,18 @@ def overhead(p: float, more: float, draft: float, reads_confidence: bool, tokens
         for seed in range(20)
     ]
     return float(np.mean(times)) / tokens - 1
+
+
+def test_a_position_with_bad_luck_is_tried_again() -> None:
+    """With confidences no draft comes there any more, if its worth is judged by the first outcome alone."""
+    pair = Pair(lambda: 0.9, linear(1.0, 0.05), 0.25, rng=None)
+    schedule = settled(pair, reads_confidence=True, iterations=100)
+    longest = max(pair.iterate(schedule)[0] for _ in range(20))
+    for _ in range(2):
+        schedule._estimates.by_position[longest - 1] = Share()
+        schedule._estimates.by_position[longest - 1].add(False)
+        drafted = [pair.iterate(schedule)[0] for _ in range(60)]
+        assert max(drafted[30:]) >= longest
 
 
 @pytest.mark.parametrize("reads_confidence", [False, True])

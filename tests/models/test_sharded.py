@@ -390,18 +390,18 @@ def whole_models_are_nobodys_business(models: Models) -> None:
         )
 
 
-def _error(target: PreTrainedModel, seed: int = 0, **kwargs: Any) -> str:
-    """The message of the ValueError that a call raises; it is the same on both ranks, and no rank is left waiting."""
-    with pytest.raises(ValueError) as raised:
-        _generate(target, 1, seed, **kwargs)
-    messages: list[Any] = [None, None]
-    distributed.all_gather_object(messages, str(raised.value))
-    assert messages[0] == messages[1], messages
-    return str(messages[0])
+def prompts_are_split_between_processes(models: Models) -> None:
+    from accelerate import PartialState
+
+    with PartialState(cpu=True).split_between_processes(list(range(5))) as mine:
+        assert len(mine) == 3 - distributed.get_rank()
+        for seed in mine:
+            _same(models("target"), models("target"), 1 + seed % 2, seed, assistant_model=models("draft"))
 
 
 _CHECKS: list[Callable[[Models], None]] = [
     whole_models_are_nobodys_business,
+    prompts_are_split_between_processes,
     tensor_parallel_target,
     tensor_parallel_target_and_draft,
     tensor_parallel_draft_alone,
