@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from ..device import CPU
 from ..sampling.context import Context
 from .base import Draft, Drafter, DraftRequest, GoOn
-from .suffix_index import Continuation, Found, Limits
+from .suffix_index import Continuation, Limits
 from .suffix_texts import CallTexts, Memory, Text, only_tokens
 
 _FORMAT = "hf_specdec suffix drafter 1"
@@ -133,17 +133,16 @@ class SuffixDrafter(Drafter):
         assert texts is not None
         own = texts.own(row)
         query = texts.index.query(own.stop)
-        found = texts.index.find(query, but=own.stop)
+        found = texts.index.find(query, limits.tokens, but=own.stop)
         best = texts.index.follow(found, limits, own)
         if texts.several and found.places:
             region = texts.everything_of(row)
-            mine = [(place, size) for place, size in zip(found.places, found.sizes) if place in region]
-            if 0 < len(mine) < len(found.places):
-                alone = Found([place for place, _ in mine], [size for _, size in mine])
-                best = _better(texts.index.follow(alone, limits, own), best)
+            mine = found.only(place in region for place in found.places)
+            if 0 < len(mine.places) < len(found.places):
+                best = _better(texts.index.follow(mine, limits, own), best)
         if len(self._memory):
             index = self._memory.index
-            best = _better(best, index.follow(index.find(query), limits))
+            best = _better(best, index.follow(index.find(query, limits.tokens), limits))
         return best
 
     def commit(self, context: Context) -> None:
@@ -233,8 +232,10 @@ def _better(one: Continuation, other: Continuation) -> Continuation:
 
 def _rectangle(rows: list[list[int]]) -> Tensor:
     """`[rows, longest]` int64, filled with 0."""
-    width = max(map(len, rows))
-    return torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.int64).view(len(rows), width)
+    rectangle = np.zeros((len(rows), max(map(len, rows))), np.int64)  # torch.tensor() takes several times as long
+    for filled, row in zip(rectangle, rows):
+        filled[: len(row)] = row
+    return torch.from_numpy(rectangle)
 
 
 def _encoded(corpus: Any, tokenizer: PreTrainedTokenizerBase | None) -> Iterable[np.ndarray]:

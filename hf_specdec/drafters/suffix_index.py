@@ -12,6 +12,7 @@ A link leads to a run with the same hash, perhaps one that was overwritten since
 compared with the tokens that are there.
 """
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,10 +50,20 @@ class Found(NamedTuple):
     Attributes:
         places: the positions after them, the latest first.
         sizes: how many tokens before each place are equal.
+        after: the tokens that follow each place.
     """
 
     places: list[int]
     sizes: list[int]
+    after: list[list[int]]
+
+    def only(self, chosen: Iterable[bool]) -> "Found":
+        """Those that are chosen."""
+        kept = [each for each, is_chosen in zip(zip(*self), chosen) if is_chosen]
+        return Found(*map(list, zip(*kept))) if kept else NOWHERE
+
+
+NOWHERE = Found([], [], [])
 
 
 class Query(NamedTuple):
@@ -88,7 +99,7 @@ class SuffixIndex:
         # By size: the latest place after each hash, and by place the one before; 0 stands for none.
         self._latest = [np.zeros(2**bits, np.int32) for _ in self._sizes]
         self._before = [np.zeros(len(self.tokens), np.int32) for _ in self._sizes]
-        self._back = np.arange(1, depth + 2)
+        self._windows: dict[int, np.ndarray] = {}  # by how many tokens after a place: positions around it
         self._make_views()
 
     def _make_views(self) -> None:
@@ -156,14 +167,18 @@ class SuffixIndex:
     def query(self, end: int) -> Query:
         """The text that ends before position `end`, to be looked up here or in another index of equal depth."""
         tail = self.tokens[end - self.depth - 1 : end][::-1]
-        return Query(np.where(tail < 0, _NEVER, tail), _hashes(tail[: self._sizes[-1]].tolist(), self._sizes))
+        ids = tail.tolist()
+        if min(ids) < 0:
+            tail = np.where(tail < 0, _NEVER, tail)
+        return Query(tail, _hashes(ids[: self._sizes[-1]], self._sizes))
 
-    def find(self, query: Query, but: int = 0) -> Found:
+    def find(self, query: Query, count: int, but: int = 0) -> Found:
         """Earlier occurrences of the longest run at the end of a text that has any, and of runs about as long.
 
         Of the latest `VOTERS` places after equal runs of the largest linked size, those after which the text goes on.
 
         Args:
+            count: how many tokens after each place are wanted.
             but: a place that does not count.
         """
         tokens = self._view
@@ -176,24 +191,29 @@ class SuffixIndex:
                     chain[place] = None
                 place = before[place]
             places = [place for place in chain if tokens[place] >= 0]
-            if not places:
-                continue
-            size, sizes = self._sizes[level], self._equal(places, query.tail)
-            if max(sizes) >= size:
-                found = [(place, n) for place, n in zip(places, sizes) if n >= size]
-                return Found([place for place, _ in found], [n for _, n in found])
-        return Found([], [])
+            if places:
+                found, size = self._around(places, query.tail, count), self._sizes[level]
+                if min(found.sizes) >= size:
+                    return found
+                if max(found.sizes) >= size:
+                    return found.only(n >= size for n in found.sizes)
+        return NOWHERE
 
-    def _equal(self, places: list[int], tail: np.ndarray) -> list[int]:
-        """By place, how many tokens before it are equal to those at the end of a text, at most `depth`."""
+    def _around(self, places: list[int], tail: np.ndarray, count: int) -> Found:
+        """What is before these places, compared with the end of a text, and what is after them."""
+        depth = self.depth
         if len(places) == 1:  # without what numpy takes for a second axis
-            differs = self.tokens[places[0] - self.depth - 1 : places[0]][::-1] != tail
-            differs[-1] = True
-            return [int(differs.argmax())]
-        differs = self.tokens[np.array(places)[:, None] - self._back] != tail
+            tokens = self.tokens[places[0] - depth - 1 : places[0] + count]
+            differs = tokens[depth::-1] != tail
+            differs[-1] = True  # beyond the depth
+            after = tokens[depth + 1 :].tolist()
+            return Found(places, [int(differs.argmax())], [after + [NO_TOKEN] * (count - len(after))])
+        if count not in self._windows:
+            self._windows[count] = np.arange(-depth - 1, count)
+        block = self.tokens.take(np.array(places)[:, None] + self._windows[count], mode="clip")  # it ends separated
+        differs = block[:, depth::-1] != tail
         differs[:, -1] = True
-        sizes: list[int] = differs.argmax(axis=1).tolist()
-        return sizes
+        return Found(places, differs.argmax(axis=1).tolist(), block[:, depth + 1 :].tolist())
 
     def follow(self, found: Found, limits: "Limits", own: range = range(0)) -> Continuation:
         """What follows the longest of the found occurrences, token by token the most frequent.
@@ -203,12 +223,18 @@ class SuffixIndex:
 
         Args:
             own: the positions of the text that is continued. A copy that comes to its end goes on with what was copied.
+                Empty where that text is not in this index.
         """
         if not found.places:
             return NOTHING
-        size = max(found.sizes)
+        size, end = max(found.sizes), own.stop
         count = min(limits.tokens, max(int(limits.factor * size), 1))
-        texts = self._after([place for place, n in zip(found.places, found.sizes) if n == size], count, own)
+        texts = [text for text, n in zip(found.after, found.sizes) if n == size]
+        if end:
+            places = [place for place, n in zip(found.places, found.sizes) if n == size]
+            texts = [
+                _copied(text, end - place) if end - count < place < end else text for place, text in zip(places, texts)
+            ]
         tokens: list[int] = []
         confidence: list[float] = []
         alive, score = 1.0, 0.0
@@ -236,20 +262,6 @@ class SuffixIndex:
             score += alive
         return Continuation(tokens, confidence, score)
 
-    def _after(self, places: list[int], count: int, own: range) -> list[list[int]]:
-        """`count` tokens from each place; a copy that comes to the end of `own` goes on with what was copied."""
-        last = len(self.tokens) - 1  # a separator
-        if len(places) == 1:
-            texts = [self.tokens[places[0] : places[0] + count].tolist()]
-            texts[0] += [NO_TOKEN] * (count - len(texts[0]))
-        else:
-            texts = self.tokens[np.minimum(np.array(places)[:, None] + np.arange(count), last)].tolist()
-        for place, text in zip(places, texts):
-            if own.stop - count < place < own.stop:
-                for i in range(own.stop - place, count):
-                    text[i] = text[i - (own.stop - place)]
-        return texts
-
 
 class Limits(NamedTuple):
     """What bounds a continuation.
@@ -265,6 +277,14 @@ class Limits(NamedTuple):
     factor: float
     probability: float
     vocab_size: int
+
+
+def _copied(after: list[int], length: int) -> list[int]:
+    """The tokens after a place, which are a copy that goes on with itself after so many."""
+    copied = after[:length]
+    while len(copied) < len(after):
+        copied.append(copied[-length])
+    return copied
 
 
 def _hashes(tail: list[int], sizes: list[int]) -> list[int]:

@@ -2,7 +2,8 @@
 
 The largest of log p(x) + g(x), with independent standard Gumbel g, is a sample from p (Gumbel 1954; Maddison et al.
 2014). Here g comes from a counter-based generator, SplitMix64 (Steele, Lea and Flood 2014): its state is a hash of seed
-and position, and token x takes one half of its output number x // 2. Integers only, so all devices draw the same bits.
+and position, and token x takes 31 bits of one half of its output number x // 2. Integers only, so all devices draw the
+same bits.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ _STEP = 0x9E3779B97F4A7C15  # odd, 2**64 divided by the golden ratio
 _MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))
 _BITS = 64
 _MASK = 2**_BITS - 1
-_HALF = 2**31  # of each half of a number, the sign is left out
+_HALF = 2**31  # of each half of a number, the highest bit is left out
 
 
 class GumbelNoise:

@@ -87,7 +87,7 @@ def look_up(memory: Memory, tail: list[int]) -> Found:
     asking = SuffixIndex(len(tail) + 1, memory.index.depth)
     end = asking.first + len(tail)
     asking.tokens[asking.first : end] = tail
-    return memory.index.find(asking.query(end))
+    return memory.index.find(asking.query(end), WIDE.tokens)
 
 
 @pytest.mark.parametrize("depth", [1, 3, 16, 24])
@@ -235,7 +235,7 @@ def make_context(rows: list[list[int]], room: int = 400) -> Context:
 
 def found_in(texts: CallTexts, row: int, everywhere: bool = True) -> tuple[int, list[list[int]]]:
     end = texts.own(row).stop
-    found = texts.index.find(texts.index.query(end), but=end)
+    found = texts.index.find(texts.index.query(end), WIDE.tokens, but=end)
     assert everywhere or all(place in texts.everything_of(row) for place in found.places)
     return what_follows(texts.index, found)
 
@@ -288,7 +288,7 @@ def test_a_copy_goes_on_in_what_was_copied() -> None:
     context = make_context([[7, 1, 2, 3, 1, 2, 3]])
     texts = CallTexts(context, 24, 1000, [])
     own = texts.own(0)
-    found = texts.index.find(texts.index.query(own.stop), but=own.stop)
+    found = texts.index.find(texts.index.query(own.stop), WIDE.tokens, but=own.stop)
     assert texts.index.follow(found, WIDE, own).tokens == [1, 2, 3, 1, 2, 3, 1, 2]
     assert texts.index.follow(found, WIDE).tokens == [1, 2, 3]
 
