@@ -288,6 +288,14 @@ def many_prompts(models: Models) -> None:
                 assert each.new_tokens.tolist() == expected.tolist(), each.index
 
 
+def tensor_parallel_sampled_in_step(models: Models) -> None:
+    _sampled(models, models("draft", tp_size=2), models("target", tp_size=2))
+
+
+def long_messages(models: Models) -> None:
+    _same(models("target", tp_size=2), models("target"), 40, assistant_model=models("draft"), num_assistant_tokens=8)
+
+
 def early_exit(models: Models) -> None:
     _same(models("target", tp_size=2), models("target"), 3, assistant_early_exit=2)
 
@@ -421,6 +429,8 @@ _CHECKS: list[Callable[[Models], None]] = [
     time_of_the_first_rank_counts,
     an_error_of_the_first_rank_ends_all,
     many_prompts,
+    tensor_parallel_sampled_in_step,
+    long_messages,
     early_exit,
     fsdp_ranks_have_prompts_of_their_own,
     fsdp_ranks_may_end_early,
