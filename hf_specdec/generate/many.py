@@ -45,6 +45,7 @@ class Generated:
 
     Attributes:
         index: of the prompt in the iterable. With `num_return_sequences`, several results have the same.
+        sample: its number among the results of the prompt.
         sequence: `[length]` int64 on the CPU, prompt and new tokens without padding; for models with an encoder, the
             decoder's. The prompt alone if there is an `error`.
         new_tokens: the new tokens alone.
@@ -60,6 +61,7 @@ class Generated:
     speculation: SpeculationStats
     finished: str | None = None
     error: Exception | None = None
+    sample: int = 0
     _tokenizer: Any = field(default=None, repr=False)
 
     @property
@@ -196,14 +198,17 @@ class _Results:
 
     def of(self, done: Done) -> Generated:
         new = done.tokens[done.prompt_length :]
-        return Generated(done.entry.index, done.tokens, new, done.stats, done.reason, None, self.tokenizer)
+        return self._made(done.entry, done.tokens, new, done.stats, finished=done.reason)
 
     def failed(self, entry: Entry, error: Exception) -> Generated:
         if self.raises:
             kind = type(error) if type(error) in (TypeError, ValueError) else RuntimeError
             raise kind(f"Prompt {entry.index} cannot be decoded: {error}") from error
         prompt = torch.tensor(entry.prompt, dtype=torch.int64)
-        return Generated(entry.index, prompt, prompt[:0], SpeculationStats(), None, error, self.tokenizer)
+        return self._made(entry, prompt, prompt[:0], SpeculationStats(), error=error)
+
+    def _made(self, entry: Entry, *found: Any, **more: Any) -> Generated:
+        return Generated(entry.index, *found, sample=entry.sample, _tokenizer=self.tokenizer, **more)
 
 
 class _Many:
