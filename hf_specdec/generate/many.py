@@ -254,11 +254,41 @@ class _Many:
                 if len(places.free) == size:
                     return
                 done: list[Done] = []
-                with places.running():
-                    while not done:
-                        done = places.step()
+                try:
+                    with places.running():
+                        while not done:
+                            done = places.step()
+                except Exception as error:
+                    if self._make.raises or isinstance(error, torch.OutOfMemoryError):
+                        raise
+                    unfinished = places.entries
+                    places.close()
+                    self._count(places.take_stats())
+                    for entry in unfinished:  # one of them may be to blame, and the others lose only time
+                        yield self._alone(entry)
+                    places = Places(self._preparation, self._checked, size)
+                    continue
                 self._count(places.take_stats())
                 yield from map(self._make.of, done)
+        finally:
+            places.close()
+            self._count(places.take_stats())
+
+    def _alone(self, entry: Entry) -> Generated:
+        """A text from its beginning, with no other beside it."""
+        places = Places(self._preparation, self._checked, 1)
+        try:
+            if (failed := self._fill(places, iter([entry]))) is not None:
+                return failed
+            done: list[Done] = []
+            with places.running():
+                while not done:
+                    done = places.step()
+            return self._make.of(done[0])
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            return self._make.failed(entry, error)
         finally:
             places.close()
             self._count(places.take_stats())

@@ -51,8 +51,8 @@ class SpecGenerator:
             raise ValueError(f"`on_error` must be 'raise' or 'result', got {on_error!r}")
         if generate_options.get("speculation_seed") is not None:
             raise ValueError(
-                "SpecGenerator takes no `speculation_seed`: a batch of Ray Data does not know which rows it holds, so all "
-                "batches would get the same seeds. `hf-specdec generate --seed` numbers the rows"
+                "SpecGenerator takes no `speculation_seed`: a batch of Ray Data does not know which rows it holds, so "
+                "all batches would get the same seeds. `hf-specdec generate --seed` numbers the rows"
             )
         if generate_options.get("num_return_sequences") not in (None, 1):
             raise ValueError("SpecGenerator gives each row one text: repeat rows instead of `num_return_sequences`")

@@ -231,6 +231,7 @@ def count(value: str) -> int:
 def quiet() -> None:
     """Keep loading messages out of the tables."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     from transformers.utils import logging
 
     logging.set_verbosity_error()

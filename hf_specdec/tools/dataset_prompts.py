@@ -44,7 +44,10 @@ class DatasetPrompts:
         if len(rows) == 0:
             raise ValueError(f"--dataset {args.dataset}, split {args.split}, has no rows")
         self.column: str = column
-        self.is_text = "string" in str(getattr(rows.features[column], "dtype", ""))
+        kind = str(rows.data.schema.field(column).type)  # in Arrow; messages are a list of structs
+        self.is_text = "string" in kind.split("<")[0] or kind == "null"
+        if not self.is_text and "<" not in kind:
+            raise ValueError(f"--column {column} holds {kind}: name one with texts or chat messages")
         self.is_chat = args.chat_template or not self.is_text
         self._rows = rows.select_columns([column])
         self.count = len(rows) if args.limit is None else min(args.limit, len(rows))
