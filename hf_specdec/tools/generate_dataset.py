@@ -245,7 +245,8 @@ def _write_parquet(path: Path, rows: Iterator[dict[str, Any]], prompts: DatasetP
     from pyarrow import parquet
 
     whole, text = pyarrow.int64(), pyarrow.string()
-    columns = {"index": whole, "sample": whole, prompts.key: prompts.arrow_type, "text": text}
+    as_json = isinstance(prompts.arrow_type, pyarrow.BaseExtensionType)  # messages of different kinds
+    columns = {"index": whole, "sample": whole, prompts.key: text if as_json else prompts.arrow_type, "text": text}
     columns |= {"tokens": pyarrow.list_(whole), "finish_reason": text, "error": text}
     columns["statistics"] = pyarrow.struct({**dict.fromkeys(COUNTERS, whole), "seconds": pyarrow.float64()})
     if copies == 1:
@@ -253,4 +254,6 @@ def _write_parquet(path: Path, rows: Iterator[dict[str, Any]], prompts: DatasetP
     schema = pyarrow.schema(columns)
     with parquet.ParquetWriter(path, schema) as writer:
         while some := list(islice(rows, _TOGETHER)):
+            if as_json:
+                some = [row | {prompts.key: json.dumps(row[prompts.key], ensure_ascii=False)} for row in some]
             writer.write_table(pyarrow.Table.from_pylist(some, schema))
