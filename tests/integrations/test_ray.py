@@ -94,13 +94,13 @@ def test_options_that_cannot_work(more: dict[str, Any], message: str) -> None:
 @pytest.mark.clients
 def test_two_actors(options: dict[str, Any], generator: SpecGenerator) -> None:
     ray = pytest.importorskip("ray", reason="needs ray: ./scripts/test -m clients installs it")
-    import ray.data
+    from ray import data
 
     path = os.pathsep.join(map(str, (Path(hf_specdec.__file__).parents[1], Path(__file__).parents[1])))
     environment = {"env_vars": {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}}
     ray.init(num_cpus=3, include_dashboard=False, runtime_env=environment, log_to_driver=False)
     try:
-        rows = ray.data.from_items([{"id": index, "prompt": prompt} for index, prompt in enumerate(PROMPTS * 4)])
+        rows = data.from_items([{"id": index, "prompt": prompt} for index, prompt in enumerate(PROMPTS * 4)])
         made = rows.repartition(6).map_batches(
             SpecGenerator, fn_constructor_kwargs=options, batch_size=6, concurrency=2, num_cpus=1
         )
