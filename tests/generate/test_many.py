@@ -652,21 +652,15 @@ def test_300_prompts_of_very_different_lengths(name: str, batch_size: int) -> No
 def test_memory_is_flat_over_3000_prompts(way: str) -> None:
     """From the 500th result to the last one, Python holds at most 40 bytes more per text, the process 4 KB."""
     target, draft = pair()
-    drafter = {"draft": draft, "look-up": None, "either": hf_specdec.Either(draft, hf_specdec.SuffixDrafter([[1]]))}[
-        way
-    ]
-    if way == "either":
-        drafter.suffix._memory.max_requests = 50
     rng = random.Random(0)
-    endless = ([rng.randrange(2, VOCAB) for _ in range(rng.randint(1, 60))] for _ in range(3000))
-    sizes = (rng.randint(1, 20) for _ in itertools.count())
+    either = hf_specdec.Either(draft, hf_specdec.SuffixDrafter(max_requests=50))
+    drafter = {"draft": draft, "look-up": None, "either": either}[way]
+    options = {"batch_size": 8, "do_sample": False, "max_new_tokens": (rng.randint(1, 20) for _ in itertools.count())}
+    texts = ([rng.randrange(2, VOCAB) for _ in range(rng.randint(1, 60))] for _ in range(3000))
     held, resident = {}, {}
     tracemalloc.start()
     try:
-        results = hf_specdec.generate_many(
-            target, endless, drafter, batch_size=8, do_sample=False, max_new_tokens=sizes
-        )
-        for count, _ in enumerate(results, start=1):
+        for count, _ in enumerate(hf_specdec.generate_many(target, texts, drafter, **options), start=1):
             if count in (500, 3000):
                 gc.collect()
                 held[count], resident[count] = tracemalloc.get_traced_memory()[0], _resident()
