@@ -85,7 +85,8 @@ def run(args: argparse.Namespace) -> None:
         with closing(whole.open(ranks.rank)) as journal:
             done = whole.done()
             mine = range(ranks.rank, prompts.count, ranks.count)
-            todo = [index for index in mine if index not in done]
+            # If others have just written the output, the journals are gone.
+            todo = [] if whole.is_complete else [index for index in mine if index not in done]
             report |= {"kept": len(mine) - len(todo)}
             if todo:
                 args.device = args.device or ranks.device

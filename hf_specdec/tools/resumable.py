@@ -23,10 +23,16 @@ _JOURNAL = re.compile(r"rank\d+\.jsonl")
 
 
 class _Place(NamedTuple):
-    """Where a line is."""
+    """Where the rows of an index are, which are written together.
+
+    Attributes:
+        begin: the number of the first byte.
+        count: how many rows there are.
+    """
 
     journal: Path
     begin: int
+    count: int
 
 
 class Resumable:
@@ -124,10 +130,8 @@ class Resumable:
                     with self._replacing(self.output) as file:
                         write(file, rows)
                 except OSError as error:
-                    why = (
-                        f"{error.strerror or error}: all rows are in {self.folder}. Make room, then repeat the command"
-                    )
-                    raise OSError(error.errno, why, str(self.output)) from error
+                    kept = f"all rows are kept in {self.folder}. Make room, then repeat the command"
+                    raise OSError(error.errno, f"{error.strerror or error}: {kept}", str(self.output)) from error
                 state = self._state()
                 assert state is not None
                 self._save(state["settings"], is_complete=True)
@@ -135,25 +139,26 @@ class Resumable:
                 journal.unlink()
             return True
 
-    def _places(self) -> dict[int, list[_Place]]:
+    def _places(self) -> dict[int, _Place]:
         """Where the rows of each index are that has all of them."""
-        found: dict[int, list[_Place]] = {}
+        found: dict[int, _Place] = {}
         for journal in self._journals():
-            rows: list[_Place] = []
-            for begin, line in read(journal):
-                if line.get("sample", 0) == 0:  # what comes before it and is too few was torn off
-                    rows = []
-                rows.append(_Place(journal, begin))
-                if len(rows) == self._copies or line["error"] is not None:
-                    found.setdefault(line["index"], rows)
+            first = count = 0
+            with suppress(FileNotFoundError):  # another process has written the output just now
+                for begin, line in read(journal):
+                    if line.get("sample", 0) == 0:  # what comes before it and is too few was torn off
+                        first, count = begin, 0
+                    count += 1
+                    if count == self._copies or line["error"] is not None:
+                        found.setdefault(line["index"], _Place(journal, first, count))
         return found
 
-    def _lines(self, places: Iterable[list[_Place]]) -> Iterator[dict[str, Any]]:
+    def _lines(self, places: Iterable[_Place]) -> Iterator[dict[str, Any]]:
         files = {journal: journal.open("rb") for journal in self._journals()}
         try:
-            for rows in places:
-                for journal, begin in rows:
-                    files[journal].seek(begin)
+            for journal, begin, count in places:
+                files[journal].seek(begin)
+                for _ in range(count):
                     yield json.loads(files[journal].readline())
         finally:
             for file in files.values():
