@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -124,16 +125,25 @@ def test_rows_are_vanillas_in_order(run: Run, tmp_path: Path, expected: list[dic
 # Processes that are killed
 
 
-def start(given: Sequence[str], **environment: str) -> int:
-    """Run the command in a fork of this process: its number."""
+def start(given: Sequence[str], errors: Path | None = None, most: int | None = None, **environment: str) -> int:
+    """Run the command in a fork of this process: its number.
+
+    Args:
+        errors: where stderr goes.
+        most: how many bytes a file may have.
+    """
     pid = os.fork()
     if pid == 0:
         code = 99
         try:
             os.environ.update(environment)
-            nothing = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nothing, 1), os.dup2(nothing, 2)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            os.dup2(os.open(errors or os.devnull, os.O_WRONLY | os.O_CREAT), 2)
+            sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115 (pytest has put something else there)
+            if most is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
             code = main(list(given))
+            sys.stderr.flush()
         finally:
             os._exit(code)
     return pid
@@ -334,17 +344,16 @@ def test_rows_that_are_no_prompts_have_errors(run: Run, tmp_path: Path) -> None:
     assert [row["error"] for row in rows_of(tmp_path / "other.jsonl")] == messages
 
 
-def test_a_full_disk_is_an_error_after_which_it_goes_on(
-    run: Run, tmp_path: Path, expected: list[dict[str, Any]]
+def test_a_full_disk_stops_it_until_there_is_room(
+    folder: Path, run: Run, tmp_path: Path, expected: list[dict[str, Any]]
 ) -> None:
-    output = tmp_path / "out.jsonl"
-    journal = tmp_path / "out.jsonl.run" / "rank0.jsonl"
-    journal.parent.mkdir()
-    journal.symlink_to("/dev/full")
-    (journal.parent / "settings.json").write_text('{"complete": false, "settings": {}}')
-    code, _, error = run(output)
-    assert code == 1 and "No space left on device" in error and "Make room, then repeat the command" in error
-    journal.unlink()
+    """A process whose files may have 3,000 bytes."""
+    output, errors = tmp_path / "out.jsonl", tmp_path / "errors"
+    assert run(tmp_path / "other.jsonl", "--limit", "1")[0] == 0  # the dataset is in the cache of `datasets` now
+    assert wait(start(arguments(folder, output), errors=errors, most=3000)) == 1
+    assert "File too large: rows that were written before are kept. Make room" in errors.read_text()
+    journal = rows_of(tmp_path / "out.jsonl.run" / "rank0.jsonl")
+    assert 3 < len(journal) < ROWS and not output.exists()
     assert run(output)[0] == 0 and rows_of(output) == expected
 
 
