@@ -88,19 +88,9 @@ def expected(folder: Path) -> list[dict[str, Any]]:
     for index, given in enumerate(map(json.loads, (folder / "texts.jsonl").read_text().splitlines())):
         ids = tokenizer(given["text"], return_tensors="pt")["input_ids"]
         new = target.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16)[0, ids.shape[1] :].tolist()
-        text, reason = tokenizer.decode(new, skip_special_tokens=True), "max_length"
-        if new[-1] in (3, 17, 40):
-            reason = "eos"
-        rows.append(
-            {
-                "index": index,
-                "prompt": given["text"],
-                "text": text,
-                "tokens": new,
-                "finish_reason": reason,
-                "error": None,
-            }
-        )
+        ends = new[-1] in (3, 17, 40)
+        row = {"index": index, "prompt": given["text"], "text": tokenizer.decode(new, skip_special_tokens=True)}
+        rows.append(row | {"tokens": new, "finish_reason": "eos" if ends else "max_length", "error": None})
     assert {row["finish_reason"] for row in rows} == {"eos", "max_length"}
     return rows
 
@@ -293,16 +283,8 @@ def test_messages_and_texts_as_messages(folder: Path, run: Run, tmp_path: Path, 
 
 
 def test_samples_depend_on_seed_and_row_alone(folder: Path, run: Run, tmp_path: Path) -> None:
-    options = (
-        "--options",
-        "do_sample=true",
-        "temperature=1.5",
-        "num_return_sequences=2",
-        "--seed",
-        "7",
-        "--limit",
-        "6",
-    )
+    sampling = ("do_sample=true", "temperature=1.5", "num_return_sequences=2")
+    options = ("--seed", "7", "--limit", "6", "--options", *sampling)
     assert run(tmp_path / "whole.jsonl", *options)[0] == 0
     pids = [start(arguments(folder, tmp_path / "parts.jsonl", *options), **environment) for environment in ranks(2)]
     assert [wait(pid) for pid in pids] == [0, 0]
