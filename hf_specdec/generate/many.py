@@ -197,18 +197,26 @@ class _Results:
     raises: bool
 
     def of(self, done: Done) -> Generated:
-        new = done.tokens[done.prompt_length :]
-        return self._made(done.entry, done.tokens, new, done.stats, finished=done.reason)
+        return self._made(done.entry, done.tokens, done.prompt_length, done.stats, finished=done.reason)
 
     def failed(self, entry: Entry, error: Exception) -> Generated:
         if self.raises:
             kind = type(error) if type(error) in (TypeError, ValueError) else RuntimeError
             raise kind(f"Prompt {entry.index} cannot be decoded: {error}") from error
         prompt = torch.tensor(entry.prompt, dtype=torch.int64)
-        return self._made(entry, prompt, prompt[:0], SpeculationStats(), error=error)
+        return self._made(entry, prompt, len(prompt), SpeculationStats(), error=error)
 
-    def _made(self, entry: Entry, *found: Any, **more: Any) -> Generated:
-        return Generated(entry.index, *found, sample=entry.sample, _tokenizer=self.tokenizer, **more)
+    def _made(
+        self,
+        entry: Entry,
+        tokens: Tensor,
+        prompt_length: int,
+        stats: SpeculationStats,
+        finished: str | None = None,
+        error: Exception | None = None,
+    ) -> Generated:
+        new = tokens[prompt_length:]
+        return Generated(entry.index, tokens, new, stats, finished, error, entry.sample, self.tokenizer)
 
 
 class _Many:

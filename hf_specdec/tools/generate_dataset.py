@@ -206,7 +206,7 @@ def _settings(args: argparse.Namespace, options: dict[str, Any], prompts: Datase
     """What rows depend on: an output goes on only with the same."""
     places = ("dataset", "pair", "target", "draft")
     others = ("dataset_config", "split", "limit", "chat_template", "gguf_file", "draft_gguf_file", "revision", "dtype")
-    found = {name: _absolute(getattr(args, name)) for name in places}
+    found: dict[str, Any] = {name: _absolute(getattr(args, name)) for name in places}
     found |= {name: getattr(args, name) for name in (*others, "new_tokens", "seed", "gamma")}
     found |= {"column": prompts.column, "rows": prompts.fingerprint(), "options": options}
     for name in ("pair", "target", "draft"):

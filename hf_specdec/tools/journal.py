@@ -10,10 +10,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+fcntl: Any
 try:
     import fcntl
 except ImportError:  # not a POSIX system: nothing tells two writers apart
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None
 
 _BLOCK = 1 << 16  # bytes
 

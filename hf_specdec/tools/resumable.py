@@ -27,12 +27,12 @@ class _Place(NamedTuple):
 
     Attributes:
         begin: the number of the first byte.
-        count: how many rows there are.
+        rows: how many there are.
     """
 
     journal: Path
     begin: int
-    count: int
+    rows: int
 
 
 class Resumable:
