@@ -12,7 +12,6 @@ from hf_specdec import Drafter, Either, OtherTokenizerDrafter, SpeculationStats,
 from hf_specdec.generate import many as many_module
 from hf_specdec.loop import invariants
 
-
 COUNT = 18  # prompts
 
 
