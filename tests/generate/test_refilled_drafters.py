@@ -52,6 +52,15 @@ def test_each_result_is_vanillas(kind: str) -> None:
         assert sorted(text.tokens.tolist() for text in drafter._memory) == sorted(found)
 
 
+def test_longer_prompts_are_remembered_after_shorter_texts() -> None:
+    target, _ = pair()
+    growing, drafter = sorted(prompts(), key=len)[::5], SuffixDrafter()
+    results = many(target, growing, assistant_model=drafter, batch_size=1, max_new_tokens=2)
+    assert [text.tokens.tolist() for text in drafter._memory] == [
+        results[index].sequence.tolist() for index in range(len(growing))
+    ]
+
+
 def test_what_ended_is_found_in_what_follows() -> None:
     """The same prompt again and again: each time the last text is copied, seven tokens with each forward."""
     target, _ = pair()
