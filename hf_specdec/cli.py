@@ -4,6 +4,7 @@
     hf-specdec check PAIR                     # do target and draft fit? one table
     hf-specdec check --target T --draft D     # the same for two models
     hf-specdec export PAIR --to vllm DIR      # or sglang, custom-generate: use a pair elsewhere
+    hf-specdec generate --pair PAIR --dataset prompts.jsonl --output texts.jsonl
 
 PAIR is a folder or Hub repository with specdec_pair.json; use --target T --draft D to name two models instead. The last
 line of the output is JSON.
@@ -19,6 +20,7 @@ from rich.console import Console
 
 from .pairs.catalogue import suggest_draft
 from .pairs.export import EXPORTERS, export_pair, pair_to_export
+from .tools import generate_dataset
 from .tools.arguments import add_pair_arguments, load_pair, quiet
 
 
@@ -70,7 +72,20 @@ def export(arguments: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"suggest": suggest, "check": check, "export": export}
+def generate(arguments: Sequence[str]) -> int:
+    """Generate a text for each row of a dataset; the same command goes on where it was interrupted."""
+    parser = _parser(generate)
+    generate_dataset.add_arguments(parser)
+    generate_dataset.run(parser.parse_args(arguments))
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "suggest": suggest,
+    "check": check,
+    "export": export,
+    "generate": generate,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

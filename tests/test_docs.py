@@ -32,7 +32,7 @@ CLIENTS = ROOT / "docs" / "clients.md"  # tests/integrations runs it, where the 
 ON_THE_HUB = {"Qwen/Qwen3-8B": DEMO_PAIR / "target", "Qwen/Qwen3-0.6B": DEMO_PAIR / "draft"}
 FENCE = re.compile(r"(?P<before>[^\n]*)\n```(?P<language>\w+)\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
 NOT_RUN = re.compile(r"<!-- not run: .+ -->")
-OTHER_PROGRAMS = ("hf", "lm_eval", "pip", "python", "transformers")
+OTHER_PROGRAMS = ("accelerate", "hf", "lm_eval", "pip", "python", "torchrun", "transformers")
 
 
 class Block(NamedTuple):

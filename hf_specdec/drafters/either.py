@@ -160,6 +160,18 @@ class Either(Drafter):
         self.first.commit(context)
         self._asked, self._copied, self._promised = {}, {}, {}
 
+    @property
+    def refills(self) -> bool:
+        return self.first.refills and self.suffix.refills
+
+    def restart(self, context: Context, row: int) -> None:
+        self.first.restart(context, row)
+        self.suffix.restart(context, row)
+
+    def read(self, context: Context, count: int) -> None:
+        self.first.read(context, count)
+        self.suffix.read(context, count)
+
     def unread(self, context: Context) -> int:
         return self.first.unread(context) + self.suffix.unread(context)
 

@@ -100,8 +100,7 @@ class OtherTokenizerDrafter(ModelDrafter):
         shared = self.bridge.shared(call.vocab_size, size) if self.by_token else None
         self._shared = None if shared is None else shared.to(context.tokens.device)
         self._draft_ids = None if shared is None else shared.to_draft  # on the host
-        ratio = sum(self.own.lengths) / sum(context.lengths)
-        self._steps_per_token = min(max(ratio, 1 / _MOST_STEPS), _MOST_STEPS)
+        self._measure(context)
         own = replace(call, lockstep=False, static=False, inputs={}, encoder=None)
         super().start(own, self.own)
 
@@ -128,9 +127,18 @@ class OtherTokenizerDrafter(ModelDrafter):
         own.append(new)
         super().commit(own)
 
-    @property
-    def refills(self) -> bool:
-        return False
+    def restart(self, context: Context, row: int) -> None:
+        text = self._texts[row] = RowText(self.bridge)
+        text.read(context.row(row).tolist())
+        self._read[row] = context.ends[row]
+        self._drafted.pop(row, None)
+        self.own.restart(row, text.ids, _UNBOUNDED)
+        self._measure(context)
+        super().restart(self.own, row)
+
+    def read(self, context: Context, count: int) -> None:
+        self.own.rows = list(context.rows)
+        super().read(self.own, count)
 
     def unread(self, context: Context) -> int:
         self.own.rows = list(context.rows)
@@ -144,11 +152,18 @@ class OtherTokenizerDrafter(ModelDrafter):
         ids: list[int] = self._draft_ids[torch.tensor(committed[:-1], dtype=torch.int64)].tolist()
         return ids
 
+    def _measure(self, context: Context) -> None:
+        """How many of its tokens stand for one of the target's."""
+        own = sum(len(text.ids) for text in self._texts)
+        given = sum(end - first for end, first in zip(context.ends, context.first))
+        self._steps_per_token = min(max(own / max(given, 1), 1 / _MOST_STEPS), _MOST_STEPS)
+
     def _own_context(self, context: Context) -> Context:
         ids = [text.ids for text in self._texts]
         width = max(map(len, ids))
         pad = self.bridge.draft.roles.get("pad", 0)
-        prompt = torch.tensor([[pad] * (width - len(row)) + row for row in ids]).to(context.tokens.device)
+        padded = [[pad] * (width - len(row)) + row for row in ids]
+        prompt = torch.tensor(padded, dtype=torch.int64).to(context.tokens.device)
         own = Context(prompt, [width - len(row) for row in ids], _UNBOUNDED, pad)
         own.rows = list(context.rows)
         return own

@@ -116,6 +116,13 @@ class SuffixDrafter(Drafter):
         rows = [] if encoded is None else [only_tokens(ids, call.vocab_size) for ids in encoded.to(CPU)]
         self._texts = CallTexts(context, self.depth, call.vocab_size, rows)
 
+    def restart(self, context: Context, row: int) -> None:
+        """What the row said is remembered, as after a call."""
+        assert self._texts is not None, "start() comes first"
+        for text in self._texts.to_remember([row]):
+            self._memory.add(text)
+        self._texts.restart(context, row)
+
     def propose(self, context: Context, max_tokens: int) -> Draft:
         self._update(context)
         limits = Limits(max_tokens, self.factor, self.min_probability, self._vocab_size)

@@ -1,7 +1,7 @@
 """The texts that a `SuffixDrafter` searches: the rows of the call in progress, and those of earlier calls."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,12 +50,22 @@ class CallTexts:
         ] * context.batch_size
         self._prompts = [context.prompt_width - first for first in context.first]
         self._known = [0] * context.batch_size  # by row, how many tokens of its prompt are an earlier row's too
-        seen: set[tuple[bytes, bytes]] = set()
-        for row, before in enumerate(self._before):
-            prompt = before.tobytes(), context.row(row)[: self._prompts[row]].numpy().tobytes()
-            self._known[row] = self._prompts[row] if prompt in seen else 0
-            seen.add(prompt)
+        self._seen: dict[int, tuple[bytes, bytes]] = {}  # by row, its prompt
+        for row in range(context.batch_size):
+            self._begin(context, row)
         self._build(context)
+
+    def _begin(self, context: Context, row: int) -> None:
+        prompt = self._before[row].tobytes(), context.row(row)[: self._prompts[row]].numpy().tobytes()
+        self._known[row] = self._prompts[row] if prompt in self._seen.values() else 0
+        self._seen[row] = prompt
+
+    def restart(self, context: Context, row: int) -> None:
+        """Another text, as long as its prompt, has taken a row's place. The index holds the old one until `update`."""
+        self._prompts[row] = context.ends[row] - context.first[row]
+        self._seen.pop(row)
+        self._begin(context, row)
+        self._is_stale = True
 
     @property
     def several(self) -> bool:
@@ -72,6 +82,9 @@ class CallTexts:
 
     def update(self, context: Context) -> None:
         """Write what was committed since, and forget what was taken back."""
+        if self._is_stale:
+            self._build(context)
+            return
         for row, written in enumerate(self._written):
             length = context.ends[row] - context.first[row]
             if length < written or self._starts[row] + length >= self._limits[row]:
@@ -82,6 +95,7 @@ class CallTexts:
 
     def _build(self, context: Context) -> None:
         """Make the index anew, with room for twice as much text."""
+        self._is_stale = False
         lengths = [context.ends[row] - context.first[row] for row in range(context.batch_size)]
         rooms = [len(before) + max(2 * length, 64) + 1 for before, length in zip(self._before, lengths)]
         self.index = SuffixIndex(sum(rooms), self._depth)
@@ -107,9 +121,10 @@ class CallTexts:
         # The place after a prompt is searched in each row: what follows it is the row's own.
         self.index.link(max(begin, self._starts[row] + self._known[row] - 1), end)
 
-    def to_remember(self) -> Iterator[Text]:
-        """The texts of the rows, each prompt once."""
-        for row, known in enumerate(self._known):
+    def to_remember(self, rows: Iterable[int] | None = None) -> Iterator[Text]:
+        """The texts of some rows, by default of all, each prompt once."""
+        for row in range(len(self._known)) if rows is None else rows:
+            known = self._known[row]
             everything, own = self.everything_of(row), self.own(row)
             if known == 0:
                 yield Text(self.index.tokens[everything.start : everything.stop])

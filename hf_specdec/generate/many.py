@@ -45,6 +45,7 @@ class Generated:
 
     Attributes:
         index: of the prompt in the iterable. With `num_return_sequences`, several results have the same.
+        sample: its number among the results of the prompt.
         sequence: `[length]` int64 on the CPU, prompt and new tokens without padding; for models with an encoder, the
             decoder's. The prompt alone if there is an `error`.
         new_tokens: the new tokens alone.
@@ -60,6 +61,7 @@ class Generated:
     speculation: SpeculationStats
     finished: str | None = None
     error: Exception | None = None
+    sample: int = 0
     _tokenizer: Any = field(default=None, repr=False)
 
     @property
@@ -195,15 +197,26 @@ class _Results:
     raises: bool
 
     def of(self, done: Done) -> Generated:
-        new = done.tokens[done.prompt_length :]
-        return Generated(done.entry.index, done.tokens, new, done.stats, done.reason, None, self.tokenizer)
+        return self._made(done.entry, done.tokens, done.prompt_length, done.stats, finished=done.reason)
 
     def failed(self, entry: Entry, error: Exception) -> Generated:
         if self.raises:
             kind = type(error) if type(error) in (TypeError, ValueError) else RuntimeError
             raise kind(f"Prompt {entry.index} cannot be decoded: {error}") from error
         prompt = torch.tensor(entry.prompt, dtype=torch.int64)
-        return Generated(entry.index, prompt, prompt[:0], SpeculationStats(), None, error, self.tokenizer)
+        return self._made(entry, prompt, len(prompt), SpeculationStats(), error=error)
+
+    def _made(
+        self,
+        entry: Entry,
+        tokens: Tensor,
+        prompt_length: int,
+        stats: SpeculationStats,
+        finished: str | None = None,
+        error: Exception | None = None,
+    ) -> Generated:
+        new = tokens[prompt_length:]
+        return Generated(entry.index, tokens, new, stats, finished, error, entry.sample, self.tokenizer)
 
 
 class _Many:
@@ -249,11 +262,41 @@ class _Many:
                 if len(places.free) == size:
                     return
                 done: list[Done] = []
-                with places.running():
-                    while not done:
-                        done = places.step()
+                try:
+                    with places.running():
+                        while not done:
+                            done = places.step()
+                except Exception as error:
+                    if self._make.raises or isinstance(error, torch.OutOfMemoryError):
+                        raise
+                    unfinished = places.entries
+                    places.close()
+                    self._count(places.take_stats())
+                    for entry in unfinished:  # one of them may be to blame, and the others lose only time
+                        yield self._alone(entry)
+                    places = Places(self._preparation, self._checked, size)
+                    continue
                 self._count(places.take_stats())
                 yield from map(self._make.of, done)
+        finally:
+            places.close()
+            self._count(places.take_stats())
+
+    def _alone(self, entry: Entry) -> Generated:
+        """A text from its beginning, with no other beside it."""
+        places = Places(self._preparation, self._checked, 1)
+        try:
+            if (failed := self._fill(places, iter([entry]))) is not None:
+                return failed
+            done: list[Done] = []
+            with places.running():
+                while not done:
+                    done = places.step()
+            return self._make.of(done[0])
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            return self._make.failed(entry, error)
         finally:
             places.close()
             self._count(places.take_stats())

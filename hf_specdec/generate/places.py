@@ -13,7 +13,7 @@ from ..cache.layers import cache_layers
 from ..cache.ragged import RaggedCache
 from ..cache.states import has_states
 from ..device import model_device
-from ..drafters import DraftRequest, ModelDrafter
+from ..drafters import DraftRequest, Either, ModelDrafter
 from ..kernels.attention import compile_attention, folded_attention
 from ..kernels.packing import PackedLinears
 from ..loop.outputs import Recorder
@@ -144,10 +144,13 @@ class Places:
         self._preparation = preparation
         self._entries: dict[int, Entry] = {}  # by row
         self._longest = 0  # of the texts so far, the most tokens that one may have
+        self._is_closed = False
         stats = SpeculationStats()
         self._decoding = _decoding(preparation, checked, size, stats)
         options, model = preparation.resolved, checked.call.model
-        models = [model, preparation.drafter.model] if isinstance(preparation.drafter, ModelDrafter) else [model]
+        drafter = preparation.drafter
+        draft = getattr(drafter, "model", None) if isinstance(drafter, (Either, ModelDrafter)) else None
+        models = [model] if draft is None else [model, draft]
         self._compiles = options.compiles("attention") and model_device(model).type == "cpu"
         if self._compiles:
             stats.compile_seconds += compile_attention(models)
@@ -161,6 +164,11 @@ class Places:
     @property
     def free(self) -> list[int]:
         return self._decoding.free
+
+    @property
+    def entries(self) -> list[Entry]:
+        """The texts that have not ended."""
+        return list(self._entries.values())
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -204,6 +212,9 @@ class Places:
 
     def close(self) -> None:
         """Nothing goes on; what the models used is free."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         self._decoding.stats.draft_prefill_forwards += self._decoding.drafter.prefill_forwards
         self._decoding.release()
 

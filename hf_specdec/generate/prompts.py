@@ -31,6 +31,7 @@ class Entry:
     Attributes:
         index: of the prompt in the iterable.
         number: of the text: with `num_return_sequences`, a prompt has several.
+        sample: its number among those of the prompt.
         prompt: token ids; empty if there is an `error`.
         max_new_tokens: of this prompt; `None` if all have the same.
         error: why there is no such prompt.
@@ -38,6 +39,7 @@ class Entry:
 
     index: int
     number: int
+    sample: int
     prompt: list[int]
     max_new_tokens: int | None = None
     error: Exception | None = None
@@ -57,14 +59,14 @@ def read_entries(prompts: Iterable[Any], tokenizer: Any, max_new_tokens: Any, co
     """
     limits = chain(max_new_tokens, repeat(_MISSING)) if per_prompt(max_new_tokens) else repeat(None)
     for index, (prompt, limit) in enumerate(zip(prompts, limits)):
-        entry = Entry(index, index * copies, [])
+        entry = Entry(index, index * copies, 0, [])
         try:
             entry.max_new_tokens = _checked_limit(limit)
             entry.prompt = token_ids(prompt, tokenizer)
         except Exception as error:  # a tokenizer may raise anything
             entry.error = error
         for copy in range(copies if entry.error is None else 1):
-            yield Entry(index, index * copies + copy, entry.prompt, entry.max_new_tokens, entry.error)
+            yield replace(entry, number=index * copies + copy, sample=copy)
 
 
 _MISSING = object()

@@ -20,6 +20,7 @@ from . import edits
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
 TEXT_COLUMNS = ("text", "prompt", "question", "instruction", "turns")
+DATASET_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
@@ -158,18 +159,39 @@ def _embedded_rows() -> Iterable[dict[str, Any]]:
 
 
 def _dataset_rows(args: argparse.Namespace) -> Iterable[dict[str, Any]]:
-    from datasets import load_dataset
+    try:
+        rows: Iterable[dict[str, Any]] = load_rows(args)
+        return rows
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
 
+
+def load_rows(args: argparse.Namespace) -> Any:
+    """The `datasets.Dataset` of `--dataset`, `--dataset-config` and `--split`.
+
+    Raises:
+        ValueError: if it cannot be loaded.
+    """
+    try:
+        from datasets import exceptions, load_dataset, load_from_disk
+    except ImportError as error:
+        raise ValueError("--dataset needs the package datasets: pip install 'hf_specdec[datasets]'") from error
     path = Path(args.dataset)
-    loaders = {".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text", ".parquet": "parquet"}
     try:
         if path.is_file():
-            if path.suffix not in loaders:
-                raise SystemExit(f"expected --dataset with one of {', '.join(loaders)}, got {path.name}")
-            return load_dataset(loaders[path.suffix], data_files=str(path), split="train")
+            if path.suffix not in DATASET_FILES:
+                raise ValueError(f"expected a file with one of {', '.join(DATASET_FILES)}, got {path.name}")
+            if path.stat().st_size == 0:
+                raise ValueError("the file is empty")
+            return load_dataset(DATASET_FILES[path.suffix], data_files=str(path), split="train")
+        if (path / "dataset_dict.json").is_file():  # as `save_to_disk` writes it
+            return load_from_disk(str(path))[args.split]
+        if (path / "state.json").is_file():
+            return load_from_disk(str(path))
         return load_dataset(args.dataset, args.dataset_config, split=args.split)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"--dataset {args.dataset} could not be loaded: {error}") from error
+    except (OSError, ValueError, KeyError, exceptions.DatasetsError) as error:
+        reason = error.__cause__ or error  # of a damaged file, only the cause says something
+        raise ValueError(f"--dataset {args.dataset} could not be loaded: {reason}") from error
 
 
 def _first(value: Any) -> str:
@@ -209,6 +231,7 @@ def count(value: str) -> int:
 def quiet() -> None:
     """Keep loading messages out of the tables."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     from transformers.utils import logging
 
     logging.set_verbosity_error()

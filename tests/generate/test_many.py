@@ -4,8 +4,11 @@ import functools
 import gc
 import itertools
 import random
+import resource
+import tracemalloc
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -350,6 +353,57 @@ def test_scores_without_a_distribution_name_the_prompt() -> None:
         list(hf_specdec.generate_many(broken, [[5], [6]], batch_size=2, do_sample=False, max_new_tokens=[2, 9]))
 
 
+class Trips(LogitsProcessor):
+    """Raises an error some tokens after the beginning of texts that begin with 7."""
+
+    is_pure = True
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if input_ids.shape[1] > 5 and (input_ids[:, 0] == 7).any():
+            raise RuntimeError("sevens")
+        return scores
+
+
+@pytest.mark.parametrize("name", ["llama", "mamba2"])
+def test_an_error_while_texts_are_decoded_is_the_result_of_the_one_to_blame(name: str) -> None:
+    target, draft = pair(name)
+    texts = [[5, 6], [7, 8], [9, 10, 11], [7], *([20 + index, 3] for index in range(5))]
+    options = {"max_new_tokens": 12, "logits_processor": LogitsProcessorList([Trips()])}
+    stats = SpeculationStats()
+    found = list(
+        hf_specdec.generate_many(
+            target, texts, draft, batch_size=3, on_error="result", do_sample=False, speculation_stats=stats, **options
+        )
+    )
+    results = {result.index: result for result in found}
+    assert len(found) == len(results) == len(texts)
+    for index, prompt in enumerate(texts):
+        if prompt[0] == 7:
+            assert "sevens" in str(results[index].error) and results[index].sequence.tolist() == prompt
+        else:
+            assert results[index].error is None
+            assert results[index].sequence.tolist() == alone(target, prompt, max_new_tokens=12)
+    with pytest.raises(RuntimeError, match="sevens"):
+        list(hf_specdec.generate_many(target, texts, draft, batch_size=3, do_sample=False, **options))
+
+
+def test_scores_without_a_distribution_are_one_result() -> None:
+    """A text of which the model has no scores leaves nothing in its place."""
+    broken = perturbed(pair()[0], 0.0)
+
+    def spoiled(module: Any, args: Any, output: Tensor) -> Tensor:
+        return output.masked_fill((args[0] == 95)[..., None], float("nan"))
+
+    broken.model.embed_tokens.register_forward_hook(spoiled)
+    texts = [[95, 6] if index in (1, 4) else [5 + index, 6] for index in range(7)]
+    found = hf_specdec.generate_many(broken, texts, batch_size=2, on_error="result", do_sample=False, max_new_tokens=5)
+    for result in found:
+        if texts[result.index][0] == 95:
+            assert f"no distribution over the vocabulary for prompt {result.index}" in str(result.error)
+        else:
+            assert result.sequence.tolist() == alone(pair()[0], texts[result.index], max_new_tokens=5)
+
+
 # Taking, reading, freeing
 
 
@@ -510,8 +564,8 @@ def test_several_texts_of_a_prompt() -> None:
         texts = target.generate(
             ids, attention_mask=torch.ones_like(ids), strategy="spec", speculation_seed=11 + 3 * index, **options
         )
-        mine = sorted(result.sequence.tolist() for result in found if result.index == index)
-        assert mine == sorted(texts.tolist())
+        mine = {result.sample: result.sequence.tolist() for result in found if result.index == index}
+        assert [mine[sample] for sample in range(3)] == texts.tolist()
 
 
 def test_strings_with_a_tokenizer(tokenizer: Any) -> None:
@@ -571,3 +625,52 @@ def test_models_with_an_encoder_get_static_batches() -> None:
     results = many(target, prompts()[:9], batch_size=4, max_new_tokens=9, eos_token_id=ENDS)
     for index, prompt in enumerate(prompts()[:9]):
         assert results[index].sequence.tolist() == alone(target, prompt, max_new_tokens=9, eos_token_id=ENDS)
+
+
+# Long runs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch_size", [4, 16])
+@pytest.mark.parametrize("name", ["llama", "mistral-sliding", "gemma2", "gpt2", "mamba2"])
+def test_300_prompts_of_very_different_lengths(name: str, batch_size: int) -> None:
+    """Their lengths differ by a factor of 150, and how much is added to them by 60."""
+    target, draft = pair(name)
+    rng = random.Random(2)
+    texts = prompts(300, longest=150, seed=3)
+    sizes = [min(max(round(rng.lognormvariate(2, 1.2)), 1), 60) for _ in texts]
+    stats = SpeculationStats()
+    options = {"max_new_tokens": sizes, "eos_token_id": ENDS, "speculation_stats": stats}
+    results = many(target, texts, assistant_model=draft, batch_size=batch_size, **options)
+    assert len(results) == 300 and 0 < stats.acceptance_rate < 1
+    for index, (prompt, size) in enumerate(zip(texts, sizes)):
+        assert results[index].sequence.tolist() == alone(target, prompt, max_new_tokens=size, eos_token_id=ENDS), index
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["draft", "look-up", "either"])
+def test_memory_is_flat_over_3000_prompts(way: str) -> None:
+    """From the 500th result to the last one, Python holds at most 40 bytes more per text, the process 4 KB."""
+    target, draft = pair()
+    rng = random.Random(0)
+    either = hf_specdec.Either(draft, hf_specdec.SuffixDrafter(max_requests=50))
+    drafter = {"draft": draft, "look-up": None, "either": either}[way]
+    options = {"batch_size": 8, "do_sample": False, "max_new_tokens": (rng.randint(1, 20) for _ in itertools.count())}
+    texts = ([rng.randrange(2, VOCAB) for _ in range(rng.randint(1, 60))] for _ in range(3000))
+    held, resident = {}, {}
+    tracemalloc.start()
+    try:
+        for count, _ in enumerate(hf_specdec.generate_many(target, texts, drafter, **options), start=1):
+            if count in (500, 3000):
+                gc.collect()
+                held[count], resident[count] = tracemalloc.get_traced_memory()[0], _resident()
+    finally:
+        tracemalloc.stop()
+    assert count == 3000
+    assert held[3000] - held[500] < 40 * 2500
+    assert resident[3000] - resident[500] < 4096 * 2500
+
+
+def _resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()

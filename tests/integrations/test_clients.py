@@ -34,6 +34,7 @@ CLIENTS = {
     "transformers pipeline": ("transformers",),
     "transformers serve": ("transformers", "fastapi", "uvicorn", "openai"),
     "lm-eval": ("lm_eval",),
+    "Ray Data": ("ray",),
     "xgrammar": ("xgrammar",),
     "outlines": ("outlines",),
     "llguidance": ("llguidance",),
@@ -44,7 +45,7 @@ CLIENTS = {
     "smolagents": ("smolagents",),
     "Jupyter": ("ipykernel", "nbclient"),
 }
-WITH_TESTS_OF_THEIR_OWN = ("transformers serve", "lm-eval", "TRL", "Jupyter")
+WITH_TESTS_OF_THEIR_OWN = ("transformers serve", "lm-eval", "Ray Data", "TRL", "Jupyter")
 # What a line contains that a user writes for the sake of speculation.
 OURS = re.compile(r"hf.spec|\bdraft\b|strategy=|\"strategy\"|assistant_model|trust.remote.code")
 PROMPTS = ["def fib(n):\n", "import os\nimport sys\n", "class Stack:\n    def push(self", "for i in range("]
@@ -343,6 +344,32 @@ def test_serve_answers_what_it_answers_without_speculation(folder, add_row):
 
 
 # Others
+
+
+def test_ray_data_gives_vanillas_texts(stand_in, add_row, monkeypatch):
+    needs("Ray Data")
+    import ray
+
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # else they starve where others compute too
+    environment = {"env_vars": {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}}
+    ray.init(num_cpus=2, include_dashboard=False, runtime_env=environment, log_to_driver=False)
+    try:
+        namespace: dict[str, Any] = {}
+        blocks = sections()["Ray Data"]
+        exec(compile(local(blocks[0].code, stand_in), str(PAGE), "exec"), namespace)
+    finally:
+        ray.shutdown()
+    found = namespace["found"]
+    counted = [(int(row["drafted_tokens"]), int(row["accepted_tokens"])) for row in found]
+    calls = [recording.Call([list(row["generated_tokens"])], *counts) for row, counts in zip(found, counted)]
+    pair = hf_specdec.SpecPair.from_pretrained(stand_in / "target", stand_in / "draft", dtype=torch.float32)
+    expected = []
+    for row in found:
+        inputs = pair.tokenizer(row["prompt"], return_tensors="pt")
+        new = pair.target.generate(**inputs, max_new_tokens=32)[0, inputs["input_ids"].shape[1] :].tolist()
+        expected.append([new])
+    assert sorted(row["prompt"] for row in found) == ["def fib(n):", "import os"]
+    add_row("Ray Data", blocks, [call.tokens for call in calls] == expected, calls)
 
 
 @pytest.mark.usefixtures("weights_packed_from_the_first_token_on")
