@@ -44,6 +44,8 @@ def make_module(target: PreTrainedModel, noise: float = 0.15, seed: int = 3) -> 
     """transformers' own module with the MTP layers of a target, which agree with it in part."""
     torch.manual_seed(seed)
     module: Any = MtpModel(target, target.config.num_mtp_layers).eval()
+    for weight in module.layers.parameters():  # the base class knows no experts
+        weight.normal_(std=0.3) if weight.ndim > 1 else weight.fill_(1)
     for layer in module.layers:
         layer.post_norm.weight.copy_(target.get_decoder().norm.weight)
         _make_kindred(layer.eh_proj, layer.mtp_block, noise)

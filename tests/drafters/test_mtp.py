@@ -246,31 +246,38 @@ def test_every_way_to_ask_for_them(hybrid: Path, tmp_path: Path) -> None:
     alone = write_tensors(tmp_path, make_tensors(target))
     (tmp_path / "config.json").write_text("{}")
 
-    def accepted(**way: Any) -> int:
+    def stats_of(**way: Any) -> SpeculationStats:
         stats = SpeculationStats()
         options = {"max_new_tokens": 9, "do_sample": False, "num_assistant_tokens": 2, "speculation_stats": stats}
-        assert target.generate(**make_prompts(2), **options, **way).tolist() == plain.tolist()
-        return stats.accepted_tokens
+        assert target.generate(**make_prompts(2), **options | way).tolist() == plain.tolist()
+        return stats
 
-    expected = accepted(strategy="spec", use_mtp=True)
-    assert expected > 0
-    assert accepted(strategy="spec", use_mtp=True, assistant_model=str(alone)) > 0
+    def check_use(**way: Any) -> None:
+        stats = stats_of(**way)
+        assert stats.accepted_tokens > 0 and stats.draft_forwards > 0
+
+    check_use(strategy="spec", use_mtp=True)
+    check_use(strategy="spec", use_mtp=True, assistant_model=str(alone))
     for source in (str(hybrid), hybrid, alone, mtp.mtp_layers(alone, target, options_of())):
-        assert accepted(strategy="spec", assistant_model=source) > 0
-    assert accepted(custom_generate=hf_specdec.speculative(use_mtp=True)) == expected
+        check_use(strategy="spec", assistant_model=source)
     with hf_specdec.attached(target, use_mtp=True):
-        assert accepted() == expected
-        assert accepted(strategy="spec", prompt_lookup_num_tokens=2, num_assistant_tokens=None) != expected
+        check_use()
+        assert stats_of(prompt_lookup_num_tokens=2, num_assistant_tokens=None).draft_forwards == 0
     config = transformers.GenerationConfig(use_mtp=True, pad_token_id=0)
-    assert accepted(strategy="spec", generation_config=config) == expected
+    check_use(strategy="spec", generation_config=config)
     assert config.use_mtp
-    assert accepted(strategy="spec", generation_config=config, use_mtp=False) == accepted(strategy="spec")
+    assert stats_of(strategy="spec", generation_config=config, use_mtp=False).draft_forwards == 0
     target.generation_config.use_mtp = True
-    assert accepted(strategy="spec") == expected
-    assert accepted(strategy="vanilla", use_mtp=False) == 0
+    check_use(strategy="spec")
+    target.generation_config.use_mtp = None
+    stats = SpeculationStats()
+    method = hf_specdec.speculative(use_mtp=True, num_assistant_tokens=2, speculation_stats=stats)
+    got = target.generate(**make_prompts(2), max_new_tokens=9, do_sample=False, custom_generate=method)
+    assert got.tolist() == plain.tolist()
+    assert stats.draft_forwards > 0
 
 
-def options_of(**values: Any) -> Any:
+def options_of() -> Any:
     return hf_specdec.options.Options(**hf_specdec.options.DEFAULTS | {"num_assistant_tokens_schedule": "constant"})
 
 
