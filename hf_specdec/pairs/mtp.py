@@ -114,8 +114,9 @@ def _are_layers(name: str, target: PreTrainedModel) -> bool:
 
 @functools.lru_cache(maxsize=16)
 def _names(name: str) -> list[str]:
-    """Those of all tensors that may belong to MTP layers; read once."""
-    return names_in(_files(name, None))
+    """Those of the tensors of a local folder; of a Hub repository, those that may belong to MTP layers. Read once."""
+    folder = Path(name)
+    return names_in(folder.glob("*.safetensors") if folder.is_dir() else _files(name, None))
 
 
 def _files(name: str, revision: str | None) -> list[Path]:
