@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import VOCAB, make_model, make_prompts
-from test_eagle3 import asked, check, quiet, speculate  # noqa: F401 - a fixture
+from test_eagle3 import asked, check, speculate  # noqa: F401 - a fixture
 from test_sampling import ALARM, ROWS, exact_law, p_value, processors
 from test_sampling import VOCAB as FEW
 from torch import Tensor
@@ -31,7 +31,7 @@ def make_config(layers: int, shared: int, per_layer: int, vocab: int = VOCAB, **
     return Gemma4TextConfig(**sizes | changes)
 
 
-def make_target(shared: int = 2, vocab: int = VOCAB, share: float = 0.02) -> PreTrainedModel:
+def make_target(shared: int = 2, vocab: int = VOCAB, share: float = 0.2) -> PreTrainedModel:
     """Quiet; its last layers have no keys of their own."""
     return quiet(make_model(make_config(4, shared, 4, vocab)), share)
 
@@ -43,7 +43,10 @@ def make_assistant(target: PreTrainedModel, noise: float = 0.1, **changes: Any) 
     text = make_config(2, 2, 0, vocab)
     config = Gemma4AssistantConfig(text_config=text, backbone_hidden_size=width, tie_word_embeddings=False, **changes)
     torch.manual_seed(3)
-    assistant = quiet_layers(Gemma4AssistantForCausalLM(config).eval(), noise)
+    with pytest.MonkeyPatch.context() as patch:  # transformers 5.23.0 asks which of its layers makes the entries: none
+        patch.setattr(Gemma4TextConfig, "kv_sharing_modes", ["reuse"] * text.num_hidden_layers)
+        assistant: Any = quiet(Gemma4AssistantForCausalLM(config).eval(), noise)
+    assistant.generation_config.num_assistant_tokens = 4  # as published ones say
     eye = torch.eye(width)
     random = torch.randn(width, width) / width**0.5
     assistant.pre_projection.weight.copy_(torch.cat([eye, noise * random], dim=1))
@@ -52,9 +55,13 @@ def make_assistant(target: PreTrainedModel, noise: float = 0.1, **changes: Any) 
     return assistant
 
 
-def quiet_layers(assistant: Any, share: float) -> Any:
-    quiet(assistant.model, share)
-    return assistant
+@torch.no_grad()
+def quiet(model: PreTrainedModel, share: float) -> PreTrainedModel:
+    """The same model, whose layers add less to the stream: they do so after a norm."""
+    for name, weight in model.named_parameters():
+        if ".layers." in name and ".post_" in name:
+            weight *= share
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +100,10 @@ def reference_logits(assistant: Any, target: PreTrainedModel, text: list[int], d
     return logits
 
 
-def compare(asked: Any, assistant: Any, target: PreTrainedModel) -> None:  # noqa: F811
+def compare(asked: Any, assistant: Any, target: PreTrainedModel, inputs: dict[str, Tensor]) -> None:  # noqa: F811
+    """The logits of drafts after the first verification: before it, the states of few rows are known."""
+    prompts = set(inputs["attention_mask"].sum(dim=1).tolist())
+    asked = [one for one in asked if len(one[0]) - one[1] not in prompts]
     assert len({drafted for _, drafted, _ in asked}) > 1
     assert max(len(text) for text, _, _ in asked) > WINDOW + 4
     chosen = {round(i * (len(asked) - 1) / 39) for i in range(40)}
@@ -115,7 +125,7 @@ def test_beside_transformers(batch: int, target: PreTrainedModel, assistant: Any
     check(target, assistant, inputs, 4)
     if batch == 1:
         assert theirs.tolist() == target.generate(**inputs, **options).tolist()
-    compare(asked, assistant, target)
+    compare(asked, assistant, target, inputs)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +141,7 @@ def test_beside_transformers(batch: int, target: PreTrainedModel, assistant: Any
 def test_every_kind_of_call(options: dict[str, Any], target: PreTrainedModel, assistant: Any, asked: Any) -> None:  # noqa: F811
     speculate(target, assistant, make_prompts(3), 3, **options)
     if "max_new_tokens" in options:
-        compare(asked, assistant, target)
+        compare(asked, assistant, target, make_prompts(3))
 
 
 def test_prompts_of_one_token(target: PreTrainedModel, assistant: Any) -> None:
@@ -170,7 +180,7 @@ def test_tokens_in_clusters(target: PreTrainedModel, asked: Any) -> None:  # noq
         assistant.masked_embedding.token_ordering.copy_(order)
         assistant.masked_embedding.centroids.weight.normal_()
     speculate(target, assistant, make_prompts(1), 3)
-    compare(asked, assistant, target)
+    compare(asked, assistant, target, make_prompts(3))
     speculate(target, assistant, make_prompts(3), 3)
 
 
@@ -217,11 +227,11 @@ def test_assistants_that_do_not_fit(target: PreTrainedModel, assistant: Any) -> 
         with pytest.raises(ValueError, match=match):
             target.generate(**make_prompts(1), strategy="spec", assistant_model=assistant, max_new_tokens=4)
 
-    wide = quiet(make_model(make_config(4, 2, 4, hidden_size=64)), 0.02)
+    wide = quiet(make_model(make_config(4, 2, 4, hidden_size=64)), 0.1)
     refused("hidden states of width 32, but Gemma4ForCausalLM has width 64", wide, assistant)
-    other = quiet(make_model(make_config(4, 2, 4, VOCAB + 1)), 0.02)
+    other = quiet(make_model(make_config(4, 2, 4, VOCAB + 1)), 0.1)
     refused(f"a vocabulary of {VOCAB} tokens", other, assistant)
-    heads = quiet(make_model(make_config(4, 2, 4, num_key_value_heads=4)), 0.02)
+    heads = quiet(make_model(make_config(4, 2, 4, num_key_value_heads=4)), 0.1)
     refused("attend to 2 key heads of width 8, but Gemma4ForCausalLM has 4 of width 8", heads, assistant)
-    full = quiet(make_model(make_config(4, 2, 4, layer_types=["full_attention"] * 4)), 0.02)
+    full = quiet(make_model(make_config(4, 2, 4, layer_types=["full_attention"] * 4)), 0.1)
     refused("of type 'sliding_attention', and Gemma4ForCausalLM has 'full_attention'", full, assistant)
