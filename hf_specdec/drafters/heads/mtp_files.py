@@ -90,20 +90,20 @@ def load_layers(files: list[Path], target: PreTrainedModel) -> MtpHead:
     expected = {name: tensor.shape for name, tensor in layer.state_dict().items()}
     given: dict[str, Tensor] = {}
     for name, tensor in _merged(tensors).items():
-        mine = _our_name(name)
-        if mine not in expected:
+        own = _our_name(name)
+        if own not in expected:
             raise ValueError(
                 f"{found} holds `{name}` {list(tensor.shape)}, which is no part of the one MTP layer that hf_specdec "
                 f"makes for {type(target).__name__}"
             )
-        if tensor.shape != expected[mine]:
+        if tensor.shape != expected[own]:
             raise ValueError(
                 f"`{name}` in {found} has the shape {list(tensor.shape)}, but the MTP layer of {type(target).__name__} "
-                f"needs {list(expected[mine])}: it is for another target"
+                f"needs {list(expected[own])}: it is for another target"
             )
         if not tensor.is_floating_point() or tensor.element_size() < 2:
             raise ValueError(f"`{name}` in {found} is {tensor.dtype}: quantized MTP layers are not supported")
-        given[mine] = tensor.to(target.dtype)
+        given[own] = tensor.to(target.dtype)
     for name in sorted(expected.keys() - given.keys()):
         raise ValueError(f"{found} has no `{_published(name)}` {list(expected[name])}, which the MTP layer needs")
     layer.load_state_dict(given, assign=True)
@@ -187,7 +187,8 @@ def _published(name: str) -> str:
 
 def _merged(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same with all experts of a layer in one tensor, as transformers' layers have them."""
-    merged, experts = {}, {}
+    merged: dict[str, Tensor] = {}
+    experts: dict[str, dict[int, dict[str, Tensor]]] = {}
     for name, tensor in tensors.items():
         if found := _EXPERT.fullmatch(name):
             place, number, part = found.groups()
