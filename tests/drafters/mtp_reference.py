@@ -27,7 +27,7 @@ def make_deepseek(layers: int) -> PreTrainedModel:
         kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
         first_k_dense_replace=1, num_mtp_layers=layers,
     )  # fmt: skip
-    return quiet(make_model(config), 0.01)
+    return uneven(quiet(make_model(config), 0.01))
 
 
 def make_mellum() -> PreTrainedModel:
@@ -36,7 +36,15 @@ def make_mellum() -> PreTrainedModel:
         **_COMMON, num_key_value_heads=2, head_dim=8, num_experts=4, num_mtp_layers=1, sliding_window=7,
         layer_types=["sliding_attention", "full_attention"], mlp_layer_types=["dense", "sparse"],
     )  # fmt: skip
-    return quiet(make_model(config), 0.01)
+    return uneven(quiet(make_model(config), 0.01))
+
+
+@torch.no_grad()
+def uneven(target: PreTrainedModel) -> PreTrainedModel:
+    """The same model, whose final norm does more than to set a length: states before and after it are told apart."""
+    weight = target.get_decoder().norm.weight
+    weight += 0.3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(7))
+    return target
 
 
 @torch.no_grad()
@@ -67,7 +75,7 @@ def make_tensors(target: PreTrainedModel, noise: float = 0.15, seed: int = 3) ->
     norm = decoder.norm.weight
     tensors |= {"fc.weight": fc.weight, "norm.weight": norm}
     for name in ("embedding", "hidden"):
-        tensors[f"pre_fc_norm_{name}.weight"] = norm + 0.1 * torch.randn_like(norm)
+        tensors[f"pre_fc_norm_{name}.weight"] = norm.mean().round() + 0.1 * torch.randn_like(norm)  # about 0, or 1
     return {f"mtp.{name}": tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
 
 

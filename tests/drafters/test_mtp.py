@@ -19,6 +19,7 @@ from mtp_reference import (
     make_tensors,
     module_logits,
     save_with,
+    uneven,
     write_tensors,
 )
 from test_eagle3 import asked, check, make_target, quiet, speculate, true_states  # noqa: F401 - a fixture
@@ -165,7 +166,7 @@ def test_layers_that_only_transformers_knows(tmp_path: Path, asked: Asked) -> No
 @pytest.mark.parametrize("name", ["qwen3_5", "qwen3_next"])
 def test_hybrids_with_recurrent_layers(name: str, tmp_path: Path, asked: Asked) -> None:  # noqa: F811
     """Which transformers refuses; the layer reads its own output for all drafts after the first."""
-    target = make_target(name)
+    target = uneven(make_target(name))
     tensors = make_tensors(target)
     folder = str(write_tensors(tmp_path, tensors))
     with pytest.raises(ValueError, match=r"stateful|num_mtp_layers"):
