@@ -21,12 +21,14 @@ DEFAULTS: dict[str, Any] = {
     "prompt_lookup_num_tokens": None,
     "max_matching_ngram_size": 2,
     "assistant_early_exit": None,
+    "use_mtp": False,
     "speculation_acceptance": "token",
     "speculation_seed": None,  # drawn from torch's generator
     "speculation_compile": False,
     "speculation_pack_weights": None,  # if it pays
 }
 OPTION_NAMES = tuple(DEFAULTS)
+_ABOUT_THE_TARGET = ("assistant_early_exit", "use_mtp")
 ACCEPTANCE_RULES = ("token", "block", "coupled")  # values of `speculation_acceptance`
 COMPILABLE = ("draft", "target", "attention")  # names that `speculation_compile` accepts
 # `cache_implementation` for a cache of fixed size; all but the first are deprecated names in transformers.
@@ -43,6 +45,7 @@ class Options:
     prompt_lookup_num_tokens: int | None
     max_matching_ngram_size: int
     assistant_early_exit: int | None
+    use_mtp: bool
     speculation_acceptance: str
     speculation_seed: int | Sequence[int] | None
     speculation_compile: bool | str
@@ -66,6 +69,8 @@ class Options:
         self._check_acceptance()
         packs: Any = self.speculation_pack_weights
         compiles: Any = self.speculation_compile
+        if not isinstance(self.use_mtp, bool):
+            raise TypeError(f"`use_mtp` must be a bool, got {self.use_mtp!r} of type {type(self.use_mtp).__name__}")
         if packs is not None and not isinstance(packs, bool):
             raise TypeError(f"`speculation_pack_weights` must be a bool, got {packs!r} of type {type(packs).__name__}")
         if not isinstance(compiles, (bool, str)):
@@ -124,7 +129,7 @@ def resolve_options(
             explicit.get(name),
             None if value == host_defaults.get(name) else value,
             getattr(target.generation_config, name, None),
-            getattr(draft_config, name, None) if name != "assistant_early_exit" else None,  # it is about the target
+            getattr(draft_config, name, None) if name not in _ABOUT_THE_TARGET else None,
         ]
         return next((value for value in candidates if value is not None), DEFAULTS[name])
 
@@ -155,7 +160,7 @@ def check_generation_config(config: GenerationConfig, given: dict[str, Any]) -> 
     modes = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION)
     if mode not in modes:
         raise ValueError(f"strategy='spec' decodes greedily or by sampling, not by {mode.value}")
-    for name in ("use_mtp", "speculation_type", "assistant_ensemble_weight", "token_healing"):
+    for name in ("speculation_type", "assistant_ensemble_weight", "token_healing"):
         if getattr(config, name, None):
             raise ValueError(f"`{name}` ({getattr(config, name)!r}) cannot be combined with strategy='spec': unset it")
     check_cache_implementation(config.cache_implementation)

@@ -19,7 +19,7 @@ from ..records.stats import SpeculationStats
 logger = logging.get_logger(__name__)
 
 # Arguments and options that choose the drafter.
-CHOOSERS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+CHOOSERS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 
 
 class Defaults:
@@ -68,7 +68,7 @@ def completed(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]
 
     A call that chooses a drafter in one way does not also get one that was chosen in another.
     """
-    has_chosen = any(given.get(name) is not None for name in CHOOSERS)
+    has_chosen = any(given.get(name) is not None and given[name] is not False for name in CHOOSERS)
     missing = {
         name: value
         for name, value in defaults.items()

@@ -132,7 +132,7 @@ def _bind(original: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, 
 # Taken out of a call and its config. Transformers copies configs with all that is in them, and lets none hold a draft.
 _ARGUMENTS = ("assistant_model", "tokenizer", "assistant_tokenizer", "speculation_stats", "speculation_trace")
 # Hidden from `generate()`: it would choose its own assisted mode, or ask for the tokenizer that we have taken out.
-_HIDDEN = ("stop_strings", "prompt_lookup_num_tokens", "assistant_early_exit")
+_HIDDEN = ("stop_strings", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 
 
 class _QuietConfig(GenerationConfig):

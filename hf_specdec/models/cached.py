@@ -38,9 +38,11 @@ class Listener(Protocol):
     def listening(self) -> AbstractContextManager[None]:
         """Inside, the model runs."""
 
+    needs_all: bool  # whether the model must be asked for the logits of all tokens, so that it runs over all
+
     @property
     def width(self) -> int:
-        """How many tokens per row the last forward was over."""
+        """Of how many tokens per row it has heard states in the last forward: the last ones."""
 
     def hand_over(self, rows: list[int], columns: list[int]) -> None:
         """That forward is over; `columns` are those of each row's first token."""
@@ -323,7 +325,7 @@ class CachedModel:
             inputs["input_ids"] = self._tokens(context, starts, width, ids)
         if self._takes_position_ids:
             inputs["position_ids"] = self.layout.positions(rows, starts, slots)
-        if self._takes_logits_to_keep:
+        if self._takes_logits_to_keep and (self.tap is None or not self.tap.needs_all):
             inputs["logits_to_keep"] = keep
         for name, value in self.later_inputs.items():
             inputs[name] = value.fed(rows, width) if isinstance(value, (OfRow, OfToken)) else value
@@ -333,7 +335,9 @@ class CachedModel:
             output = (model or self.model)(**inputs, **kwargs, return_dict=True)
         self._advance(rows, width)
         if self.tap is not None:
-            self.tap.hand_over(rows, [start - self.layout.slot_offset[row] for row, start in zip(rows, starts)])
+            unseen = width - self.tap.width  # some models leave out tokens whose logits nobody reads
+            begins = [start + unseen - self.layout.slot_offset[row] for row, start in zip(rows, starts)]
+            self.tap.hand_over(rows, begins)
         return output
 
     def _listening(self) -> AbstractContextManager[None]:

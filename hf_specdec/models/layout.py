@@ -62,7 +62,7 @@ class Layout:
         return [self.column_offset - first for first in self.first]
 
     @cached_property
-    def _first_real(self) -> Tensor | None:
+    def first_real(self) -> Tensor | None:
         """`[batch]`, the slot of each row's first real token, in the aligned layout with padding."""
         return None if self.padding_mask is None else self.padding_mask.long().argmax(dim=1)
 
@@ -113,7 +113,7 @@ class Layout:
             mask = self._padding_up_to(rows, used)
             return None if mask is None or past >= self._prompt_columns else mask[:, past:]
         if not cache.sees_one_span or (self.own_masks and self._is_ours(past, slots.shape[1])):
-            first = None if self._first_real is None else self._first_real[row_index(rows, slots.device)]
+            first = None if self.first_real is None else self.first_real[row_index(rows, slots.device)]
             held = {window.layer_type: window.slots(slots.device) for window in cache.windows}
             if cache.sees_one_span and first is None:
                 held = {name: keys[:1] for name, keys in held.items()}

@@ -13,7 +13,7 @@ from ..kernels.attention import mark_causal
 from .answers import Differs, ask
 
 # Layer types whose attention mask is a function of query and key positions.
-_MASKED_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
+MASKED_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 # Layer types that do not attend. "hybrid" layers do both, and their two halves look masks up by these names.
 _UNMASKED_LAYER_TYPES = {"linear_attention", "conv", "mamba", "moe", "mlp", "dummy"}
 _HYBRID_HALVES = {"hybrid": "full_attention", "hybrid_sliding": "sliding_attention"}
@@ -119,7 +119,7 @@ def follows_masks(model: PreTrainedModel, drafts: bool = False) -> bool:
     """
     config = model.config.get_text_config(decoder=True)
     takes_ids = takes_position_ids(model) or (drafts and hands_positions_on(model))
-    return takes_ids and takes_masks(model) and set(getattr(config, "layer_types", None) or ()) <= _MASKED_LAYER_TYPES
+    return takes_ids and takes_masks(model) and set(getattr(config, "layer_types", None) or ()) <= MASKED_LAYER_TYPES
 
 
 def probe_inputs(model: PreTrainedModel, rows: int = 1) -> dict[str, Any]:

@@ -32,17 +32,21 @@ class Tap:
         ids: i stands for the states before layer i, so the number of layers stands for those before the final norm;
             FINAL for those after it.
         reader: is given the states of each forward.
+        whole: of all tokens. Else those of tokens without logits may be left out.
 
     Raises:
         ValueError: for a model without a list of layers, or an id that it does not have.
     """
 
-    def __init__(self, model: PreTrainedModel, ids: Sequence[int], reader: Reader):
+    def __init__(self, model: PreTrainedModel, ids: Sequence[int], reader: Reader, whole: bool = True):
         self._model = model
         self._ids = list(ids)
         self._reader = reader
         self._heard: list[list[Tensor]] = [[] for _ in ids]
         self._thread: int | None = None  # of the forward in progress; others may run the model at the same time
+        # Layers on the entries of others are run only where logits are asked for.
+        shared = getattr(model.config.get_text_config(decoder=True), "num_kv_shared_layers", 0)
+        self.needs_all = whole and bool(shared)
         layers = list(model.get_submodule(layers_path(model, "A head on hidden states")))
         check_ids(self._ids, len(layers), type(model).__name__)
         self._handles = [self._listen(heard, layers, i) for heard, i in zip(self._heard, self._ids)]
@@ -65,7 +69,7 @@ class Tap:
 
     @property
     def width(self) -> int:
-        """How many tokens per row the last forward was over."""
+        """Of how many tokens per row it has heard states in the last forward: the last ones."""
         return sum(states.shape[1] for states in self._heard[0])
 
     def hand_over(self, rows: list[int], columns: list[int]) -> None:

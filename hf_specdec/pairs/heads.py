@@ -10,8 +10,10 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..drafters.heads import Eagle3Head, HeadDrafter
+from ..drafters.heads import Eagle3Head, HeadDrafter, MtpHead
+from ..drafters.heads.gemma4 import SharedEntriesDrafter, shares_entries
 from ..drafters.heads.loading import PATTERNS, head_format, load_folder, read_config
+from ..drafters.heads.mtp_drafter import MtpDrafter
 from ..options import Options
 from .loading import explain, hub_file, pin
 from .pair_file import ModelReference
@@ -94,7 +96,12 @@ def head_folder(reference: ModelReference) -> Path | None:
     return None if file is None else file.parent
 
 
-def drafter_of_head(head: Eagle3Head, target: PreTrainedModel, options: Options) -> HeadDrafter:
+def is_head(assistant_model: object) -> bool:
+    """Whether it drafts from the target's hidden states."""
+    return isinstance(assistant_model, (Eagle3Head, MtpHead)) or shares_entries(assistant_model)
+
+
+def drafter_of_head(head: Any, target: PreTrainedModel, options: Options) -> HeadDrafter:
     """The drafter of a call whose `assistant_model` is a head."""
     for part in ("draft", "target"):
         if options.speculation_compile == part:
@@ -104,4 +111,6 @@ def drafter_of_head(head: Eagle3Head, target: PreTrainedModel, options: Options)
             )
     if options.speculation_compile is True:
         logger.warning_once("`assistant_model` is a head on hidden states, so only attention is compiled.")
-    return HeadDrafter(head, target, options.assistant_confidence_threshold)
+    kind = MtpDrafter if isinstance(head, MtpHead) else HeadDrafter
+    kind = SharedEntriesDrafter if shares_entries(head) else kind
+    return kind(head, target, options.assistant_confidence_threshold)

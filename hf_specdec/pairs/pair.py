@@ -36,8 +36,9 @@ from .compatibility import (
     quantity,
     vocabulary_check,
 )
-from .heads import check_no_head, drafter_of_head, head_of
+from .heads import check_no_head, drafter_of_head, head_of, is_head
 from .loading import find_pair, load_model, load_tokenizer, pin, save_model
+from .mtp import mtp_layers
 from .pair_file import FILE_NAME, ModelReference, PairConfig
 
 logger = logging.get_logger(__name__)
@@ -290,7 +291,8 @@ def make_drafter(
 
     Args:
         assistant_model: a model, a head, a Hub id or local path (of either, or of a pair that has one), "auto" for the
-            draft in the target's pair file or the catalogue, a `Drafter`, or `None` for prompt look-up.
+            draft in the target's pair file or the catalogue, a `Drafter`, or `None` for prompt look-up. With `use_mtp`,
+            where the target's MTP layers are, or `None` for its own checkpoint.
         target: the model that it drafts for.
         options: the call's options.
         tokenizer: the target's tokenizer. If the draft's differs, drafts are translated.
@@ -307,9 +309,11 @@ def make_drafter(
         for name, other in (
             ("assistant_model", assistant_model),
             ("prompt_lookup_num_tokens", options.prompt_lookup_num_tokens),
+            ("use_mtp", options.use_mtp or None),
         ):
             if other is not None:
                 raise ValueError(f"`assistant_early_exit` and `{name}` each choose a drafter: pass one of them")
+    assistant_model = mtp_layers(assistant_model, target, options)
     has_none = assistant_model is None or isinstance(assistant_model, Drafter)
     if has_none and options.speculation_compile == "draft":
         raise ValueError(
@@ -335,7 +339,7 @@ def make_drafter(
         of_the_target = (target.name_or_path,) if assistant_model == "auto" else ()
         with _loading:
             assistant_model = load_draft(str(assistant_model), target.dtype, model_device(target), *of_the_target)
-    if isinstance(assistant_model, Eagle3Head):
+    if is_head(assistant_model):
         return drafter_of_head(assistant_model, target, options)
     draft = draft_model(assistant_model)
     check_mode(draft, "`assistant_model`", "assistant_model")

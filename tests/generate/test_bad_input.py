@@ -139,7 +139,7 @@ BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"num_beams": 2, "do_sample": True}, ValueError, "`num_beams` is 2: set `num_beams=1`"),
     ({"penalty_alpha": 0.5, "top_k": 4}, ValueError, "greedily or by sampling, not by contrastive_search"),
     ({"dola_layers": "low"}, ValueError, "greedily or by sampling, not by dola"),
-    ({"use_mtp": True}, ValueError, r"`use_mtp` \(True\) cannot be combined with strategy='spec': unset it"),
+    ({"use_mtp": True}, ValueError, "`use_mtp` and `assistant_model` each choose a drafter: pass one of them"),
     ({"speculation_type": "dflash"}, ValueError, "`speculation_type` .*cannot be combined"),
     ({"assistant_ensemble_weight": 0.5}, ValueError, "`assistant_ensemble_weight` .*cannot be combined"),
     ({"speculation_stats": {}}, TypeError, "`speculation_stats` must be a SpeculationStats, got dict"),

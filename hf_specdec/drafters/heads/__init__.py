@@ -6,5 +6,6 @@ reads their files.
 
 from .drafter import HeadDrafter
 from .eagle3 import Eagle3Config, Eagle3Head
+from .mtp import MtpHead
 
-__all__ = ["Eagle3Config", "Eagle3Head", "HeadDrafter"]
+__all__ = ["Eagle3Config", "Eagle3Head", "HeadDrafter", "MtpHead"]

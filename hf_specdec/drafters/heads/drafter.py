@@ -12,7 +12,6 @@ from ...models.tap import Tap
 from ...sampling.context import Context
 from ..base import Draft, DraftRequest, no_draft
 from ..model import ModelDrafter
-from .eagle3 import Eagle3Head
 from .entries import HeadEntries
 from .fit import check_fit
 
@@ -23,7 +22,7 @@ class HeadDrafter(ModelDrafter):
     Tokens that the head does not know are never drafted. Where processors allow no other, the row stops drafting.
 
     Args:
-        head: of this target.
+        head: of this target; for this class an EAGLE-3 head.
         target: the model whose hidden states it reads.
         confidence_threshold: as for `ModelDrafter`.
 
@@ -38,20 +37,30 @@ class HeadDrafter(ModelDrafter):
     model: Any
     cached: Any
 
-    def __init__(self, head: Eagle3Head, target: PreTrainedModel, confidence_threshold: float = 0.0):
-        check_fit(head, target)
-        model: Any = head
-        super().__init__(model, confidence_threshold)
+    def __init__(self, head: Any, target: PreTrainedModel, confidence_threshold: float = 0.0):
+        self._check_fit(head, target)
+        super().__init__(head, confidence_threshold)
 
     def start(self, call: DraftRequest, context: Context) -> None:
         target = call.target
         assert isinstance(target, CachedModel), "the session refuses other targets"
         self._serve(call)
         self._target = target
-        self.cached = HeadEntries(self.model, context, target)
-        layers = target.model.config.get_text_config(decoder=True).num_hidden_layers
-        self._tap = Tap(target.model, self.model.parts.states_of(layers), self.cached.read)
+        self.cached = self._make_entries(context, target)
+        self._tap = self._make_tap(target.model)
         target.tap = self._tap
+
+    def _check_fit(self, head: Any, target: PreTrainedModel) -> None:
+        """Raise a ValueError unless the head can draft for this target."""
+        check_fit(head, target)
+
+    def _make_entries(self, context: Context, target: CachedModel) -> Any:
+        """What feeds the head; see `HeadEntries`."""
+        return HeadEntries(self.model, context, target)
+
+    def _make_tap(self, target: PreTrainedModel) -> Tap:
+        layers = target.config.get_text_config(decoder=True).num_hidden_layers
+        return Tap(target, self.model.parts.states_of(layers), self.cached.read)
 
     def _propose(self, context: Context, max_tokens: int) -> Draft:
         entries = self.cached
@@ -61,9 +70,8 @@ class HeadDrafter(ModelDrafter):
         self._hidden: Tensor | None = None  # `[rows, 1, hidden]`, of the last token that was fed
         self._fed = 0  # drafts that were
         self._says: list[Tensor] = []  # each `[rows, 1]`, whether processors leave a token that the head knows
-        held = [length + n for length, n in zip(entries.lengths(context), unread)]
         draft = super()._propose(context, max_tokens)
-        entries.roll_back(context.rows, [min(pair) for pair in zip(held, entries.lengths(context))])
+        entries.end_draft(context)
         if self._says:
             draft = draft.up_to(torch.cat(self._says, dim=1).long().cumprod(dim=1).sum(dim=1))
         if not all(unread):  # the states of a row with a single token are not known yet
@@ -117,7 +125,7 @@ class HeadDrafter(ModelDrafter):
 
     def _in_vocabulary(self, logits: Tensor) -> Tensor:
         """-inf for tokens that the head does not know."""
-        ids = self.model.target_ids
+        ids = getattr(self.model, "target_ids", None)
         if ids is None:
             return super()._in_vocabulary(logits)
         whole = logits.new_full((*logits.shape[:2], self._call.vocab_size), -math.inf)

@@ -12,16 +12,17 @@ head's own output, and always dropped.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ...cache.ragged import RaggedCache
 from ...device import no_bookkeeping, row_index, to_device
 from ...models.cached import CachedModel
 from ...models.masks import Mask, ragged_mask
 from ...sampling.context import Context
-from .eagle3 import Eagle3Head
 
 _CHUNK = 512  # entries per row that one forward makes of a prompt
 _MOST_WAITING = 64  # states per row that wait for the next draft
@@ -71,8 +72,9 @@ class HeadEntries:
     """
 
     at_once: int | None = None  # the interface of `CachedModel`: no limit
+    _unsettled = 2  # tokens at a text's end whose entries are not made before the next draft
 
-    def __init__(self, head: Eagle3Head, context: Context, target: CachedModel):
+    def __init__(self, head: Any, context: Context, target: CachedModel):
         self.head, self.device, self._context = head, head.device, context
         self.cache = RaggedCache(context.batch_size, head.device, context.prompt_width + 256, context.max_length)
         held = [length - offset for length, offset in zip(target.cache.lengths, target.layout.slot_offset)]
@@ -80,11 +82,16 @@ class HeadEntries:
         self._first = [max(column, first, 0) for column, first in zip(held, context.first)]
         self._shift = [column - first for column, first in zip(self._first, context.first)]
         self._pieces: list[_Piece] = []
-        self._embeddings = _embeddings(head, target)
-        self._shared = None if head.parts.has_lm_head else target.model.get_output_embeddings().weight
+        self._borrow(target.model)
         self.no_bookkeeping = no_bookkeeping(head, head.device)
         self.forwards = 0  # those that drafted
         self.prefill_forwards = 0
+
+    def _borrow(self, target: PreTrainedModel) -> None:
+        """Take what the head has not got from the target."""
+        own = self.head.parts.has_embeddings
+        self._embeddings: Tensor = (self.head.embed_tokens if own else target.get_input_embeddings()).weight
+        self._shared = None if self.head.parts.has_lm_head else target.get_output_embeddings().weight
 
     def missing(self, context: Context) -> list[int]:
         """How many committed tokens of each active row have no entry yet; the last one never has one."""
@@ -108,10 +115,7 @@ class HeadEntries:
         hidden = self._make_entries(context.rows, todo)
         self._pieces.clear()
         self.forwards += 1
-        if hidden.shape[1] == 1:
-            return hidden
-        last = to_device([max(n - 1, 0) for n in todo], hidden.device)[:, None, None]
-        return hidden.gather(1, last.expand(-1, 1, hidden.shape[2]))
+        return last_of(hidden, todo)
 
     def step(self, context: Context, tokens: Tensor, hidden: Tensor) -> Tensor:
         """h after one more token of each row, `[rows, 1]`, from h before it. The entry is the last in the cache."""
@@ -119,10 +123,15 @@ class HeadEntries:
         return self._forward(context.rows, hidden, tokens.to(self.device))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return self.head.logits(hidden, self._shared)
+        logits: Tensor = self.head.logits(hidden, self._shared)
+        return logits
 
     def lengths(self, context: Context) -> list[int]:
         return [self.cache.lengths[row] for row in context.rows]
+
+    def end_draft(self, context: Context) -> None:
+        """Drop the entries of drafts."""
+        self.commit(context)
 
     def commit(self, context: Context) -> None:
         """Drop entries of tokens that were taken back; those of drafts are gone already."""
@@ -150,20 +159,24 @@ class HeadEntries:
         """The column after those whose entries can be made now and will not be drafted from."""
         last = self._pieces[-1]
         seen = last.begins[last.rows.index(row)] + last.width
-        return min(self._context.ends[row] - 2, seen)
+        return min(self._context.ends[row] - self._unsettled, seen)
 
     def _make_entries(self, rows: list[int], counts: list[int]) -> Tensor:
         """The next entries of each row. Returns: `[rows, widest count, hidden]`, h of each, fill after a row's own."""
         width = max(counts)
         begins = [self._first[row] + self.cache.lengths[row] for row in rows]
         given = self.head.mix(self._states(rows, begins, width))
-        tokens = self._context.tokens
-        columns = to_device(begins, tokens.device)[:, None] + 1 + torch.arange(width, device=tokens.device)
-        ids = tokens[row_index(rows, tokens.device)[:, None], columns.clamp(max=tokens.shape[1] - 1)]
         before = [self.cache.lengths[row] for row in rows]
-        hidden = self._forward(rows, given, ids.to(self.device))
+        hidden = self._forward(rows, given, self._tokens(rows, [begin + 1 for begin in begins], width))
         self.roll_back(rows, [n + count for n, count in zip(before, counts)])
         return hidden
+
+    def _tokens(self, rows: list[int], begins: list[int], width: int) -> Tensor:
+        """`[rows, width]`, the context's tokens from each row's column in `begins` on."""
+        tokens = self._context.tokens
+        columns = to_device(begins, tokens.device)[:, None] + torch.arange(width, device=tokens.device)
+        ids = tokens[row_index(rows, tokens.device)[:, None], columns.clamp(max=tokens.shape[1] - 1)]
+        return ids.to(self.device)
 
     def _states(self, rows: list[int], begins: list[int], width: int) -> list[Tensor]:
         """The target's states from each row's column in `begins` on, `[rows, width, hidden]` per tapped layer."""
@@ -190,17 +203,23 @@ class HeadEntries:
         slots = to_device(starts, self.device)[:, None] + torch.arange(width, device=self.device)
         shift = [self._shift[row] for row in rows]
         positions = slots + to_device(shift, self.device)[:, None] if any(shift) else slots
-        embedded = _embedded(ids, self._embeddings).to(self.device, self.head.dtype)
-        hidden = self.head(given, embedded, positions, cache, self._mask(slots, starts))
+        hidden = self._run(given, ids, positions, self._mask(slots, starts))
         for row in rows:
             cache.lengths[row] += width
+        return hidden
+
+    def _run(self, given: Tensor, ids: Tensor, positions: Tensor, mask: Mask | None) -> Tensor:
+        """The head's own forward."""
+        embedded = _embedded(ids, self._embeddings).to(self.device, self.head.dtype)
+        hidden: Tensor = self.head(given, embedded, positions, self.cache, mask)
         return hidden
 
     def _mask(self, slots: Tensor, starts: list[int]) -> Mask | None:
         width, is_uniform = slots.shape[1], min(starts) == max(starts)
         config = self.head.config
-        windowed = getattr(config, "sliding_window", None) is not None
-        if is_uniform and not windowed and (width == 1 or starts[0] == 0):
+        windowed = any(getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+        causal = starts[0] == 0 and config._attn_implementation == "sdpa"  # others need a mask for that
+        if is_uniform and not windowed and (width == 1 or causal):
             return None
         used = max(starts) + width
         return ragged_mask(self.head, slots[:1] if is_uniform else slots, used, uniform=is_uniform)
@@ -227,6 +246,9 @@ def _place(pieces: list[_Piece], row: int, column: int) -> int:
     return place
 
 
-def _embeddings(head: Eagle3Head, target: CachedModel) -> Tensor:
-    weight: Tensor = (head.embed_tokens if head.parts.has_embeddings else target.model.get_input_embeddings()).weight
-    return weight
+def last_of(hidden: Tensor, counts: list[int]) -> Tensor:
+    """`[rows, 1, hidden]`, of the last of each row's own, which are so many."""
+    if hidden.shape[1] == 1:
+        return hidden
+    last = to_device([max(n - 1, 0) for n in counts], hidden.device)[:, None, None]
+    return hidden.gather(1, last.expand(-1, 1, hidden.shape[2]))

@@ -13,17 +13,10 @@ def check_fit(head: Eagle3Head, target: PreTrainedModel) -> None:
     """Raise a ValueError, with the sizes found, unless a head can draft for this target."""
     parts, name = head.parts, type(target).__name__
     config = target.config.get_text_config(decoder=True)
-    width, given = parts.layer.hidden_size, parts.target_hidden_size or parts.layer.hidden_size
-    if given != config.hidden_size:
-        _differ("hidden states", f"of width {given}", f"{name} has width {config.hidden_size}")
-    if parts.vocab_size != config.vocab_size:
-        _differ("a vocabulary", f"of {parts.vocab_size} tokens", f"{name} has {config.vocab_size}")
+    width = parts.layer.hidden_size
+    check_sizes(parts.target_hidden_size or width, parts.vocab_size, target)
     check_ids(parts.states_of(config.num_hidden_layers), config.num_hidden_layers, name)
-    here, there = head.device, model_device(target)
-    if here != there:
-        raise ValueError(
-            f"`assistant_model` is on {here}, the target on {there}: move it with `assistant_model.to({str(there)!r})`"
-        )
+    check_device(head, target)
     for has, shared, key in (
         (parts.has_embeddings, target.get_input_embeddings(), "embed_tokens.weight"),
         (parts.has_lm_head, target.get_output_embeddings(), "lm_head.weight"),
@@ -35,6 +28,24 @@ def check_fit(head: Eagle3Head, target: PreTrainedModel) -> None:
                 f"`assistant_model` is a head without `{key}`, so it uses the target's: expected floats "
                 f"[{config.vocab_size}, {width}], but {name} has {found}. Use a head that has its own"
             )
+
+
+def check_sizes(width: int, vocab_size: int, target: PreTrainedModel) -> None:
+    """Raise a ValueError unless a target has hidden states of this width, and this vocabulary."""
+    config, name = target.config.get_text_config(decoder=True), type(target).__name__
+    if width != config.hidden_size:
+        _differ("hidden states", f"of width {width}", f"{name} has width {config.hidden_size}")
+    if vocab_size != config.vocab_size:
+        _differ("a vocabulary", f"of {vocab_size} tokens", f"{name} has {config.vocab_size}")
+
+
+def check_device(head: Any, target: PreTrainedModel) -> None:
+    """Raise a ValueError if a head is on another device than its target."""
+    here, there = head.device, model_device(target)
+    if here != there:
+        raise ValueError(
+            f"`assistant_model` is on {here}, the target on {there}: move it with `assistant_model.to({str(there)!r})`"
+        )
 
 
 def _differ(what: str, mine: str, theirs: str) -> None:
