@@ -17,7 +17,7 @@ from .drafters import (
     PromptLookupDrafter,
     SuffixDrafter,
 )
-from .drafters.heads import Eagle3Config, Eagle3Head
+from .drafters.heads import DFlashConfig, DFlashHead, Eagle3Config, Eagle3Head
 from .generate.attached import attach, attached
 from .generate.many import Generated, generate_many
 from .generate.method import speculative
@@ -36,6 +36,8 @@ from .sampling.row_processors import RowProcessor
 __version__ = "0.1.0"
 
 __all__ = [
+    "DFlashConfig",
+    "DFlashHead",
     "Draft",
     "DraftRequest",
     "Drafter",

@@ -10,7 +10,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..drafters.heads import Eagle3Head, HeadDrafter
+from ..drafters.heads import DFlashHead, Eagle3Head, Head, HeadDrafter, drafter_of
 from ..drafters.heads.loading import PATTERNS, head_format, load_folder, read_config
 from ..options import Options
 from .loading import explain, hub_file, pin
@@ -28,15 +28,16 @@ def load_head(
     norm_before_residual: bool | None = None,
     norm_output: bool | None = None,
     aux_ids: Sequence[int] | None = None,
-) -> Eagle3Head:
-    """Load an EAGLE-3 head, to pass as `assistant_model`. Its name does as well, unless something must be changed.
+) -> Eagle3Head | DFlashHead:
+    """Load a head, to pass as `assistant_model`. Its name does as well, unless something must be changed.
 
     Args:
-        name: a Hub id or local folder, in the format of SafeAILab, SpecForge, DeepSpec or speculators.
+        name: a Hub id or local folder: an EAGLE-3 or P-EAGLE head in the format of SafeAILab, SpecForge, DeepSpec or
+            speculators, or a DFlash or DSpark head in that of transformers, z-lab, DeepSpec or speculators.
         revision: branch, tag or commit on the Hub.
         dtype: of its weights; by default as in the file.
         device: the target's.
-        norm_before_residual, norm_output: where the checkpoint's config is silent or wrong.
+        norm_before_residual, norm_output: of EAGLE-3 heads, where the checkpoint's config is silent or wrong.
         aux_ids: the same for the target's layers whose inputs it reads, 0 for the first.
 
     Raises:
@@ -65,7 +66,7 @@ def check_no_head(reference: ModelReference) -> None:
         )
 
 
-def head_of(reference: ModelReference, **options: Any) -> Eagle3Head | None:
+def head_of(reference: ModelReference, **options: Any) -> Eagle3Head | DFlashHead | None:
     """The head that a reference names; `None` if that is not a head.
 
     Args:
@@ -94,7 +95,7 @@ def head_folder(reference: ModelReference) -> Path | None:
     return None if file is None else file.parent
 
 
-def drafter_of_head(head: Eagle3Head, target: PreTrainedModel, options: Options) -> HeadDrafter:
+def drafter_of_head(head: Head, target: PreTrainedModel, options: Options) -> HeadDrafter:
     """The drafter of a call whose `assistant_model` is a head."""
     for part in ("draft", "target"):
         if options.speculation_compile == part:
@@ -104,4 +105,4 @@ def drafter_of_head(head: Eagle3Head, target: PreTrainedModel, options: Options)
             )
     if options.speculation_compile is True:
         logger.warning_once("`assistant_model` is a head on hidden states, so only attention is compiled.")
-    return HeadDrafter(head, target, options.assistant_confidence_threshold)
+    return drafter_of(head, target, options.assistant_confidence_threshold)

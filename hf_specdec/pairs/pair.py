@@ -19,7 +19,8 @@ from transformers.utils import logging
 
 from ..device import model_device
 from ..drafters import Drafter, EarlyExitDrafter, Either, OtherTokenizerDrafter, PromptLookupDrafter
-from ..drafters.heads import Eagle3Head
+from ..drafters.heads import Head
+from ..drafters.heads.loading import head_of_module
 from ..drafters.parallel import drafter_of
 from ..models.checks import check_mode, unwrapped
 from ..options import OPTION_NAMES, Options
@@ -335,8 +336,9 @@ def make_drafter(
         of_the_target = (target.name_or_path,) if assistant_model == "auto" else ()
         with _loading:
             assistant_model = load_draft(str(assistant_model), target.dtype, model_device(target), *of_the_target)
-    if isinstance(assistant_model, Eagle3Head):
-        return drafter_of_head(assistant_model, target, options)
+    head = head_of_module(assistant_model)
+    if head is not None:
+        return drafter_of_head(head, target, options)
     draft = draft_model(assistant_model)
     check_mode(draft, "`assistant_model`", "assistant_model")
     different = check_draft_model(draft, target, tokenizer, assistant_tokenizer)
@@ -368,7 +370,7 @@ def draft_model(assistant_model: object) -> PreTrainedModel:
 
 
 @functools.lru_cache(maxsize=4)
-def load_draft(name: str, dtype: torch.dtype, device: torch.device, target: str = "") -> PreTrainedModel | Eagle3Head:
+def load_draft(name: str, dtype: torch.dtype, device: torch.device, target: str = "") -> PreTrainedModel | Head:
     """Load a draft model or head by name, once per dtype and device; `target` is the target's name, for "auto"."""
     try:
         reference = pin(_find_draft(name, target))

@@ -12,9 +12,9 @@ from ...models.tap import Tap
 from ...sampling.context import Context
 from ..base import Draft, DraftRequest, no_draft
 from ..model import ModelDrafter
-from .eagle3 import Eagle3Head
 from .entries import HeadEntries
 from .fit import check_fit
+from .head import Head
 
 
 class HeadDrafter(ModelDrafter):
@@ -38,7 +38,7 @@ class HeadDrafter(ModelDrafter):
     model: Any
     cached: Any
 
-    def __init__(self, head: Eagle3Head, target: PreTrainedModel, confidence_threshold: float = 0.0):
+    def __init__(self, head: Head, target: PreTrainedModel, confidence_threshold: float = 0.0):
         check_fit(head, target)
         model: Any = head
         super().__init__(model, confidence_threshold)
@@ -48,10 +48,13 @@ class HeadDrafter(ModelDrafter):
         assert isinstance(target, CachedModel), "the session refuses other targets"
         self._serve(call)
         self._target = target
-        self.cached = HeadEntries(self.model, context, target)
+        self.cached = self._entries(context, target)
         layers = target.model.config.get_text_config(decoder=True).num_hidden_layers
         self._tap = Tap(target.model, self.model.parts.states_of(layers), self.cached.read)
         target.tap = self._tap
+
+    def _entries(self, context: Context, target: CachedModel) -> HeadEntries:
+        return HeadEntries(self.model, context, target)
 
     def _propose(self, context: Context, max_tokens: int) -> Draft:
         entries = self.cached

@@ -12,6 +12,7 @@ head's own output, and always dropped.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +21,9 @@ from ...cache.ragged import RaggedCache
 from ...device import no_bookkeeping, row_index, to_device
 from ...models.cached import CachedModel
 from ...models.masks import Mask, ragged_mask
+from ...models.target import aligned
 from ...sampling.context import Context
-from .eagle3 import Eagle3Head
+from .head import Head
 
 _CHUNK = 512  # entries per row that one forward makes of a prompt
 _MOST_WAITING = 64  # states per row that wait for the next draft
@@ -72,15 +74,16 @@ class HeadEntries:
 
     at_once: int | None = None  # the interface of `CachedModel`: no limit
 
-    def __init__(self, head: Eagle3Head, context: Context, target: CachedModel):
-        self.head, self.device, self._context = head, head.device, context
+    def __init__(self, head: Head, context: Context, target: CachedModel):
+        self.head: Any = head
+        self.device, self._context = head.device, context
         self.cache = RaggedCache(context.batch_size, head.device, context.prompt_width + 256, context.max_length)
         held = [length - offset for length, offset in zip(target.cache.lengths, target.layout.slot_offset)]
         # By row of the batch, the column of its first entry: the first token whose states will be seen.
         self._first = [max(column, first, 0) for column, first in zip(held, context.first)]
         self._shift = [column - first for column, first in zip(self._first, context.first)]
         self._pieces: list[_Piece] = []
-        self._embeddings = _embeddings(head, target)
+        self._embeddings: Any = head.embed_tokens if head.parts.has_embeddings else target.model.get_input_embeddings()
         self._shared = None if head.parts.has_lm_head else target.model.get_output_embeddings().weight
         self.no_bookkeeping = no_bookkeeping(head, head.device)
         self.forwards = 0  # those that drafted
@@ -102,16 +105,18 @@ class HeadEntries:
             with self.no_bookkeeping():
                 self._read_ahead()
 
-    def catch_up(self, context: Context) -> Tensor:
-        """Make the entries of all committed tokens. Returns: `[rows, 1, hidden]`, h of each row's last entry."""
+    def catch_up(self, context: Context, count: int = 1) -> Tensor:
+        """Make the entries of all committed tokens, and see the next `count` tokens ahead.
+
+        Returns: `[rows, count, hidden]`, h of each row's last entry, and of count - 1 mask tokens after it, whose
+            entries are dropped.
+        """
         todo = [max(n - 1, 0) for n in self.missing(context)]  # at most what waits
-        hidden = self._make_entries(context.rows, todo)
+        hidden = self._make_entries(context.rows, todo, count - 1)
         self._pieces.clear()
         self.forwards += 1
-        if hidden.shape[1] == 1:
-            return hidden
-        last = to_device([max(n - 1, 0) for n in todo], hidden.device)[:, None, None]
-        return hidden.gather(1, last.expand(-1, 1, hidden.shape[2]))
+        last = [max(n - 1, 0) for n in todo]
+        return aligned(hidden[:, min(last) :], last, count)
 
     def step(self, context: Context, tokens: Tensor, hidden: Tensor) -> Tensor:
         """h after one more token of each row, `[rows, 1]`, from h before it. The entry is the last in the cache."""
@@ -152,8 +157,14 @@ class HeadEntries:
         seen = last.begins[last.rows.index(row)] + last.width
         return min(self._context.ends[row] - 2, seen)
 
-    def _make_entries(self, rows: list[int], counts: list[int]) -> Tensor:
-        """The next entries of each row. Returns: `[rows, widest count, hidden]`, h of each, fill after a row's own."""
+    def _make_entries(self, rows: list[int], counts: list[int], masks: int = 0) -> Tensor:
+        """The next entries of each row.
+
+        Args:
+            masks: how many mask tokens follow a row's own, at least; their entries are dropped.
+
+        Returns: `[rows, widest count + masks, hidden]`, h of each; after a row's own, that of mask tokens, or fill.
+        """
         width = max(counts)
         begins = [self._first[row] + self.cache.lengths[row] for row in rows]
         given = self.head.mix(self._states(rows, begins, width))
@@ -161,6 +172,13 @@ class HeadEntries:
         columns = to_device(begins, tokens.device)[:, None] + 1 + torch.arange(width, device=tokens.device)
         ids = tokens[row_index(rows, tokens.device)[:, None], columns.clamp(max=tokens.shape[1] - 1)]
         before = [self.cache.lengths[row] for row in rows]
+        if masks:
+            at = torch.arange(width + masks, device=self.device)
+            is_mask = at >= to_device(counts, self.device)[:, None]
+            given = torch.nn.functional.pad(given, (0, 0, 0, masks))
+            given = torch.where(is_mask[..., None], self.head.masked(), given)
+            ids = torch.nn.functional.pad(ids.to(self.device), (0, masks))
+            ids = ids.masked_fill(is_mask, self.head.parts.mask_token)
         hidden = self._forward(rows, given, ids.to(self.device))
         self.roll_back(rows, [n + count for n, count in zip(before, counts)])
         return hidden
@@ -183,18 +201,29 @@ class HeadEntries:
 
     def _forward(self, rows: list[int], given: Tensor, ids: Tensor) -> Tensor:
         """h of the next tokens of each row, whose entries are written after those in the cache."""
-        cache, width = self.cache, ids.shape[1]
-        cache.activate(rows)
-        starts = [cache.lengths[row] for row in rows]
-        cache.prepare(width)
+        slots, positions, starts = self._prepare(rows, ids.shape[1])
+        embedded = self._embed(ids).to(self.device, self.head.dtype)
+        hidden: Tensor = self.head(given, embedded, positions, self.cache, self._mask(slots, starts))
+        for row in rows:
+            self.cache.lengths[row] += ids.shape[1]
+        return hidden
+
+    def _prepare(self, rows: list[int], width: int) -> tuple[Tensor, Tensor, list[int]]:
+        """Announce a forward over so many tokens per row.
+
+        Returns: `[rows, width]`, the slots that it writes to and the positions of its tokens; by row, the first slot.
+        """
+        self.cache.activate(rows)
+        starts = [self.cache.lengths[row] for row in rows]
+        self.cache.prepare(width)
         slots = to_device(starts, self.device)[:, None] + torch.arange(width, device=self.device)
         shift = [self._shift[row] for row in rows]
-        positions = slots + to_device(shift, self.device)[:, None] if any(shift) else slots
-        embedded = _embedded(ids, self._embeddings).to(self.device, self.head.dtype)
-        hidden = self.head(given, embedded, positions, cache, self._mask(slots, starts))
-        for row in rows:
-            cache.lengths[row] += width
-        return hidden
+        return slots, slots + to_device(shift, self.device)[:, None] if any(shift) else slots, starts
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        """Rows of the embedding matrix; ids outside of it, such as placeholders of images, take the nearest one."""
+        weight = self._embeddings.weight
+        return torch.nn.functional.embedding(ids.to(weight.device).clamp(0, len(weight) - 1), weight)
 
     def _mask(self, slots: Tensor, starts: list[int]) -> Mask | None:
         width, is_uniform = slots.shape[1], min(starts) == max(starts)
@@ -211,11 +240,6 @@ class HeadEntries:
             self.cache.lengths[row] = length
 
 
-def _embedded(ids: Tensor, weight: Tensor) -> Tensor:
-    """Rows of the embedding matrix; ids outside of it, such as placeholders of images, take the nearest one."""
-    return torch.nn.functional.embedding(ids.to(weight.device).clamp(0, len(weight) - 1), weight)
-
-
 def _place(pieces: list[_Piece], row: int, column: int) -> int:
     """Where a row's column is in all pieces joined: in the latest one that has it."""
     place, offset = 0, 0
@@ -225,8 +249,3 @@ def _place(pieces: list[_Piece], row: int, column: int) -> int:
             place = offset + at
         offset += piece.width
     return place
-
-
-def _embeddings(head: Eagle3Head, target: CachedModel) -> Tensor:
-    weight: Tensor = (head.embed_tokens if head.parts.has_embeddings else target.model.get_input_embeddings()).weight
-    return weight

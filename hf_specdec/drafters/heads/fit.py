@@ -6,18 +6,21 @@ from transformers import PreTrainedModel
 
 from ...device import model_device
 from ...models.tap import check_ids
-from .eagle3 import Eagle3Head
+from .head import Head
 
 
-def check_fit(head: Eagle3Head, target: PreTrainedModel) -> None:
+def check_fit(head: Head, target: PreTrainedModel) -> None:
     """Raise a ValueError, with the sizes found, unless a head can draft for this target."""
     parts, name = head.parts, type(target).__name__
     config = target.config.get_text_config(decoder=True)
     width, given = parts.layer.hidden_size, parts.target_hidden_size or parts.layer.hidden_size
     if given != config.hidden_size:
         _differ("hidden states", f"of width {given}", f"{name} has width {config.hidden_size}")
-    if parts.vocab_size != config.vocab_size:
+    if parts.vocab_size not in (None, config.vocab_size):
         _differ("a vocabulary", f"of {parts.vocab_size} tokens", f"{name} has {config.vocab_size}")
+    mask = getattr(parts, "mask_token", None)
+    if mask is not None and not 0 <= mask < config.vocab_size:
+        _differ("a vocabulary", f"with the mask token {mask}", f"{name} has tokens 0 to {config.vocab_size - 1}")
     check_ids(parts.states_of(config.num_hidden_layers), config.num_hidden_layers, name)
     here, there = head.device, model_device(target)
     if here != there:
