@@ -38,31 +38,26 @@ def kindred_head(
 ) -> DFlashHead:
     """A head that often says what a quiet target says: what that would say if it had no layers.
 
-    The block's tokens each look at the one before them, so the first draft follows from the last committed token. With
-    `dspark`, W1 and W2 are the target's embeddings and output weights, so that all drafts follow from those before them.
+    The block's tokens all look at the last committed one, so only the first draft follows from the one before it. With
+    `dspark`, W1 and W2 are the target's embeddings and output weights: then all drafts follow from those before them.
     """
     config = target.config.get_text_config(decoder=True)
     width, vocab = config.hidden_size, config.vocab_size
     sizes = {"hidden_size": width, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": width}
-    changes = {"mask_token": vocab - 1, "qk_norm": False, "biases": ("q_proj", "k_proj"), "vocab_size": vocab} | changes
+    changes = {"mask_token": vocab - 1, "vocab_size": vocab} | changes
     if target_ids is not None:
         changes |= {"draft_vocab_size": len(target_ids), "has_lm_head": True}
     if dspark:
         changes |= {"markov_rank": width, "from_anchor": True}
     head = random_head(make_parts(sizes, **changes), target_ids)
-    layer = head.layers[0]
+    layer, embeddings = head.layers[0], target.get_input_embeddings().weight
     for weight in head.parameters():
         if weight.ndim == 1:
             weight.fill_(1)
-    attention, high = layer.self_attn, torch.zeros(width)
-    high[:4] = high[width // 2 : width // 2 + 4] = 1  # of high frequencies, which tell positions apart
-    angle = -(10000.0 ** (-torch.arange(width // 2) / (width // 2)))  # one position back
-    half, other = high.chunk(2)
-    turned = torch.cat([half * angle.cos() - other * angle.sin(), other * angle.cos() + half * angle.sin()])
-    for project, bias in ((attention.q_proj, 9 * turned), (attention.k_proj, 9 * high)):
-        project.weight.zero_()
-        project.bias.copy_(bias)
-    attention.v_proj.weight.copy_(3 * torch.eye(width))
+    head.hidden_norm.weight.fill_(0.01)  # the context says little
+    attention, mask = layer.self_attn, embeddings[head.parts.mask_token]
+    attention.q_proj.weight.zero_()
+    attention.v_proj.weight.copy_(300 * (torch.eye(width) - torch.outer(mask, mask) / mask.dot(mask)))
     attention.o_proj.weight.copy_(torch.eye(width))
     layer.mlp.down_proj.weight *= noise
     output = target.get_output_embeddings().weight
@@ -70,7 +65,6 @@ def kindred_head(
     if head.parts.has_lm_head:
         head.lm_head.weight.copy_(known)
     if dspark:
-        embeddings = target.get_input_embeddings().weight
         attention.v_proj.weight.zero_()
         head.norm.weight.fill_(noise)
         head.markov_head["markov_w1"].weight.copy_(_norm(embeddings, torch.ones(width)))
