@@ -24,7 +24,7 @@ from .generate.method import speculative
 from .generate.strategy import register, unregister
 from .models.kept import release
 from .pairs.catalogue import Suggestion, suggest_draft
-from .pairs.heads import load_head
+from .pairs.heads import demo_head, load_head
 from .pairs.pair import SpecPair, demo_pair
 from .pairs.pair_file import PairConfig
 from .records.stats import SpeculationStats
@@ -59,6 +59,7 @@ __all__ = [
     "Trace",
     "attach",
     "attached",
+    "demo_head",
     "demo_pair",
     "generate_many",
     "load_head",

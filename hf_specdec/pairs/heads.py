@@ -18,6 +18,18 @@ from .pair_file import ModelReference
 
 logger = logging.get_logger(__name__)
 
+DEMO_HEAD = Path(__file__).parents[1] / "assets" / "demo_pair" / "head"
+
+
+def demo_head() -> Eagle3Head:
+    """Load the EAGLE-3 head of the embedded pair's target (`demo_pair`), in float32 on the CPU.
+
+    It was trained by `scripts/distill_draft`; the command is in the card beside it.
+    """
+    head = load_folder(DEMO_HEAD, dtype=torch.float32)
+    assert isinstance(head, Eagle3Head)
+    return head
+
 
 def load_head(
     name: str | Path,
