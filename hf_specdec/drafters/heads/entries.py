@@ -83,6 +83,7 @@ class HeadEntries:
         self._first = [max(column, first, 0) for column, first in zip(held, context.first)]
         self._shift = [column - first for column, first in zip(self._first, context.first)]
         self._pieces: list[_Piece] = []
+        self._masked: Tensor | None = None  # what stands for g of tokens that are not known, made once
         self._embeddings: Any = head.embed_tokens if head.parts.has_embeddings else target.model.get_input_embeddings()
         self._shared = None if head.parts.has_lm_head else target.model.get_output_embeddings().weight
         self.no_bookkeeping = no_bookkeeping(head, head.device)
@@ -176,7 +177,8 @@ class HeadEntries:
             at = torch.arange(width + masks, device=self.device)
             is_mask = at >= to_device(counts, self.device)[:, None]
             given = torch.nn.functional.pad(given, (0, 0, 0, masks))
-            given = torch.where(is_mask[..., None], self.head.masked(), given)
+            self._masked = self.head.masked() if self._masked is None else self._masked
+            given = torch.where(is_mask[..., None], self._masked, given)
             ids = torch.nn.functional.pad(ids.to(self.device), (0, masks))
             ids = ids.masked_fill(is_mask, self.head.parts.mask_token)
         hidden = self._forward(rows, given, ids.to(self.device))
