@@ -16,6 +16,7 @@ MASK = 95  # the id of the mask token
 def make_parts(sizes: dict[str, Any] | None = None, **changes: Any) -> DFlashConfig:
     changes = {"aux_ids": (1, 2), "block_size": 4, "mask_token": MASK, "vocab_size": VOCAB} | changes
     rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+    rope |= {"num_hidden_layers": changes.get("layers", 1)}
     sizes = SIZES | rope | {"vocab_size": changes["vocab_size"] or VOCAB} | (sizes or {})
     return DFlashConfig(Qwen3Config(**sizes), **changes)
 

@@ -94,7 +94,7 @@ def dflash_parts(
         from_anchor=bool(anchored),
         vocab_size=vocab_size,
         draft_vocab_size=None if draft_size in (None, vocab_size) else draft_size,
-        layers=1 + max((int(name.split(".")[1]) for name in tensors if name.startswith("layers.")), default=0),
+        layers=layer.num_hidden_layers,
         target_hidden_size=None if given == layer.hidden_size else given,
         has_embeddings="embed_tokens.weight" in tensors,
         has_lm_head=lm_head is not None,
