@@ -299,6 +299,8 @@ def test_whether_a_draft_is_proposed_depends_on_those_before_it_only(
     iterations = [each for each in trace.iterations if any(step.drafted for step in each.rows)]
     for i, (iteration, hidden) in enumerate(zip(iterations, seen, strict=True)):
         for slot, step in enumerate(iteration.rows):
+            if not step.drafted:  # its end has no room for any
+                continue
             lengths.add(len(step.drafted))
             before = torch.tensor([step.drafted])
             said = head.confidence(hidden[slot : slot + 1, 1 : 1 + before.shape[1]], before[:, : hidden.shape[1] - 1])
