@@ -40,6 +40,7 @@ _UNUSED = ("t2d", "d2t", "verifier_", "target_model.")
 _VARIANTS = ("norm_before_residual", "norm_output")
 _TOLD = (*_VARIANTS, "mask_token", "block_size", "from_anchor")  # in the log, of those that a head has
 _EAGLE_KINDS = ("eagle3", "peagle")  # as `speculators_model_type`
+_OF_MODULES = ("block_size", "target_layer_ids")  # in the config of transformers' models that are DFlash heads
 _of_modules: "weakref.WeakKeyDictionary[PreTrainedModel, Any]" = weakref.WeakKeyDictionary()  # their heads
 _MASK_KEYS = ("mask_token_id", "ptd_token_id", "pard_token")  # of P-EAGLE heads
 
@@ -118,12 +119,11 @@ def load_folder(
     return head.to(device).eval()
 
 
-def head_of_module(module: object) -> Head | None:
+def head_of_module(module: Any) -> Head | None:
     """The head that a module is, or that shares the weights of a loaded model of transformers; `None` for others."""
-    config = getattr(module, "config", None)
-    if isinstance(module, Head) or not isinstance(module, PreTrainedModel):
-        return module if isinstance(module, Head) else None
-    if not (hasattr(config, "block_size") and hasattr(config, "target_layer_ids")):
+    if isinstance(module, Head):
+        return module
+    if not isinstance(module, PreTrainedModel) or not all(hasattr(module.config, key) for key in _OF_MODULES):
         return None
     tensors = {dflash_name(name): tensor for name, tensor in module.state_dict().items()}
     known = _of_modules.get(module)
@@ -290,7 +290,7 @@ def _target_ids(parts: Eagle3Config | DFlashConfig, tensors: dict[str, Tensor], 
     """The target's token for each of the head's: d2t holds what to add to the head's."""
     offsets, known = tensors.get("d2t"), tensors.get("t2d")
     size = parts.draft_vocab_size
-    if size is None:
+    if size is None or parts.vocab_size is None:
         return None
     if offsets is None and known is not None:
         ids = known.nonzero()[:, 0]
