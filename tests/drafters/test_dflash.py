@@ -105,9 +105,10 @@ def compare(asked: Asked, ids: tuple[int, ...], target: PreTrainedModel, referen
 
 
 def test_logits_are_those_of_transformers_own_module(target: PreTrainedModel, asked: Asked) -> None:
-    """In a batch of uneven rows that outgrow the window; one of the states is the one after the final norm."""
+    """Alone and in uneven rows that outgrow the window; one of the states is the one after the final norm."""
     muse = make_muse()
-    speculate(target, muse, make_prompts(3), max_new_tokens=8)
+    for rows in (1, 3):
+        speculate(target, muse, make_prompts(rows), max_new_tokens=8)
 
     @torch.no_grad()
     def reference(states: list[Tensor], tokens: list[int]) -> Tensor:
@@ -140,7 +141,8 @@ VARIANTS: dict[str, Callable[[], DFlashHead]] = {
 @pytest.mark.parametrize("name", VARIANTS)
 def test_logits_are_those_of_a_plain_head_from_scratch(name: str, target: PreTrainedModel, asked: Asked) -> None:
     head = VARIANTS[name]()
-    speculate(target, head, make_prompts(3), max_new_tokens=8)
+    for rows in (1, 3):
+        speculate(target, head, make_prompts(rows), max_new_tokens=8)
     compare(asked, head.parts.aux_ids, target, lambda *given: reference_logits(head, target, *given))
 
 
