@@ -17,14 +17,14 @@ from .drafters import (
     PromptLookupDrafter,
     SuffixDrafter,
 )
-from .drafters.heads import Eagle3Config, Eagle3Head
+from .drafters.heads import DFlashConfig, DFlashHead, Eagle3Config, Eagle3Head
 from .generate.attached import attach, attached
 from .generate.many import Generated, generate_many
 from .generate.method import speculative
 from .generate.strategy import register, unregister
 from .models.kept import release
 from .pairs.catalogue import Suggestion, suggest_draft
-from .pairs.heads import load_head
+from .pairs.heads import demo_head, load_head
 from .pairs.pair import SpecPair, demo_pair
 from .pairs.pair_file import PairConfig
 from .records.stats import SpeculationStats
@@ -36,6 +36,8 @@ from .sampling.row_processors import RowProcessor
 __version__ = "0.1.0"
 
 __all__ = [
+    "DFlashConfig",
+    "DFlashHead",
     "Draft",
     "DraftRequest",
     "Drafter",
@@ -57,6 +59,7 @@ __all__ = [
     "Trace",
     "attach",
     "attached",
+    "demo_head",
     "demo_pair",
     "generate_many",
     "load_head",

@@ -53,8 +53,7 @@ def parse() -> argparse.Namespace:
     add("--spec", nargs="*", type=way, default=["3", "5", "8", "default"], metavar="WAY",
         help="ours: γ, a schedule's name, or `default`, the library's choice (default: 3 5 8 default)")  # fmt: skip
     add("--drafter", nargs="+", type=methods.drafter, default=["model"], metavar="NAME",
-        help="what drafts in ours: model, lookup, suffix, either, or exit:K, the target's first K layers "
-        "(default: model)")  # fmt: skip
+        help=f"what drafts in ours: {methods.DRAFTER_HELP} (default: model)")  # fmt: skip
     add("--hf", nargs="*", type=way, default=["5", "default"], metavar="WAY",
         help="HF assisted generation, likewise (default: 5 default)")  # fmt: skip
     add("--compile", nargs="?", const=True, default=False, choices=COMPILABLE,

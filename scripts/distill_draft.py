@@ -75,6 +75,8 @@ def parser() -> argparse.ArgumentParser:
     start.add_argument("--head", choices=("eagle3",), help="train a head on the target's hidden states instead")
     parser.add_argument("--draft-vocab-size", type=positive, metavar="N",
         help="the head proposes only the N most frequent tokens of the text (default: all)")  # fmt: skip
+    parser.add_argument("--mlp-width", type=positive, metavar="N", help="width of the head's MLP (default: the "
+        "target's); with --draft-vocab-size it makes a head small")  # fmt: skip
     add_prompt_arguments(parser, prompts=24, prompt_tokens=64)
     parser.set_defaults(split="train")
     add = parser.add_argument_group("training").add_argument
@@ -149,6 +151,8 @@ def load_start(args: argparse.Namespace) -> SpecPair:
     """The target with the initial draft."""
     if args.draft_vocab_size is not None and args.head is None:
         raise ValueError("expected --head with --draft-vocab-size, got none: a draft model has the target's vocabulary")
+    if args.mlp_width is not None and args.head is None:
+        raise ValueError("expected --head with --mlp-width, got none: a draft model keeps the target's layers")
     layers = args.from_layers or (None if args.pair or args.target or args.head else 2)
     if args.random is None and layers is None and args.head is None:
         pair = load_pair(args)
@@ -170,7 +174,7 @@ def load_start(args: argparse.Namespace) -> SpecPair:
     source = pin(dataclasses.replace(reference, gguf_file=args.gguf_file or reference.gguf_file), **options)
     target = load_model(source, **options)
     if args.head is not None:
-        draft = head_training.new_head(target)
+        draft = head_training.new_head(target, mlp_width=args.mlp_width)
     elif args.random is not None:
         draft = distillation.random_layers(target, args.random)
     else:
@@ -254,7 +258,8 @@ class Run:
         """The head's vocabulary, if it has one of its own."""
         if "vocabulary" in self.state:
             set_seed(self.args.seed)
-            self.start.draft = head_training.new_head(self.start.target, torch.tensor(self.state["vocabulary"]))
+            ids = torch.tensor(self.state["vocabulary"])
+            self.start.draft = head_training.new_head(self.start.target, ids, mlp_width=self.args.mlp_width)
 
     def measure(self, step: int, draft: PreTrainedModel) -> dict[str, Any]:
         """Measure acceptance on the held-out prompts, and store it by the number of steps done."""

@@ -51,8 +51,7 @@ def parse() -> argparse.Namespace:
     add("--confidence", nargs="*", type=float, default=[0.3, 0.5], metavar="P",
         help="also the longest γ, cut short when the draft's confidence is below P (default: 0.3 0.5)")  # fmt: skip
     add("--drafter", type=methods.drafter, default="model", metavar="NAME",
-        help="what drafts: model, lookup, suffix, either, or exit:K, the target's first K layers "
-        "(default: model)")  # fmt: skip
+        help=f"what drafts: {methods.DRAFTER_HELP} (default: model)")  # fmt: skip
     add("--batch", type=arguments.positive, default=1, metavar="N", help="rows per batch (default: 1)")
     add("--new-tokens", type=arguments.positive, default=64, metavar="N", help="tokens per prompt (default: 64)")
     add("--minutes", type=float, default=2.0, help="approximate time to measure (default: 2)")

@@ -10,15 +10,27 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..drafters.heads import Eagle3Head, HeadDrafter, MtpHead
+from ..drafters.heads import DFlashHead, Eagle3Head, HeadDrafter, MtpHead, drafter_of
 from ..drafters.heads.gemma4 import SharedEntriesDrafter, shares_entries
-from ..drafters.heads.loading import PATTERNS, head_format, load_folder, read_config
+from ..drafters.heads.loading import PATTERNS, head_format, head_of_module, load_folder, read_config
 from ..drafters.heads.mtp_drafter import MtpDrafter
 from ..options import Options
 from .loading import explain, hub_file, pin
 from .pair_file import ModelReference
 
 logger = logging.get_logger(__name__)
+
+DEMO_HEAD = Path(__file__).parents[1] / "assets" / "demo_pair" / "head"
+
+
+def demo_head() -> Eagle3Head:
+    """Load the EAGLE-3 head of the embedded pair's target (`demo_pair`), in float32 on the CPU.
+
+    It was trained by `scripts/distill_draft`; the command is in the card beside it.
+    """
+    head = load_folder(DEMO_HEAD, dtype=torch.float32)
+    assert isinstance(head, Eagle3Head)
+    return head
 
 
 def load_head(
@@ -30,15 +42,16 @@ def load_head(
     norm_before_residual: bool | None = None,
     norm_output: bool | None = None,
     aux_ids: Sequence[int] | None = None,
-) -> Eagle3Head:
-    """Load an EAGLE-3 head, to pass as `assistant_model`. Its name does as well, unless something must be changed.
+) -> Eagle3Head | DFlashHead:
+    """Load a head, to pass as `assistant_model`. Its name does as well, unless something must be changed.
 
     Args:
-        name: a Hub id or local folder, in the format of SafeAILab, SpecForge, DeepSpec or speculators.
+        name: a Hub id or local folder: an EAGLE-3 or P-EAGLE head in the format of SafeAILab, SpecForge, DeepSpec or
+            speculators, or a DFlash or DSpark head in that of transformers, z-lab, DeepSpec or speculators.
         revision: branch, tag or commit on the Hub.
         dtype: of its weights; by default as in the file.
         device: the target's.
-        norm_before_residual, norm_output: where the checkpoint's config is silent or wrong.
+        norm_before_residual, norm_output: of EAGLE-3 heads, where the checkpoint's config is silent or wrong.
         aux_ids: the same for the target's layers whose inputs it reads, 0 for the first.
 
     Raises:
@@ -67,7 +80,7 @@ def check_no_head(reference: ModelReference) -> None:
         )
 
 
-def head_of(reference: ModelReference, **options: Any) -> Eagle3Head | None:
+def head_of(reference: ModelReference, **options: Any) -> Eagle3Head | DFlashHead | None:
     """The head that a reference names; `None` if that is not a head.
 
     Args:
@@ -96,9 +109,11 @@ def head_folder(reference: ModelReference) -> Path | None:
     return None if file is None else file.parent
 
 
-def is_head(assistant_model: object) -> bool:
-    """Whether it drafts from the target's hidden states."""
-    return isinstance(assistant_model, (Eagle3Head, MtpHead)) or shares_entries(assistant_model)
+def as_head(assistant_model: object) -> Any:
+    """The head that a module is; `None` for other modules and objects."""
+    if isinstance(assistant_model, MtpHead) or shares_entries(assistant_model):
+        return assistant_model
+    return head_of_module(assistant_model)
 
 
 def drafter_of_head(head: Any, target: PreTrainedModel, options: Options) -> HeadDrafter:
@@ -111,6 +126,9 @@ def drafter_of_head(head: Any, target: PreTrainedModel, options: Options) -> Hea
             )
     if options.speculation_compile is True:
         logger.warning_once("`assistant_model` is a head on hidden states, so only attention is compiled.")
-    kind = MtpDrafter if isinstance(head, MtpHead) else HeadDrafter
-    kind = SharedEntriesDrafter if shares_entries(head) else kind
-    return kind(head, target, options.assistant_confidence_threshold)
+    threshold = options.assistant_confidence_threshold
+    if isinstance(head, MtpHead):
+        return MtpDrafter(head, target, threshold)
+    return (
+        SharedEntriesDrafter(head, target, threshold) if shares_entries(head) else drafter_of(head, target, threshold)
+    )

@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from ..device import model_device
 from ..drafters import Drafter, EarlyExitDrafter, Either, OtherTokenizerDrafter, PromptLookupDrafter
-from ..drafters.heads import Eagle3Head
+from ..drafters.heads import Head
 from ..drafters.parallel import drafter_of
 from ..models.checks import check_mode, unwrapped
 from ..options import OPTION_NAMES, Options
@@ -36,7 +36,7 @@ from .compatibility import (
     quantity,
     vocabulary_check,
 )
-from .heads import check_no_head, drafter_of_head, head_of, is_head
+from .heads import as_head, check_no_head, drafter_of_head, head_of
 from .loading import find_pair, load_model, load_tokenizer, pin, save_model
 from .mtp import mtp_layers
 from .pair_file import FILE_NAME, ModelReference, PairConfig
@@ -339,8 +339,9 @@ def make_drafter(
         of_the_target = (target.name_or_path,) if assistant_model == "auto" else ()
         with _loading:
             assistant_model = load_draft(str(assistant_model), target.dtype, model_device(target), *of_the_target)
-    if is_head(assistant_model):
-        return drafter_of_head(assistant_model, target, options)
+    head = as_head(assistant_model)
+    if head is not None:
+        return drafter_of_head(head, target, options)
     draft = draft_model(assistant_model)
     check_mode(draft, "`assistant_model`", "assistant_model")
     different = check_draft_model(draft, target, tokenizer, assistant_tokenizer)
@@ -372,7 +373,7 @@ def draft_model(assistant_model: object) -> PreTrainedModel:
 
 
 @functools.lru_cache(maxsize=4)
-def load_draft(name: str, dtype: torch.dtype, device: torch.device, target: str = "") -> PreTrainedModel | Eagle3Head:
+def load_draft(name: str, dtype: torch.dtype, device: torch.device, target: str = "") -> PreTrainedModel | Head:
     """Load a draft model or head by name, once per dtype and device; `target` is the target's name, for "auto"."""
     try:
         reference = pin(_find_draft(name, target))

@@ -31,11 +31,14 @@ def frequent_tokens(rows: Iterable[Sequence[int]], count: int, vocab_size: int) 
     return torch.tensor(sorted(known))
 
 
-def new_head(target: PreTrainedModel, target_ids: Tensor | None = None, layers: int = 1) -> Eagle3Head:
+def new_head(
+    target: PreTrainedModel, target_ids: Tensor | None = None, layers: int = 1, mlp_width: int | None = None
+) -> Eagle3Head:
     """A head with random layers, the target's embeddings, and a copy of its output weights.
 
     Args:
         target_ids: the tokens that it can propose; `None` for all.
+        mlp_width: of its layers' MLP; the target's by default.
 
     Raises:
         ValueError: for a target with fewer than three layers, or without weights of its width at both ends.
@@ -52,7 +55,7 @@ def new_head(target: PreTrainedModel, target_ids: Tensor | None = None, layers: 
         **sizes,
         num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=width + width % 2,
-        intermediate_size=inner if isinstance(inner, int) else 4 * config.hidden_size,
+        intermediate_size=mlp_width or (inner if isinstance(inner, int) else 4 * config.hidden_size),
         max_position_embeddings=getattr(config, "max_position_embeddings", None) or 2048,
         rms_norm_eps=getattr(config, "rms_norm_eps", None) or 1e-6,
         num_hidden_layers=layers,

@@ -12,33 +12,44 @@ from transformers import PreTrainedModel
 
 from ..drafters import Either, SuffixDrafter
 from ..loop.schedule import SCHEDULES
+from ..pairs.heads import DEMO_HEAD
 from . import arguments
 from .measure import ASSISTED, OURS, VANILLA, Method
 
 DEFAULT = "default"
 
 # What drafts, by name on the command line: arguments of `generate()`, given the draft model. None remembers earlier
-# calls, because rounds repeat their prompts. Besides these there is "exit:K", the target's first K layers.
-_EXIT = "exit:"
+# calls, because rounds repeat their prompts. Besides these there are "exit:K", the target's first K layers, and
+# "head:NAME", a head by folder or Hub id.
+_EXIT, _HEAD = "exit:", "head:"
 DRAFTERS: dict[str, Callable[[PreTrainedModel], dict[str, Any]]] = {
     "model": lambda draft: {"assistant_model": draft},
     "lookup": lambda draft: {},
     "suffix": lambda draft: {"assistant_model": SuffixDrafter(max_requests=0)},
     "either": lambda draft: {"assistant_model": Either(draft, SuffixDrafter(max_requests=0))},
+    "head": lambda draft: {"assistant_model": str(DEMO_HEAD)},
 }
+DRAFTER_HELP = (
+    "model, lookup, suffix, either, head (the embedded target's), head:NAME (a folder or Hub id), or exit:K (the "
+    "target's first K layers)"
+)
 
 
 def drafter(name: str) -> str:
     """A drafter's name on the command line, for argparse."""
-    if name in DRAFTERS or (name.startswith(_EXIT) and arguments.positive(name.removeprefix(_EXIT))):
+    if name in DRAFTERS or (name.startswith(_HEAD) and name != _HEAD):
         return name
-    raise argparse.ArgumentTypeError(f"expected {', '.join(DRAFTERS)} or {_EXIT}K, got {name!r}")
+    if name.startswith(_EXIT) and arguments.positive(name.removeprefix(_EXIT)):
+        return name
+    raise argparse.ArgumentTypeError(f"expected {DRAFTER_HELP}, got {name!r}")
 
 
 def drafting(name: str, draft: PreTrainedModel) -> dict[str, Any]:
     """The arguments of `generate()` for a drafter's name."""
     if name.startswith(_EXIT):
         return {"assistant_early_exit": int(name.removeprefix(_EXIT))}
+    if name.startswith(_HEAD):
+        return {"assistant_model": name.removeprefix(_HEAD)}
     return DRAFTERS[name](draft)
 
 

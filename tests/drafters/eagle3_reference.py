@@ -90,18 +90,25 @@ def reference_logits(head: Eagle3Head, target: PreTrainedModel, states: list[Ten
 
     Args:
         states: one tensor `[t, hidden]` per layer that the head reads, of the first t tokens. Where `tokens` has more
-            than t + 1, the rest are drafts: then h stands in for the target's states, from scratch for each.
+            than t + 1, the rest are drafts: then h stands in for the target's states, from scratch for each. In P-EAGLE
+            heads it is a learned vector, and a mask token stands in for the draft.
     """
     parts, w = head.parts, dict(head.state_dict())
     embeddings = w.get("embed_tokens.weight", target.get_input_embeddings().weight)
-    if parts.fc_norm:
-        states = [_norm(s, w[f"fc_norm.{i}.weight"]) for i, s in enumerate(states)]
-    joined = torch.cat(states, dim=-1)
-    if parts.norm_before_fc:
-        joined = _norm(joined, w["input_norm.weight"])
-    given = _linear(w, "fc", joined) if parts.has_fc else joined
+
+    def mixed(states: list[Tensor]) -> Tensor:
+        if parts.fc_norm:
+            states = [_norm(s, w[f"fc_norm.{i}.weight"]) for i, s in enumerate(states)]
+        joined = torch.cat(states, dim=-1)
+        if parts.norm_before_fc:
+            joined = _norm(joined, w["input_norm.weight"])
+        return _linear(w, "fc", joined) if parts.has_fc else joined
+
+    given, known = mixed(states), len(states[0])
     while True:
         ids = torch.tensor(tokens[1 : len(given) + 1])
+        if parts.mask_token is not None:
+            ids[known:] = parts.mask_token
         hidden = given
         for i in range(parts.layers):
             hidden = _layer(parts, w, i, hidden, embeddings[ids] if i == 0 else None)
@@ -109,7 +116,10 @@ def reference_logits(head: Eagle3Head, target: PreTrainedModel, states: list[Ten
             hidden = _norm(hidden, w["norm.weight"])
         if len(given) == len(tokens) - 1:
             break
-        given = torch.cat([given, hidden[-1:]])
+        following = hidden[-1:]
+        if parts.mask_token is not None:
+            following = mixed([part[None] for part in w["mask_hidden"].chunk(parts.aux_count)])
+        given = torch.cat([given, following])
     last = hidden[-1] if parts.norm_output else _norm(hidden[-1], w["norm.weight"])
     output = w.get("lm_head.weight", target.get_output_embeddings().weight)
     logits: Tensor = output @ last

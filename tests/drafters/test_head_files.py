@@ -189,8 +189,8 @@ def change(folder: Path, **tensors: Tensor | None) -> None:
 
 
 BAD_FILES: list[tuple[dict[str, Any], dict[str, Tensor | None], str]] = [
-    ({"speculators_model_type": "dflash"}, {}, "`speculators_model_type` is 'dflash', hf_specdec reads 'eagle3'"),
-    ({"dflash_config": {}}, {}, "not the config of a head that hf_specdec reads .*it looks like DFlash"),
+    ({"speculators_model_type": "new"}, {}, "`speculators_model_type` is 'new', hf_specdec reads 'eagle3', 'peagle',"),
+    ({"dflash_config": {}}, {}, "config.json has no `target_layer_ids`"),
     ({"vocab_size": "96"}, {}, "config.json: the head's layers cannot be made from these sizes: .*vocab_size"),
     ({"model_type": "nothing"}, {}, "does not know the `model_type` 'nothing'"),
     ({"model_type": "gpt2"}, {}, "have no `.*`; their `model_type` is 'gpt2'"),

@@ -73,10 +73,16 @@ def by_iteration(cuda: pretend_cuda.Device, monkeypatch: pytest.MonkeyPatch) -> 
 
 @functools.cache
 def on_cuda(name: str) -> Pair:
-    target, draft = make_pair(name.removesuffix("-eager").removesuffix("-head"))
+    target, draft = make_pair(name.removesuffix("-eager").removesuffix("-head").removesuffix("-block"))
     if name.endswith("-head"):
         parts = hf_specdec.Eagle3Config(target.config, VOCAB, draft_vocab_size=40, aux_ids=(0, 1, 2))
         draft = hf_specdec.Eagle3Head(parts, torch.arange(5, 45)).requires_grad_(False)  # type: ignore[assignment]
+    if name.endswith("-block"):
+        block = hf_specdec.DFlashConfig(
+            target.config, (1, 2), 5, 9, from_anchor=True, vocab_size=VOCAB, markov_rank=4, confidence_width=36,
+            qk_norm=False,
+        )  # fmt: skip
+        draft = hf_specdec.DFlashHead(block).requires_grad_(False)  # type: ignore[assignment]
     for model in (target, draft) if name.endswith("-eager") else ():
         model.set_attn_implementation("eager")
     return pretend_cuda.move(target), pretend_cuda.move(draft)  # type: ignore[return-value]
@@ -113,6 +119,7 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "alibi, lockstep": ("bloom", 4, {}),
     "a head": ("llama-head", 4, {}),
     "a head, sampled": ("mistral-sliding-head", 4, {"do_sample": True, "repetition_penalty": 1.1}),
+    "a block": ("mistral-sliding-block", 4, {"do_sample": True, "assistant_confidence_threshold": 0.5}),
     "sliding window": ("mistral-sliding", 4, {}),
     "static": ("llama", 4, {"cache_implementation": "static"}),
 }  # fmt: skip

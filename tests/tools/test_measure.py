@@ -1,5 +1,6 @@
 """What the measuring tools count, compare and divide; no test here depends on how long anything takes."""
 
+import argparse
 import copy
 import math
 from typing import Any
@@ -11,6 +12,7 @@ from transformers import LlamaConfig, MambaConfig, PreTrainedModel, PreTrainedTo
 
 import hf_specdec
 from hf_specdec.loop.schedule import SCHEDULES
+from hf_specdec.pairs.heads import DEMO_HEAD
 from hf_specdec.tools import methods
 from hf_specdec.tools.arguments import Prompt
 from hf_specdec.tools.bare import BareForward, BareForwards
@@ -336,3 +338,12 @@ def test_a_draft_that_agrees_less_has_a_lower_ideal(llama_pair: Pair) -> None:
         comparison.round()
         taus.append(comparison.records["hf_specdec γ=3"].stats.block_efficiency)
     assert taus[0] > taus[1] + 0.5
+
+
+def test_names_of_drafters() -> None:
+    chosen = {name: methods.drafting(methods.drafter(name), None) for name in ("head", "head:org/one", "exit:3")}  # type: ignore[arg-type]
+    assert chosen["head"]["assistant_model"] == str(DEMO_HEAD) and chosen["exit:3"] == {"assistant_early_exit": 3}
+    assert chosen["head:org/one"] == {"assistant_model": "org/one"}
+    for wrong in ("heads", "head:", "exit:0", "exit:x"):
+        with pytest.raises(argparse.ArgumentTypeError, match="expected "):
+            methods.drafter(wrong)

@@ -4,14 +4,16 @@
     h_t = layers(norm(embed(x_{t+1})), norm(g_t))  the first layer reads both side by side, and adds to g_t
     logits of x_{t+2} = lm_head(norm(h_t))
 
-For a token after a draft, h_t takes the place of g_t. Checkpoints differ in which norms they have and where; see
-`Eagle3Config`. The head knows nothing of rows, caches and texts, which are `entries.py`'s.
+For a token after a draft, h_t takes the place of g_t. P-EAGLE heads (Hui et al. 2026) draft all tokens in one forward:
+there, a learned vector takes the place of the target's states, and a mask token that of the draft. Checkpoints differ
+in which norms they have and where; see `Eagle3Config`. The head knows nothing of rows, caches and texts, which are
+`entries.py`'s.
 """
 
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from ...models.tap import FINAL
+from .head import Head
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class Eagle3Config:
         norm_output: the normed h_t takes the place of g_t, not h_t itself.
         qk_norm: a norm for each head's queries and keys.
         biases: projections with a bias, such as "q_proj".
+        mask_token: id of the token that stands for a draft where all are predicted in one forward (P-EAGLE); `None`
+            for a head that drafts token by token.
     """
 
     layer: PreTrainedConfig
@@ -63,6 +68,9 @@ class Eagle3Config:
     norm_output: bool = False
     qk_norm: bool = False
     biases: tuple[str, ...] = ()
+    mask_token: int | None = None
+
+    longest: ClassVar[None] = None  # it can draft any number of tokens
 
     def states_of(self, layers: int) -> tuple[int, ...]:
         """The ids, as `models/tap.py` counts them, of the states that it reads of a target with so many layers."""
@@ -71,16 +79,13 @@ class Eagle3Config:
         return (2, layers // 2, layers - 3) if self.aux_ids is None else self.aux_ids
 
 
-class Eagle3Head(nn.Module):
+class Eagle3Head(Head):
     """An EAGLE-3 head. `generate(assistant_model=head, strategy="spec")` drafts with it.
 
     Args:
         config: its parts.
         target_ids: `[draft vocabulary]`, the target's token for each of the head's; `None` if they are the same.
     """
-
-    target_ids: Tensor | None
-    uses_target = True  # as its drafter does; see `Drafter`
 
     def __init__(self, config: Eagle3Config, target_ids: Tensor | None = None):
         super().__init__()
@@ -101,20 +106,10 @@ class Eagle3Head(nn.Module):
         self.norm = nn.RMSNorm(width, eps)
         if config.has_lm_head:
             self.lm_head = nn.Linear(width, config.draft_vocab_size or config.vocab_size, bias=False)
+        if config.mask_token is not None:
+            self.mask_hidden = nn.Parameter(torch.randn(config.aux_count * given))
         self.rotary = make_rotary(config.layer)
         self.register_buffer("target_ids", target_ids, persistent=False)
-
-    @property
-    def device(self) -> torch.device:
-        return self.norm.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.norm.weight.dtype
-
-    def num_parameters(self) -> int:
-        """As of a model."""
-        return sum(weight.numel() for weight in self.parameters())
 
     def mix(self, states: Sequence[Tensor]) -> Tensor:
         """g of each token, `[rows, width, hidden]`, from the target's states, each `[rows, width, target hidden]`."""
@@ -125,6 +120,10 @@ class Eagle3Head(nn.Module):
         if self.parts.norm_before_fc:
             joined = self.input_norm(joined)
         return self.fc(joined) if self.parts.has_fc else joined
+
+    def masked(self) -> Tensor:
+        """What stands for g of a token that is not known yet, `[hidden]`."""
+        return self.mix(self.mask_hidden.chunk(self.parts.aux_count))
 
     def forward(
         self, given: Tensor, embedded: Tensor, positions: Tensor, cache: Any = None, mask: Any = None
@@ -168,9 +167,9 @@ class _Layer(nn.Module):
         self.input_layernorm = nn.RMSNorm(width, eps)
         if self.joins:
             self.hidden_norm = nn.RMSNorm(width, eps)
-        self.self_attn = _Attention(config, index, 2 * width if self.joins else width)
+        self.self_attn = Attention(config, index, 2 * width if self.joins else width)
         self.post_attention_layernorm = nn.RMSNorm(width, eps)
-        self.mlp = _MLP(config)
+        self.mlp = MLP(config)
 
     def forward(self, hidden: Tensor, embedded: Tensor | None, rope: Any, cache: Any, mask: Any) -> Tensor:
         residual = hidden
@@ -184,10 +183,18 @@ class _Layer(nn.Module):
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
-class _Attention(nn.Module):
+class Attention(nn.Module):
+    """Attention with rotary positions.
+
+    Args:
+        config: with `layer`, `biases` and `qk_norm`.
+        index: the layer's in the cache.
+        reads: width of its input.
+    """
+
     is_causal = True  # without a mask
 
-    def __init__(self, config: Eagle3Config, index: int, reads: int):
+    def __init__(self, config: Any, index: int, reads: int):
         super().__init__()
         layer = config.layer
         heads = layer.num_attention_heads
@@ -218,8 +225,10 @@ class _Attention(nn.Module):
         return attended
 
 
-class _MLP(nn.Module):
-    def __init__(self, config: Eagle3Config):
+class MLP(nn.Module):
+    """A gated MLP; `config` has `layer` and `biases`."""
+
+    def __init__(self, config: Any):
         super().__init__()
         width, inner = config.layer.hidden_size, config.layer.intermediate_size
         self.gate_proj = nn.Linear(width, inner, bias="gate_proj" in config.biases)

@@ -22,6 +22,7 @@ from ...cache.ragged import RaggedCache
 from ...device import no_bookkeeping, row_index, to_device
 from ...models.cached import CachedModel
 from ...models.masks import Mask, ragged_mask
+from ...models.target import aligned
 from ...sampling.context import Context
 
 _CHUNK = 512  # entries per row that one forward makes of a prompt
@@ -82,6 +83,7 @@ class HeadEntries:
         self._first = [max(column, first, 0) for column, first in zip(held, context.first)]
         self._shift = [column - first for column, first in zip(self._first, context.first)]
         self._pieces: list[_Piece] = []
+        self._masked: Tensor | None = None  # what stands for g of tokens that are not known, made once
         self._borrow(target.model)
         self.no_bookkeeping = no_bookkeeping(head, head.device)
         self.forwards = 0  # those that drafted
@@ -90,7 +92,7 @@ class HeadEntries:
     def _borrow(self, target: PreTrainedModel) -> None:
         """Take what the head has not got from the target."""
         own = self.head.parts.has_embeddings
-        self._embeddings: Tensor = (self.head.embed_tokens if own else target.get_input_embeddings()).weight
+        self._embeddings: Any = self.head.embed_tokens if own else target.get_input_embeddings()
         self._shared = None if self.head.parts.has_lm_head else target.get_output_embeddings().weight
 
     def missing(self, context: Context) -> list[int]:
@@ -109,13 +111,18 @@ class HeadEntries:
             with self.no_bookkeeping():
                 self._read_ahead()
 
-    def catch_up(self, context: Context) -> Tensor:
-        """Make the entries of all committed tokens. Returns: `[rows, 1, hidden]`, h of each row's last entry."""
+    def catch_up(self, context: Context, count: int = 1) -> Tensor:
+        """Make the entries of all committed tokens, and see the next `count` tokens ahead.
+
+        Returns: `[rows, count, hidden]`, h of each row's last entry, and of count - 1 mask tokens after it, whose
+            entries are dropped.
+        """
         todo = [max(n - 1, 0) for n in self.missing(context)]  # at most what waits
-        hidden = self._make_entries(context.rows, todo)
+        hidden = self._make_entries(context.rows, todo, count - 1)
         self._pieces.clear()
         self.forwards += 1
-        return last_of(hidden, todo)
+        last = [max(n - 1, 0) for n in todo]
+        return aligned(hidden[:, min(last) :], last, count)
 
     def step(self, context: Context, tokens: Tensor, hidden: Tensor) -> Tensor:
         """h after one more token of each row, `[rows, 1]`, from h before it. The entry is the last in the cache."""
@@ -161,13 +168,28 @@ class HeadEntries:
         seen = last.begins[last.rows.index(row)] + last.width
         return min(self._context.ends[row] - self._unsettled, seen)
 
-    def _make_entries(self, rows: list[int], counts: list[int]) -> Tensor:
-        """The next entries of each row. Returns: `[rows, widest count, hidden]`, h of each, fill after a row's own."""
+    def _make_entries(self, rows: list[int], counts: list[int], masks: int = 0) -> Tensor:
+        """The next entries of each row.
+
+        Args:
+            masks: how many mask tokens follow a row's own, at least; their entries are dropped.
+
+        Returns: `[rows, widest count + masks, hidden]`, h of each; after a row's own, that of mask tokens, or fill.
+        """
         width = max(counts)
         begins = [self._first[row] + self.cache.lengths[row] for row in rows]
         given = self.head.mix(self._states(rows, begins, width))
         before = [self.cache.lengths[row] for row in rows]
-        hidden = self._forward(rows, given, self._tokens(rows, [begin + 1 for begin in begins], width))
+        ids = self._tokens(rows, [begin + 1 for begin in begins], width)
+        if masks:
+            at = torch.arange(width + masks, device=self.device)
+            is_mask = at >= to_device(counts, self.device)[:, None]
+            given = torch.nn.functional.pad(given, (0, 0, 0, masks))
+            self._masked = self.head.masked() if self._masked is None else self._masked
+            given = torch.where(is_mask[..., None], self._masked, given)
+            ids = torch.nn.functional.pad(ids, (0, masks))
+            ids = ids.masked_fill(is_mask, self.head.parts.mask_token)
+        hidden = self._forward(rows, given, ids)
         self.roll_back(rows, [n + count for n, count in zip(before, counts)])
         return hidden
 
@@ -196,21 +218,32 @@ class HeadEntries:
 
     def _forward(self, rows: list[int], given: Tensor, ids: Tensor) -> Tensor:
         """h of the next tokens of each row, whose entries are written after those in the cache."""
-        cache, width = self.cache, ids.shape[1]
-        cache.activate(rows)
-        starts = [cache.lengths[row] for row in rows]
-        cache.prepare(width)
-        slots = to_device(starts, self.device)[:, None] + torch.arange(width, device=self.device)
-        shift = [self._shift[row] for row in rows]
-        positions = slots + to_device(shift, self.device)[:, None] if any(shift) else slots
+        slots, positions, starts = self._prepare(rows, ids.shape[1])
         hidden = self._run(given, ids, positions, self._mask(slots, starts))
         for row in rows:
-            cache.lengths[row] += width
+            self.cache.lengths[row] += ids.shape[1]
         return hidden
+
+    def _prepare(self, rows: list[int], width: int) -> tuple[Tensor, Tensor, list[int]]:
+        """Announce a forward over so many tokens per row.
+
+        Returns: `[rows, width]`, the slots that it writes to and the positions of its tokens; by row, the first slot.
+        """
+        self.cache.activate(rows)
+        starts = [self.cache.lengths[row] for row in rows]
+        self.cache.prepare(width)
+        slots = to_device(starts, self.device)[:, None] + torch.arange(width, device=self.device)
+        shift = [self._shift[row] for row in rows]
+        return slots, slots + to_device(shift, self.device)[:, None] if any(shift) else slots, starts
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        """Rows of the embedding matrix; ids outside of it, such as placeholders of images, take the nearest one."""
+        weight = self._embeddings.weight
+        return torch.nn.functional.embedding(ids.to(weight.device).clamp(0, len(weight) - 1), weight)
 
     def _run(self, given: Tensor, ids: Tensor, positions: Tensor, mask: Mask | None) -> Tensor:
         """The head's own forward."""
-        embedded = _embedded(ids, self._embeddings).to(self.device, self.head.dtype)
+        embedded = self._embed(ids).to(self.device, self.head.dtype)
         hidden: Tensor = self.head(given, embedded, positions, self.cache, mask)
         return hidden
 
@@ -230,11 +263,6 @@ class HeadEntries:
             self.cache.lengths[row] = length
 
 
-def _embedded(ids: Tensor, weight: Tensor) -> Tensor:
-    """Rows of the embedding matrix; ids outside of it, such as placeholders of images, take the nearest one."""
-    return torch.nn.functional.embedding(ids.to(weight.device).clamp(0, len(weight) - 1), weight)
-
-
 def _place(pieces: list[_Piece], row: int, column: int) -> int:
     """Where a row's column is in all pieces joined: in the latest one that has it."""
     place, offset = 0, 0
@@ -244,11 +272,3 @@ def _place(pieces: list[_Piece], row: int, column: int) -> int:
             place = offset + at
         offset += piece.width
     return place
-
-
-def last_of(hidden: Tensor, counts: list[int]) -> Tensor:
-    """`[rows, 1, hidden]`, of the last of each row's own, which are so many."""
-    if hidden.shape[1] == 1:
-        return hidden
-    last = to_device([max(n - 1, 0) for n in counts], hidden.device)[:, None, None]
-    return hidden.gather(1, last.expand(-1, 1, hidden.shape[2]))

@@ -6,15 +6,18 @@ from transformers import PreTrainedModel
 
 from ...device import model_device
 from ...models.tap import check_ids
-from .eagle3 import Eagle3Head
+from .head import Head
 
 
-def check_fit(head: Eagle3Head, target: PreTrainedModel) -> None:
+def check_fit(head: Head, target: PreTrainedModel) -> None:
     """Raise a ValueError, with the sizes found, unless a head can draft for this target."""
     parts, name = head.parts, type(target).__name__
     config = target.config.get_text_config(decoder=True)
     width = parts.layer.hidden_size
     check_sizes(parts.target_hidden_size or width, parts.vocab_size, target)
+    mask = getattr(parts, "mask_token", None)
+    if mask is not None and not 0 <= mask < config.vocab_size:
+        _differ("a vocabulary", f"with the mask token {mask}", f"{name} has tokens 0 to {config.vocab_size - 1}")
     check_ids(parts.states_of(config.num_hidden_layers), config.num_hidden_layers, name)
     check_device(head, target)
     for has, shared, key in (
@@ -30,12 +33,12 @@ def check_fit(head: Eagle3Head, target: PreTrainedModel) -> None:
             )
 
 
-def check_sizes(width: int, vocab_size: int, target: PreTrainedModel) -> None:
-    """Raise a ValueError unless a target has hidden states of this width, and this vocabulary."""
+def check_sizes(width: int, vocab_size: int | None, target: PreTrainedModel) -> None:
+    """Raise a ValueError unless a target has hidden states of this width, and this vocabulary if it is known."""
     config, name = target.config.get_text_config(decoder=True), type(target).__name__
     if width != config.hidden_size:
         _differ("hidden states", f"of width {width}", f"{name} has width {config.hidden_size}")
-    if vocab_size != config.vocab_size:
+    if vocab_size not in (None, config.vocab_size):
         _differ("a vocabulary", f"of {vocab_size} tokens", f"{name} has {config.vocab_size}")
 
 

@@ -1,4 +1,4 @@
-"""Reads EAGLE-3 heads from folders, in the formats in which they are published.
+"""Reads heads from folders, in the formats in which they are published. Those of EAGLE-3 and P-EAGLE:
 
 | format | config.json | layers in the file | the states that an id i means |
 |---|---|---|---|
@@ -6,31 +6,43 @@
 | DeepSpec | a model's config with `target_layer_ids` | `layers.N.*` | after layer i |
 | speculators | `speculators_model_type`, sizes in `transformer_layer_config` | `layers.N.*` | before layer i |
 
-The parts of a head are read off the names and shapes of its tensors. The config tells what these cannot.
+The parts of a head are read off the names and shapes of its tensors. The config tells what these cannot. Formats of
+DFlash and DSpark heads are in `dflash_files.py`.
 """
 
 import json
+import weakref
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from .dflash import DFlashConfig, DFlashHead
+from .dflash_files import KINDS, dflash_parts, is_dflash, is_dspark
+from .dflash_files import our_name as dflash_name
 from .eagle3 import Eagle3Config, Eagle3Head, make_rotary
+from .head import Head
 
 logger = logging.get_logger(__name__)
 
 SAFEAILAB, DEEPSPEC, SPECULATORS = "SafeAILab / SpecForge", "DeepSpec", "speculators"
+ZLAB, HF = "z-lab", "HF"
 # Files of a head's repository.
 PATTERNS = ["config.json", "*.safetensors", "pytorch_model*.bin"]
 # Tensors that a head does not need: maps that follow from others, and copies of the target's that training leaves.
 _UNUSED = ("t2d", "d2t", "verifier_", "target_model.")
 _VARIANTS = ("norm_before_residual", "norm_output")
+_TOLD = (*_VARIANTS, "mask_token", "block_size", "from_anchor")  # in the log, of those that a head has
+_EAGLE_KINDS = ("eagle3", "peagle")  # as `speculators_model_type`
+_OF_MODULES = ("block_size", "target_layer_ids")  # in the config of transformers' models that are DFlash heads
+_of_modules: "weakref.WeakKeyDictionary[PreTrainedModel, Any]" = weakref.WeakKeyDictionary()  # their heads
+_MASK_KEYS = ("mask_token_id", "ptd_token_id", "pard_token")  # of P-EAGLE heads
 
 
 def head_format(config: Mapping[str, Any]) -> str | None:
@@ -38,8 +50,8 @@ def head_format(config: Mapping[str, Any]) -> str | None:
     names = " ".join(config.get("architectures") or []).lower()
     if "speculators_model_type" in config:
         return SPECULATORS
-    if "dflash_config" in config or "dflash" in names or "dspark" in names:
-        return "DFlash"
+    if is_dflash(config):
+        return ZLAB if "dflash_config" in config else DEEPSPEC if is_dspark(config) else HF
     if "target_layer_ids" in config:
         return DEEPSPEC
     is_eagle = "eagle" in names or "eagle_config" in config or "draft_vocab_size" in config
@@ -64,41 +76,80 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def load_folder(
     folder: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", **changes: Any
-) -> Eagle3Head:
+) -> Eagle3Head | DFlashHead:
     """Load a head.
 
     Args:
         folder: with config.json, and model.safetensors or pytorch_model.bin.
         dtype: of its weights; by default as in the file.
-        changes: attributes of `Eagle3Config`, instead of what the config says; `None` for no change.
+        changes: attributes of the head's config, instead of what config.json says; `None` for no change.
 
     Raises:
         ValueError: for a format, tensor or setting that is not supported; it names file, key and shape.
         OSError: if there are no weights.
     """
-    config = read_config(folder)
+    config, at = read_config(folder), folder / "config.json"
     form = head_format(config)
-    if form not in (SAFEAILAB, DEEPSPEC, SPECULATORS):
+    if form is None:
         raise ValueError(
-            f"{folder / 'config.json'} is not the config of a head that hf_specdec reads (EAGLE-3 of {SAFEAILAB}, "
-            f"{DEEPSPEC} or {SPECULATORS})" + (f"; it looks like {form}" if form else "")
+            f"{at} is not the config of a head that hf_specdec reads: EAGLE-3 of {SAFEAILAB}, {DEEPSPEC} or "
+            f"{SPECULATORS}, DFlash of {HF}, {ZLAB}, {DEEPSPEC} or {SPECULATORS}"
         )
     kind = config.get("speculators_model_type", "eagle3")
-    if kind != "eagle3":
-        raise ValueError(f"{folder / 'config.json'}: `speculators_model_type` is {kind!r}, hf_specdec reads 'eagle3'")
+    if kind not in (*_EAGLE_KINDS, *KINDS):
+        known = ", ".join(map(repr, (*_EAGLE_KINDS, *KINDS)))
+        raise ValueError(f"{at}: `speculators_model_type` is {kind!r}, hf_specdec reads {known}")
     file, tensors = _read_tensors(folder)
-    tensors = {_our_name(name): tensor for name, tensor in tensors.items()}
-    parts = _parts(config, form, tensors, folder)
-    parts = replace(parts, **{name: value for name, value in changes.items() if value is not None})
-    if parts.aux_ids is not None and len(parts.aux_ids) != parts.aux_count:
-        raise ValueError(f"`aux_ids` must name {parts.aux_count} layers, as many as {file} reads, got {parts.aux_ids}")
+    parts: Eagle3Config | DFlashConfig
+    if is_dflash(config):
+        tensors = {dflash_name(name): tensor for name, tensor in tensors.items()}
+        sizes = config.get("transformer_layer_config", config)
+        parts, name = dflash_parts(config, _layer_config(sizes, at, "qwen3"), tensors, at), "a DFlash head"
+    else:
+        tensors = {_our_name(name): tensor for name, tensor in tensors.items()}
+        parts, name = _parts(config, form, tensors, folder), "an EAGLE-3 head"
+    parts = _changed(parts, changes, file, name)
     head = _assembled(parts, tensors, file, dtype)
+    size = parts.draft_vocab_size or parts.vocab_size
     logger.info(
-        f"{folder} holds an EAGLE-3 head in the format of {form}: {parts.layers} layer(s), "
-        f"{parts.draft_vocab_size or parts.vocab_size} tokens, norm_before_residual={parts.norm_before_residual}, "
-        f"norm_output={parts.norm_output}"
+        f"{folder} holds {name} in the format of {form}: {parts.layers} layer(s), "
+        + (f"{size} tokens, " if size else "")
+        + ", ".join(f"{flag}={getattr(parts, flag)}" for flag in _TOLD if hasattr(parts, flag))
     )
     return head.to(device).eval()
+
+
+def head_of_module(module: Any) -> Head | None:
+    """The head that a module is, or that shares the weights of a loaded model of transformers; `None` for others."""
+    if isinstance(module, Head):
+        return module
+    if not isinstance(module, PreTrainedModel) or not all(hasattr(module.config, key) for key in _OF_MODULES):
+        return None
+    tensors = {dflash_name(name): tensor for name, tensor in module.state_dict().items()}
+    known = _of_modules.get(module)
+    if known is None or known.fc.weight.data_ptr() != tensors["fc.weight"].data_ptr():
+        name = Path(type(module).__name__)
+        parts = dflash_parts(module.config.to_dict(), module.config, tensors, name)
+        known = _of_modules[module] = _assembled(parts, tensors, name, None).to(module.device).eval()
+    return known
+
+
+def _changed(
+    parts: Eagle3Config | DFlashConfig, changes: Mapping[str, Any], file: Path, name: str
+) -> Eagle3Config | DFlashConfig:
+    """The parts with a caller's changes.
+
+    Raises:
+        ValueError: if such a head does not have what they are about.
+    """
+    changes = {key: value for key, value in changes.items() if value is not None}
+    for key in changes.keys() - {field.name for field in fields(parts)}:
+        raise ValueError(f"`{key}` says nothing about {name}, which {file} holds: leave it out")
+    count = parts.aux_count
+    parts = replace(parts, **changes)
+    if parts.aux_ids is not None and len(parts.aux_ids) != count:
+        raise ValueError(f"`aux_ids` must name {count} layers, as many as {file} reads, got {parts.aux_ids}")
+    return parts
 
 
 def _parts(config: dict[str, Any], form: str, tensors: dict[str, Tensor], folder: Path) -> Eagle3Config:
@@ -145,13 +196,29 @@ def _parts(config: dict[str, Any], form: str, tensors: dict[str, Tensor], folder
         fc_norm="fc_norm.0.weight" in tensors,
         qk_norm="layers.0.self_attn.q_norm.weight" in tensors,
         biases=tuple({name.split(".")[-2] for name in tensors if name.endswith(".bias")}),
+        mask_token=_mask_token(config, tensors, count * given, folder),
         **flags,
     )
 
 
-def _layer_config(sizes: dict[str, Any], file: Path) -> PreTrainedConfig:
-    """The config of the layers; `model_type` says how to read it."""
-    kind = sizes.get("model_type", "llama")
+def _mask_token(config: dict[str, Any], tensors: dict[str, Tensor], width: int, folder: Path) -> int | None:
+    """The mask token of a P-EAGLE head; `None` for others. What stands for the target's states becomes one vector."""
+    token = next((config[key] for key in _MASK_KEYS if config.get(key) is not None), None)
+    hidden = tensors.get("mask_hidden")
+    if hidden is None and config.get("speculators_model_type") != "peagle":
+        return None
+    if hidden is None or hidden.numel() != width:
+        found = "no such tensor" if hidden is None else f"the shape {list(hidden.shape)}"
+        raise ValueError(f"`mask_hidden` of a P-EAGLE head in {folder}: expected [1, {width}], found {found}")
+    if type(token) is not int:
+        raise ValueError(f"{folder / 'config.json'} has no `{_MASK_KEYS[0]}`, which stands for a draft, got {token!r}")
+    tensors["mask_hidden"] = hidden.flatten()
+    return token
+
+
+def _layer_config(sizes: dict[str, Any], file: Path, usual: str = "llama") -> PreTrainedConfig:
+    """The config of the layers; `model_type` says how to read it, by default as `usual`."""
+    kind = sizes.get("model_type", usual)
     if kind not in CONFIG_MAPPING:
         raise ValueError(f"{file}: transformers does not know the `model_type` {kind!r} of the head's layers")
     try:
@@ -186,15 +253,18 @@ def _read_tensors(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     return files[0], tensors
 
 
-def _assembled(parts: Eagle3Config, tensors: dict[str, Tensor], file: Path, dtype: torch.dtype | None) -> Eagle3Head:
+def _assembled(
+    parts: Eagle3Config | DFlashConfig, tensors: dict[str, Tensor], file: Path, dtype: torch.dtype | None
+) -> Eagle3Head | DFlashHead:
     """The head with these tensors.
 
     Raises:
         ValueError: if some are missing, unknown, or of another shape or kind.
     """
     ids = _target_ids(parts, tensors, file)
+    head: Eagle3Head | DFlashHead
     with torch.device("meta"):
-        head = Eagle3Head(parts)
+        head = Eagle3Head(parts) if isinstance(parts, Eagle3Config) else DFlashHead(parts)
     head.rotary, head.target_ids = make_rotary(parts.layer), ids
     expected = {name: tensor.shape for name, tensor in head.state_dict().items()}
     given = {name: tensor for name, tensor in tensors.items() if not name.startswith(_UNUSED) and "rotary" not in name}
@@ -202,8 +272,8 @@ def _assembled(parts: Eagle3Config, tensors: dict[str, Tensor], file: Path, dtyp
         raise ValueError(f"{file} has no `{name}` {list(expected[name])}, which its config asks for")
     for name in sorted(given.keys() - expected.keys()):
         raise ValueError(
-            f"{file} holds `{name}` {list(given[name].shape)}, which is no part of the EAGLE-3 heads that hf_specdec "
-            "knows"
+            f"{file} holds `{name}` {list(given[name].shape)}, which is no part of the EAGLE-3 and DFlash heads that "
+            "hf_specdec knows"
         )
     for name, tensor in given.items():
         if tensor.shape != expected[name]:
@@ -216,11 +286,11 @@ def _assembled(parts: Eagle3Config, tensors: dict[str, Tensor], file: Path, dtyp
     return head.requires_grad_(False)
 
 
-def _target_ids(parts: Eagle3Config, tensors: dict[str, Tensor], file: Path) -> Tensor | None:
+def _target_ids(parts: Eagle3Config | DFlashConfig, tensors: dict[str, Tensor], file: Path) -> Tensor | None:
     """The target's token for each of the head's: d2t holds what to add to the head's."""
     offsets, known = tensors.get("d2t"), tensors.get("t2d")
     size = parts.draft_vocab_size
-    if size is None:
+    if size is None or parts.vocab_size is None:
         return None
     if offsets is None and known is not None:
         ids = known.nonzero()[:, 0]

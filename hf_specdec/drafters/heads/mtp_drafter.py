@@ -10,9 +10,10 @@ from ...device import to_device
 from ...models.cached import CachedModel
 from ...models.masks import Mask
 from ...models.tap import FINAL, Tap
+from ...models.target import aligned
 from ...sampling.context import Context
 from .drafter import HeadDrafter
-from .entries import HeadEntries, last_of
+from .entries import HeadEntries
 from .mtp import check_mtp
 
 
@@ -56,14 +57,14 @@ class MtpEntries(HeadEntries):
         self._is_short = False  # the last draft did not come to all layers
 
     def _borrow(self, target: PreTrainedModel) -> None:
-        self._embed: Any = target.get_input_embeddings()
+        self._embeddings = target.get_input_embeddings()
         self._output: Any = target.get_output_embeddings()
 
     @property
     def waiting(self) -> int:
         return len(self._pieces) - self._kept
 
-    def catch_up(self, context: Context) -> Tensor:
+    def catch_up(self, context: Context, count: int = 1) -> Tensor:
         if self._is_short:  # else the tokens that are read again would become more and more
             self._read_ahead()
         self._rows, self._lengths = list(context.rows), self.lengths(context)
@@ -72,7 +73,7 @@ class MtpEntries(HeadEntries):
         self._hidden = super()._make_entries(self._rows, self._counts)
         self._done = 1
         self.forwards += 1
-        return last_of(self._hidden, self._counts)
+        return self._last_of(self._hidden)
 
     def step(self, context: Context, tokens: Tensor, hidden: Tensor) -> Tensor:
         self.forwards += 1
@@ -85,7 +86,7 @@ class MtpEntries(HeadEntries):
             self._ids = self._ids.scatter(1, last, tokens.to(self.device))
             self._hidden = self._over_the_same(self._rows, self._lengths, self._counts, self._hidden, self._ids)
             self._done += 1
-            hidden = last_of(self._hidden, self._counts)
+            hidden = self._last_of(self._hidden)
         self._layer = 0
         return hidden
 
@@ -114,11 +115,16 @@ class MtpEntries(HeadEntries):
         super()._read_ahead()
         self._kept = 0
 
+    def _last_of(self, hidden: Tensor) -> Tensor:
+        """`[rows, 1, hidden]`, of the last of each row's own entries."""
+        last = [max(n - 1, 0) for n in self._counts]
+        return aligned(hidden[:, min(last) :], last, 1)
+
     def _columns(self) -> list[int]:
         """By row of the draft, the column of its first token without an entry."""
         return [self._first[row] + self.cache.lengths[row] for row in self._rows]
 
-    def _make_entries(self, rows: list[int], counts: list[int]) -> Tensor:
+    def _make_entries(self, rows: list[int], counts: list[int], masks: int = 0) -> Tensor:
         """Those of all layers, of tokens that are all known."""
         lengths = [self.cache.lengths[row] for row in rows]
         begins = [self._first[row] + length for row, length in zip(rows, lengths)]
@@ -140,7 +146,7 @@ class MtpEntries(HeadEntries):
         return hidden
 
     def _run(self, given: Tensor, ids: Tensor, positions: Tensor, mask: Mask | None) -> Tensor:
-        ids = ids.clamp(0, self._embed.weight.shape[0] - 1)
-        embedded = self._embed(ids).to(self.device, self.head.dtype)
+        ids = ids.clamp(0, self._embeddings.weight.shape[0] - 1)
+        embedded = self._embeddings(ids).to(self.device, self.head.dtype)
         hidden: Tensor = self.head(given, embedded, positions + 1 + self._layer, self.cache, mask, self._layer)
         return hidden

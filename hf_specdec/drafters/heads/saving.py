@@ -1,4 +1,4 @@
-"""Writes EAGLE-3 heads in the format of speculators, which `vllm serve FOLDER` reads too."""
+"""Writes EAGLE-3 and P-EAGLE heads in the format of speculators, which `vllm serve FOLDER` reads too."""
 
 import json
 from pathlib import Path
@@ -48,6 +48,9 @@ def save_folder(head: Eagle3Head, folder: Path, target: PreTrainedModel, draft_l
     }
     if not parts.uses_aux:
         config["eagle_config"] = {"use_aux_hidden_state": False}
+    if parts.mask_token is not None:
+        config |= {"architectures": ["PEagleDraftModel"], "speculators_model_type": "peagle"}
+        config["mask_token_id"], config["speculators_config"]["algorithm"] = parts.mask_token, "peagle"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     save_file(head_tensors(head), folder / "model.safetensors", metadata={"format": "pt"})
@@ -56,6 +59,8 @@ def save_folder(head: Eagle3Head, folder: Path, target: PreTrainedModel, draft_l
 def head_tensors(head: Eagle3Head) -> dict[str, Tensor]:
     """The weights by name, and the maps of a reduced vocabulary: d2t is added to its ids, t2d says which it has."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
+    if "mask_hidden" in tensors:
+        tensors["mask_hidden"] = tensors["mask_hidden"][None, None]
     ids = head.target_ids
     if ids is not None:
         ids = ids.cpu()
