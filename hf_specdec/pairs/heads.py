@@ -20,7 +20,7 @@ from .pair_file import ModelReference
 
 logger = logging.get_logger(__name__)
 
-DEMO_HEAD = Path(__file__).parents[1] / "assets" / "demo_pair" / "head"
+DEMO_HEAD = Path(__file__).parents[1] / "assets" / "demo_head"
 
 
 def demo_head() -> Eagle3Head:

@@ -83,7 +83,7 @@ def test_the_card_states_data_recipe_loss_and_acceptance() -> None:
 
 def test_the_embedded_head_drafts_for_the_embedded_target(pair: Pair, prompts: torch.Tensor) -> None:
     """Within a megabyte; what it says of its own acceptance is in its card."""
-    assert sum(file.stat().st_size for file in (FOLDER / "head").iterdir()) <= 1_000_000
+    assert sum(file.stat().st_size for file in (FOLDER.parent / "demo_head").iterdir()) <= 1_000_000
     head, stats = hf_specdec.demo_head(), hf_specdec.SpeculationStats()
     assert head.dtype == torch.float32 and head.parts.draft_vocab_size is not None
     call = {"attention_mask": torch.ones(8, 100, dtype=torch.long), "max_new_tokens": 32, "do_sample": False}
