@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LogitsProcessorList
 
 from ..device import to_device
@@ -182,6 +182,11 @@ class Drafter(ABC):
     def owner(self) -> object:
         """What estimates belong to that a schedule keeps: the draft model, or else all drafters of this kind."""
         return getattr(self, "model", type(self))
+
+    @property
+    def draft_model(self) -> nn.Module | None:
+        """The model that it runs; `None` where it has none, or runs parts of the target."""
+        return None
 
     @property
     def forwards(self) -> int:

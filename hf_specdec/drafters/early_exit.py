@@ -46,6 +46,10 @@ class EarlyExitDrafter(ModelDrafter):
     def owner(self) -> object:
         return self._last_layer  # other numbers of layers are other drafts
 
+    @property
+    def draft_model(self) -> None:
+        return None
+
     def start(self, call: DraftRequest, context: Context) -> None:
         target = call.target
         assert isinstance(target, CachedModel), "the session refuses other targets"

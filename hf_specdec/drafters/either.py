@@ -67,6 +67,10 @@ class Either(Drafter):
         return getattr(self.first, "model")  # noqa: B009
 
     @property
+    def draft_model(self) -> torch.nn.Module | None:
+        return self.first.draft_model
+
+    @property
     def cached(self) -> object:
         """The draft model with its cache, if there is one."""
         return getattr(self.first, "cached")  # noqa: B009

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
@@ -53,6 +53,10 @@ class ModelDrafter(Drafter):
         self.compiles = compiles
         self.confidence_threshold = confidence_threshold
         self.shows_confidence = model_device(model).type == "cpu"
+
+    @property
+    def draft_model(self) -> nn.Module | None:
+        return self.model
 
     @property
     def forwards(self) -> int:

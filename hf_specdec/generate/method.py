@@ -19,7 +19,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from ..device import model_device
-from ..drafters import Drafter, Either, ModelDrafter
+from ..drafters import Drafter
 from ..kernels.attention import compile_attention, folded_attention
 from ..kernels.packing import packed_linears
 from ..models.capture import captured_seconds
@@ -224,7 +224,7 @@ class SpeculativeMethod:
         stats = SpeculationStats() if self._stats is None or self._record is not None else self._stats
         captured = captured_seconds()
         decoding = prepare(call, drafter, options, self._streamer, stats, self._trace, together)
-        draft = getattr(drafter, "model", None) if isinstance(drafter, (Either, ModelDrafter)) else None
+        draft = drafter.draft_model
         models = [call.model] if draft is None else [call.model, draft]
         try:
             new_tokens = decoding.context.max_length - decoding.context.prompt_width

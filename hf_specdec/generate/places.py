@@ -13,7 +13,7 @@ from ..cache.layers import cache_layers
 from ..cache.ragged import RaggedCache
 from ..cache.states import has_states
 from ..device import model_device
-from ..drafters import DraftRequest, Either, ModelDrafter
+from ..drafters import DraftRequest
 from ..kernels.attention import compile_attention, folded_attention
 from ..kernels.packing import PackedLinears
 from ..loop.outputs import Recorder
@@ -128,7 +128,7 @@ def reason_for_static(checked: Checked, preparation: Preparation) -> str | None:
     if reason := lockstep_reason(checked, drafter, []):
         return reason
     if not drafter.refills:
-        owner = drafter.model if isinstance(drafter, ModelDrafter) else drafter
+        owner = drafter.draft_model or drafter
         return f"{type(owner).__name__} cannot begin a row anew while others go on"
     return None
 
@@ -148,8 +148,7 @@ class Places:
         stats = SpeculationStats()
         self._decoding = _decoding(preparation, checked, size, stats)
         options, model = preparation.resolved, checked.call.model
-        drafter = preparation.drafter
-        draft = getattr(drafter, "model", None) if isinstance(drafter, (Either, ModelDrafter)) else None
+        draft = preparation.drafter.draft_model
         models = [model] if draft is None else [model, draft]
         self._compiles = options.compiles("attention") and model_device(model).type == "cpu"
         if self._compiles:
