@@ -71,10 +71,12 @@ class Query(NamedTuple):
 
     Attributes:
         tail: `[depth + 1]` int32, its tokens from the last one back; no match goes beyond it.
+        ids: the same as Python numbers.
         hashes: of its last 1, 2, 4... tokens.
     """
 
     tail: np.ndarray
+    ids: list[int]
     hashes: list[int]
 
 
@@ -170,7 +172,7 @@ class SuffixIndex:
         ids = tail.tolist()
         if min(ids) < 0:
             tail = np.where(tail < 0, _NEVER, tail)
-        return Query(tail, _hashes(ids[: self._sizes[-1]], self._sizes))
+        return Query(tail, ids, _hashes(ids[: self._sizes[-1]], self._sizes))
 
     def find(self, query: Query, count: int, but: int = 0) -> Found:
         """Earlier occurrences of the longest run at the end of a text that has any, and of runs about as long.
@@ -184,15 +186,18 @@ class SuffixIndex:
         tokens = self._view
         for level in range(len(query.hashes) - 1, -1, -1):
             latest, before = self._links[level]
-            place = latest[query.hashes[level] >> self._shift]
-            chain: dict[int, None] = {}  # an ordered set
-            while place and place not in chain and len(chain) < VOTERS:
-                if place != but:
-                    chain[place] = None
+            place, size = latest[query.hashes[level] >> self._shift], self._sizes[level]
+            last, first = query.ids[0], query.ids[size - 1]
+            places: dict[int, None] = {}  # an ordered set
+            for _ in range(VOTERS):
+                if not place:
+                    break
+                # Most places with other hashes differ in one of these; the rest is compared below.
+                if tokens[place - 1] == last and tokens[place - size] == first and tokens[place] >= 0 and place != but:
+                    places[place] = None
                 place = before[place]
-            places = [place for place in chain if tokens[place] >= 0]
             if places:
-                found, size = self._around(places, query.tail, count), self._sizes[level]
+                found = self._around(list(places), query.tail, count)
                 if min(found.sizes) >= size:
                     return found
                 if max(found.sizes) >= size:
@@ -238,8 +243,9 @@ class SuffixIndex:
         tokens: list[int] = []
         confidence: list[float] = []
         alive, score = 1.0, 0.0
+        columns = list(zip(*texts))
         for i in range(count):
-            said = [text[i] for text in texts]
+            said = columns[i]
             token = said[0]
             votes, total = said.count(token), len(said)
             if votes < total or not 0 <= token < limits.vocab_size:
@@ -257,6 +263,7 @@ class SuffixIndex:
                 break
             if votes < len(said):
                 texts = [text for text, other in zip(texts, said) if other == token]
+                columns = list(zip(*texts))
             tokens.append(token)
             confidence.append(probability)
             score += alive
