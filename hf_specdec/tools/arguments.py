@@ -217,15 +217,14 @@ def _shorten(text: str, tokens: int | None, tokenizer: PreTrainedTokenizerBase) 
 
 def positive(value: str) -> int:
     """An argparse type: an int of at least 1."""
-    number = int(value)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
-    return number
+    if not value.isdecimal() or int(value) < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+    return int(value)
 
 
 def count(value: str) -> int:
     """An argparse type: an int of at least 0."""
-    return 0 if int(value) == 0 else positive(value)
+    return 0 if value == "0" else positive(value)
 
 
 def quiet() -> None:

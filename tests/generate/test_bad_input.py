@@ -133,7 +133,6 @@ BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ),
     ({"prompt_lookup_num_tokens": 3}, ValueError, "`assistant_model` and `prompt_lookup_num_tokens` .*one of them"),
     ({"assistant_early_exit": 1}, ValueError, "`assistant_early_exit` and `assistant_model` .*one of them"),
-    ({"synced_gpus": True}, ValueError, "`synced_gpus` is not supported"),
     ({"use_cache": False}, ValueError, "`use_cache` is False: drop that argument"),
     ({"num_beams": 2}, ValueError, "`num_beams` is 2: set `num_beams=1`"),
     ({"num_beams": 2, "do_sample": True}, ValueError, "`num_beams` is 2: set `num_beams=1`"),

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, make_model, make_pair, make_prompts, perturbed
+from conftest import ARCHITECTURES, VOCAB, make_model, make_pair, make_prompts, perturbed
 from torch import Tensor, distributed
 from transformers import (
     AutoModelForCausalLM,
@@ -586,7 +586,8 @@ def test_fsdp_is_not_combined_with_parts_of_models(as_one_of_two: None) -> None:
 
 
 def test_fsdp_needs_forwards_that_are_alike(as_one_of_two: None) -> None:
-    config = T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    config = T5Config(vocab_size=VOCAB, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    config.decoder_start_token_id = 0
     target = draft = T5ForConditionalGeneration(config)
     target._is_fsdp_managed_module = True
     with pytest.raises(ValueError, match="with encoder-decoder models where all ranks gather weights"):
