@@ -19,6 +19,7 @@ from ..models.compiled import STEPS, compilable
 from ..models.kept import borrow
 from ..models.layout import Layout
 from ..models.multimodal_prompt import FirstForward, prepared_call, show, split_axes
+from ..models.rope import positions_of
 from ..models.self_fed import SelfFedModel
 from ..sampling.by_row import OwnProcessors
 from ..sampling.context import Context
@@ -79,8 +80,7 @@ class ModelDrafter(Drafter):
     def start(self, call: DraftRequest, context: Context) -> None:
         self._serve(call)
         config = self.model.config.get_text_config(decoder=True)
-        limits = (getattr(config, name, None) for name in ("max_position_embeddings", "max_target_positions"))
-        self._limit: int | None = next(filter(None, limits), None)
+        self._limit = positions_of(self.model)
         if Abilities.of(self.model).needs_own_code:
             self.cached = self._self_fed(context)
             return

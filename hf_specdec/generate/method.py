@@ -3,7 +3,7 @@
 import copy
 import inspect
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -180,47 +180,36 @@ class SpeculativeMethod:
         if self._take is not None:
             self._take(call, self)
             return input_ids
-        with self._in_turns(call):
+        shared = gathered(model, self._assistant_model, self._call.get("synced_gpus"))
+        if shared is not None:
+            _check_alike(call)
+        with nullcontext() if shared is None else in_turns(shared.models, shared.group):
             drafter, options, together = self.decide(call)
+            if shared is not None and drafter.uses_target:
+                raise ValueError(
+                    f"{drafter.use_of_target}, which is not possible where all ranks gather weights in each forward "
+                    "(FSDP, `synced_gpus`): pass a draft model as `assistant_model`"
+                )
             try:
-                return self._decode(call, drafter, options, together)
+                return self._decode(call, drafter, options, together, is_alone=shared is None and together is None)
             except torch.OutOfMemoryError:
                 release()  # a smaller call may follow
                 raise
-
-    def _in_turns(self, call: PreparedCall) -> AbstractContextManager[None]:
-        """Where ranks need each other for each forward, all must be in such a call.
-
-        Raises:
-            ValueError: if one rank's forwards may be unlike those that other ranks make meanwhile.
-        """
-        found = gathered(call.model, self._assistant_model, self._call.get("synced_gpus"))
-        if found is None:
-            return nullcontext()
-        others = sorted(call.given.keys() - {"input_ids", "attention_mask", "position_ids"})
-        if call.model.config.is_encoder_decoder or others:
-            reason = f"with {', '.join(f'`{name}`' for name in others)}" if others else "with encoder-decoder models"
-            raise ValueError(
-                f"strategy='spec' cannot be used {reason} where all ranks gather weights in each forward (FSDP, "
-                "`synced_gpus`), because their forwards would differ: pass a model that is whole on each rank, or drop "
-                "strategy='spec'"
-            )
-        return in_turns(found.models, found.group)
 
     def decide(self, call: PreparedCall) -> tuple[Drafter, Options, Sharded | None]:
         """The drafter and the options of a call, and which of its models several processes compute together."""
         together = sharded(call.model, self._assistant_model)
         options = resolve_options(self._options, call.config, call.model, self._assistant_model)
-        drafter = make_drafter(self._assistant_model, call.model, options, *self._tokenizers)
-        if drafter.uses_target and gathered(call.model, None, self._call.get("synced_gpus")):
-            raise ValueError(
-                f"{drafter.use_of_target}, which is not possible where all ranks gather weights in each forward (FSDP, "
-                "`synced_gpus`): pass a draft model as `assistant_model`"
-            )
-        return drafter, options, together
+        return make_drafter(self._assistant_model, call.model, options, *self._tokenizers), options, together
 
-    def _decode(self, call: PreparedCall, drafter: Drafter, options: Options, together: Sharded | None) -> Any:
-        """The result of one call."""
+    def _decode(
+        self, call: PreparedCall, drafter: Drafter, options: Options, together: Sharded | None, is_alone: bool
+    ) -> Any:
+        """The result of one call.
+
+        Args:
+            is_alone: no other process needs its forwards.
+        """
         stats = SpeculationStats() if self._stats is None or self._record is not None else self._stats
         captured = captured_seconds()
         decoding = prepare(call, drafter, options, self._streamer, stats, self._trace, together)
@@ -228,8 +217,7 @@ class SpeculativeMethod:
         models = [call.model] if draft is None else [call.model, draft]
         try:
             new_tokens = decoding.context.max_length - decoding.context.prompt_width
-            alone = together is None and gathered(call.model, draft, self._call.get("synced_gpus")) is None
-            packed = packed_linears(models, options.speculation_pack_weights, new_tokens, by_clock=alone)
+            packed = packed_linears(models, options.speculation_pack_weights, new_tokens, by_clock=is_alone)
             compiles = options.compiles("attention") and model_device(call.model).type == "cpu"
             if compiles:
                 stats.compile_seconds += compile_attention(models)
@@ -266,6 +254,18 @@ def check_handed_over(call: dict[str, Any]) -> None:
             raise ValueError(
                 f"`generate()` does not pass `{name}` to a custom decoding method: give it as speculative({name}=...)"
             )
+
+
+def _check_alike(call: PreparedCall) -> None:
+    """Raise a ValueError if a rank's forwards may be unlike those that other ranks make meanwhile."""
+    others = sorted(call.given.keys() - {"input_ids", "attention_mask", "position_ids"})
+    if call.model.config.is_encoder_decoder or others:
+        reason = f"with {', '.join(f'`{name}`' for name in others)}" if others else "with encoder-decoder models"
+        raise ValueError(
+            f"strategy='spec' cannot be used {reason} where all ranks gather weights in each forward (FSDP, "
+            "`synced_gpus`), because their forwards would differ: pass a model that is whole on each rank, or drop "
+            "strategy='spec'"
+        )
 
 
 def _given_inputs(model: PreTrainedModel, call: dict[str, Any]) -> dict[str, Any]:

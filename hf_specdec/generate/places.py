@@ -17,7 +17,7 @@ from ..drafters import DraftRequest
 from ..kernels.attention import compile_attention, folded_attention
 from ..kernels.packing import PackedLinears
 from ..loop.outputs import Recorder
-from ..loop.ranks import Follower, join
+from ..loop.ranks import drafting, join
 from ..loop.refill import RefilledDecoding, Text
 from ..loop.schedule import make_schedule
 from ..loop.stopping import OwnStopping, Stopping
@@ -252,7 +252,7 @@ def _decoding(preparation: Preparation, checked: Checked, size: int, stats: Spec
         context=context,
         target=target,
         make_target=lambda: target,
-        drafter=drafter if ranks is None or ranks.drafts else Follower(),
+        drafter=drafting(ranks, drafter),
         request=request,
         schedule=schedule,
         processors=processors,

@@ -27,7 +27,7 @@ from ..device import hidden_parameters, model_device
 from ..drafters import Drafter, DraftRequest, Either, ModelDrafter
 from ..loop.decoding import SpeculativeDecoding
 from ..loop.outputs import Recorder
-from ..loop.ranks import Follower, join
+from ..loop.ranks import drafting, join
 from ..loop.schedule import make_schedule
 from ..loop.stopping import Stopping
 from ..loop.streaming import StepStreamer
@@ -190,7 +190,7 @@ def prepare(
         context=context,
         target=target,
         make_target=make_target,
-        drafter=drafter if ranks is None or ranks.drafts else Follower(),
+        drafter=drafting(ranks, drafter),
         request=request,
         schedule=schedule,
         processors=processors,

@@ -202,6 +202,11 @@ def join(together: Sharded | None, drafter: Drafter, device: torch.device, sampl
     return ranks
 
 
+def drafting(ranks: Ranks | None, drafter: Drafter) -> Drafter:
+    """What this rank drafts with."""
+    return drafter if ranks is None or ranks.drafts else Follower()
+
+
 class Follower(Drafter):
     """Stands in for the drafter on ranks that do not run it."""
 

@@ -1,6 +1,13 @@
-"""Rotary embeddings that change with the length of the text, which invalidates cached keys."""
+"""How long a model's texts may be: its positions, and rotary embeddings that change, which invalidates cached keys."""
 
 from transformers import PreTrainedModel
+
+
+def positions_of(model: PreTrainedModel) -> int | None:
+    """How many tokens a model has positions for, if its config says so."""
+    config = model.config.get_text_config(decoder=True)
+    limits = (getattr(config, name, None) for name in ("max_position_embeddings", "max_target_positions"))
+    return next(filter(None, limits), None)
 
 
 def check_lengths(model: PreTrainedModel, shortest: int, longest: int) -> None:

@@ -129,6 +129,6 @@ def drafter_of_head(head: Any, target: PreTrainedModel, options: Options) -> Hea
     threshold = options.assistant_confidence_threshold
     if isinstance(head, MtpHead):
         return MtpDrafter(head, target, threshold)
-    return (
-        SharedEntriesDrafter(head, target, threshold) if shares_entries(head) else drafter_of(head, target, threshold)
-    )
+    if shares_entries(head):
+        return SharedEntriesDrafter(head, target, threshold)
+    return drafter_of(head, target, threshold)

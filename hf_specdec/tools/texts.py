@@ -6,6 +6,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..generate.many import Generated, generate_many
+from ..models.rope import positions_of
 from ..pairs.pair import SpecPair
 
 COUNTERS = ("row_iterations", "committed_tokens", "drafted_tokens", "accepted_tokens")  # of each result
@@ -25,7 +26,7 @@ def texts_for(pair: SpecPair, values: Iterable[Any], is_chat: bool = False, **op
     Returns: results as they end. Of a value that cannot be decoded, `error` says why; of one that is no prompt there is
         one result, with an `Unreadable`.
     """
-    longest = _positions(pair.target)
+    longest = positions_of(pair.target)
     unreadable: dict[int, Exception] = {}
 
     def prompts() -> Iterator[list[int] | None]:
@@ -92,10 +93,3 @@ def prompt_ids(value: Any, tokenizer: PreTrainedTokenizerBase, is_chat: bool, lo
 def _shortened(value: Any) -> str:
     shown = repr(value)
     return shown if len(shown) <= 80 else shown[:77] + "..."
-
-
-def _positions(model: Any) -> int | None:
-    """How many tokens a model has positions for, if its config says so."""
-    config = model.config.get_text_config(decoder=True)
-    found = (getattr(config, name, None) for name in ("max_position_embeddings", "max_target_positions"))
-    return next(filter(None, found), None)

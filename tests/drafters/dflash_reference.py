@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from conftest import VOCAB
-from eagle3_reference import SIZES, _linear, _norm, _turn
+from eagle3_reference import SIZES, _linear, _norm, _turn, with_random_weights
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen3Config
 
@@ -21,16 +21,8 @@ def make_parts(sizes: dict[str, Any] | None = None, **changes: Any) -> DFlashCon
     return DFlashConfig(Qwen3Config(**sizes), **changes)
 
 
-@torch.no_grad()
 def random_head(parts: DFlashConfig, target_ids: Tensor | None = None, seed: int = 3) -> DFlashHead:
-    torch.manual_seed(seed)
-    head = DFlashHead(parts, target_ids).eval().requires_grad_(False)
-    for weight in head.parameters():
-        if weight.ndim == 1:
-            weight.copy_(1 + 0.2 * torch.randn_like(weight))
-        else:
-            weight.normal_(std=weight.shape[1] ** -0.5)
-    return head
+    return with_random_weights(lambda: DFlashHead(parts, target_ids), seed)
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """EAGLE-3 written down plainly, for one row, without a cache; and tiny heads for tiny targets."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,15 +28,19 @@ def some_tokens(count: int, vocab_size: int = VOCAB, without: tuple[int, ...] = 
 
 
 @torch.no_grad()
-def random_head(parts: Eagle3Config, target_ids: Tensor | None = None, seed: int = 3) -> Eagle3Head:
+def with_random_weights(make: Callable[[], Any], seed: int) -> Any:
     torch.manual_seed(seed)
-    head = Eagle3Head(parts, target_ids).eval().requires_grad_(False)
+    head = make().eval().requires_grad_(False)
     for weight in head.parameters():
         if weight.ndim == 1:
             weight.copy_(1 + 0.2 * torch.randn_like(weight))
         else:
             weight.normal_(std=weight.shape[1] ** -0.5)
     return head
+
+
+def random_head(parts: Eagle3Config, target_ids: Tensor | None = None, seed: int = 3) -> Eagle3Head:
+    return with_random_weights(lambda: Eagle3Head(parts, target_ids), seed)
 
 
 @torch.no_grad()

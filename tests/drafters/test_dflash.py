@@ -4,14 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import eagle3_reference
-import numpy as np
 import pytest
 import torch
 from conftest import make_model, make_prompts
 from dflash_reference import MASK, kindred_head, make_parts, random_head, reference_logits
 from eagle3_reference import some_tokens
 from test_eagle3 import Lists, check, make_target, quiet, speculate, true_states
-from test_sampling import ALARM, CONFIG, ROWS, exact_law, p_value, processors
+from test_sampling import CONFIG, check_continuations
 from torch import Tensor
 from transformers import LlamaConfig, MuseGlimmerAssistantConfig, MuseGlimmerAssistantModel, PreTrainedModel
 from transformers.cache_utils import DFlashCache
@@ -248,21 +247,8 @@ def test_samples_follow_the_targets_law(name: str, few: PreTrainedModel) -> None
         "dspark with confidence": lambda: kindred_head(few, known, dspark=True, confidence_width=2 * width),
         "p-eagle": lambda: parallel_head(few, known),
     }[name]()
-    law = exact_law(few, [3, 4, 5], 3, processors(temperature=1.2))
-    suspect = law.copy()
-    suspect[2] = 0
-    suspect /= suspect.sum()
-    torch.manual_seed(0)
-    stats, counts = SpeculationStats(), np.zeros(law.shape)
-    for _ in range(10):
-        tokens = few.generate(
-            torch.tensor([[3, 4, 5]]), strategy="spec", assistant_model=head, num_assistant_tokens=3, do_sample=True,
-            top_k=0, temperature=1.2, max_new_tokens=3, num_return_sequences=ROWS, speculation_stats=stats,
-            assistant_confidence_threshold=0.5 if "confidence" in name else 0.0,
-        )  # fmt: skip
-        np.add.at(counts, tuple(tokens[:, 3:].numpy().T), 1)
-    assert 0.05 < stats.acceptance_rate < 0.99
-    assert p_value(counts, law, suspect) > ALARM
+    threshold = 0.5 if "confidence" in name else 0.0
+    check_continuations(few, 0.0, 10, assistant_model=head, assistant_confidence_threshold=threshold)
 
 
 def test_coupled_text_is_the_same_for_any_head(target: PreTrainedModel, heads: dict[str, Any]) -> None:

@@ -5,7 +5,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import test_recurrent
 import torch
@@ -14,7 +13,7 @@ from eagle3_reference import kindred_head, make_parts, random_head, reference_lo
 from multimodal import make_multimodal, make_multimodal_prompts
 from safetensors.torch import load_file
 from test_early_exit import INTO_THE_STREAM
-from test_sampling import ALARM, CONFIG, ROWS, RowProcessor, exact_law, p_value, processors
+from test_sampling import CONFIG, RowProcessor, check_continuations
 from test_sampling import VOCAB as FEW
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, PreTrainedModel
@@ -214,11 +213,9 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(entries, "_MOST_WAITING", 4)
 
 
-@pytest.mark.parametrize("call", ["one row", "uneven rows", "chunks"])
-def test_prompts_are_read_piece_by_piece_and_not_kept(
-    call: str, target: PreTrainedModel, kindred: Eagle3Head, small_pieces: None,
-    asked: list[tuple[list[int], int, Tensor]], monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The bytes of states that are kept, after each forward of the target."""
     kept: list[int] = []
     read = entries.HeadEntries.read
 
@@ -227,6 +224,14 @@ def test_prompts_are_read_piece_by_piece_and_not_kept(
         kept.append(sum(part.untyped_storage().nbytes() for piece in self._pieces for part in piece.states))
 
     monkeypatch.setattr(entries.HeadEntries, "read", spy)
+    return kept
+
+
+@pytest.mark.parametrize("call", ["one row", "uneven rows", "chunks"])
+def test_prompts_are_read_piece_by_piece_and_not_kept(
+    call: str, target: PreTrainedModel, kindred: Eagle3Head, small_pieces: None,
+    asked: list[tuple[list[int], int, Tensor]], kept: list[int],
+) -> None:  # fmt: skip
     check(target, kindred, **CALLS[call])
     compare(asked, kindred, target)
     rows = len(CALLS[call]["inputs"]["input_ids"])
@@ -444,21 +449,8 @@ def few() -> PreTrainedModel:
 def test_samples_follow_the_targets_law(rule: str, known: int, few: PreTrainedModel) -> None:
     """As in `test_sampling.py`; a wrong law that would be seen is one without what the head does not know."""
     head = kindred_head(few, None if known == FEW else torch.tensor([0, 1, 3, 4, 6, 8, 9]))
-    law = exact_law(few, [3, 4, 5], 3, processors(temperature=1.2))
-    suspect = law.copy()
-    suspect[2] = 0 if known != FEW else suspect[2] / 2
-    suspect /= suspect.sum()
-    torch.manual_seed(0)
-    stats, counts = SpeculationStats(), np.zeros(law.shape)
-    for _ in range(10):
-        tokens = few.generate(
-            torch.tensor([[3, 4, 5]]), strategy="spec", assistant_model=head, num_assistant_tokens=3, do_sample=True,
-            top_k=0, temperature=1.2, max_new_tokens=3, num_return_sequences=ROWS, speculation_stats=stats,
-            speculation_acceptance=rule,
-        )  # fmt: skip
-        np.add.at(counts, tuple(tokens[:, 3:].numpy().T), 1)
-    assert 0.05 < stats.acceptance_rate < 0.99
-    assert p_value(counts, law, suspect) > ALARM
+    share = 0.0 if known != FEW else 0.5
+    check_continuations(few, share, 10, assistant_model=head, speculation_acceptance=rule)
 
 
 def test_coupled_text_is_the_same_for_any_draft_length(target: PreTrainedModel, kindred: Eagle3Head) -> None:

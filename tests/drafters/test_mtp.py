@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -22,9 +21,9 @@ from mtp_reference import (
     uneven,
     write_tensors,
 )
-from test_eagle3 import asked, check, make_target, quiet, speculate, true_states  # noqa: F401 - a fixture
-from test_sampling import ALARM, ROWS, exact_law, p_value, processors
+from test_eagle3 import asked, check, kept, make_target, quiet, speculate, true_states  # noqa: F401 - a fixture
 from test_sampling import VOCAB as FEW
+from test_sampling import check_continuations
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import MtpModel
@@ -89,18 +88,10 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_iterations_without_drafts_leave_nothing_out(
     options: dict[str, Any], deep: tuple[PreTrainedModel, Any], asked: Asked, small_pieces: None,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
+    kept: list[int], monkeypatch: pytest.MonkeyPatch,  # noqa: F811
 ) -> None:  # fmt: skip
     plan: Iterator[int] = iter([3, 0, 0, 2, 1, 1, 0, 0, 0, 4, 1, 0, 4, 5] + [3] * 50)
     monkeypatch.setattr(Constant, "plan", lambda self, *_: next(plan))
-    kept: list[int] = []
-    read = entries.HeadEntries.read
-
-    def spy(self: Any, states: Any, rows: Any, columns: Any) -> None:
-        read(self, states, rows, columns)
-        kept.append(sum(part.untyped_storage().nbytes() for piece in self._pieces for part in piece.states))
-
-    monkeypatch.setattr(entries.HeadEntries, "read", spy)
     target, module = deep
     check(target, module, make_prompts(3), max_new_tokens=30, **options)
     compare(asked, target, lambda states, text: module_logits(module, states, text))
@@ -191,20 +182,7 @@ def test_samples_follow_the_targets_law(tmp_path: Path) -> None:
     )  # fmt: skip
     few = quiet(make_model(config), 0.1)
     folder = str(write_tensors(tmp_path, make_tensors(few, noise=0.4)))
-    law = exact_law(few, [3, 4, 5], 3, processors(temperature=1.2))
-    suspect = law.copy()
-    suspect[2] /= 2
-    suspect /= suspect.sum()
-    torch.manual_seed(0)
-    stats, counts = SpeculationStats(), np.zeros(law.shape)
-    for _ in range(4):
-        tokens = few.generate(
-            torch.tensor([[3, 4, 5]]), strategy="spec", assistant_model=folder, num_assistant_tokens=3, do_sample=True,
-            top_k=0, temperature=1.2, max_new_tokens=3, num_return_sequences=ROWS, speculation_stats=stats,
-        )  # fmt: skip
-        np.add.at(counts, tuple(tokens[:, 3:].numpy().T), 1)
-    assert 0.05 < stats.acceptance_rate < 0.99
-    assert p_value(counts, law, suspect) > ALARM
+    check_continuations(few, 0.5, 4, assistant_model=folder)
 
 
 def test_coupled_text_is_the_same_for_any_draft_length(deep: tuple[PreTrainedModel, Any]) -> None:

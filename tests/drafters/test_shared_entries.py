@@ -2,15 +2,14 @@
 
 from typing import Any
 
-import numpy as np
 import pytest
 import test_eagle3
 import torch
 from conftest import VOCAB, make_model, make_prompts
 from eagle3_reference import make_parts, random_head
 from test_eagle3 import asked, check, speculate  # noqa: F401 - a fixture
-from test_sampling import ALARM, ROWS, exact_law, p_value, processors
 from test_sampling import VOCAB as FEW
+from test_sampling import check_continuations
 from torch import Tensor
 from transformers import Gemma4AssistantConfig, Gemma4AssistantForCausalLM, Gemma4TextConfig, PreTrainedModel
 
@@ -195,21 +194,7 @@ def test_samples_follow_the_targets_law() -> None:
     """Unlike in transformers, where drafts are not drawn from the q that they are tested with."""
     few = make_target(vocab=FEW, share=0.1)
     assistant = make_assistant(few, noise=0.4)
-    law = exact_law(few, [3, 4, 5], 3, processors(temperature=1.2))
-    suspect = law.copy()
-    suspect[2] /= 2
-    suspect /= suspect.sum()
-    torch.manual_seed(0)
-    stats, counts = SpeculationStats(), np.zeros(law.shape)
-    for _ in range(4):
-        tokens = few.generate(
-            torch.tensor([[3, 4, 5]]), strategy="spec", assistant_model=assistant, num_assistant_tokens=3,
-            do_sample=True, top_k=0, temperature=1.2, max_new_tokens=3, num_return_sequences=ROWS,
-            speculation_stats=stats,
-        )  # fmt: skip
-        np.add.at(counts, tuple(tokens[:, 3:].numpy().T), 1)
-    assert 0.05 < stats.acceptance_rate < 0.99
-    assert p_value(counts, law, suspect) > ALARM
+    check_continuations(few, 0.5, 4, assistant_model=assistant)
 
 
 def test_coupled_text_is_the_same_for_any_draft_length(target: PreTrainedModel, assistant: Any) -> None:

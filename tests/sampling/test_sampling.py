@@ -126,6 +126,30 @@ def likelihood_ratio(counts: np.ndarray, law: np.ndarray, suspect: np.ndarray) -
     return float(2 * scipy.stats.norm.sf(abs(score)))
 
 
+def check_continuations(target: PreTrainedModel, share: float, calls: int, **way: Any) -> None:
+    """Three tokens after a prompt follow the target's law. A wrong one that would be seen has token 2 less often.
+
+    Args:
+        share: of its probability.
+        calls: of `ROWS` samples each.
+        way: to draft.
+    """
+    law = exact_law(target, [3, 4, 5], 3, processors(temperature=1.2))
+    suspect = law.copy()
+    suspect[2] *= share
+    suspect /= suspect.sum()
+    torch.manual_seed(0)
+    stats, counts = SpeculationStats(), np.zeros(law.shape)
+    for _ in range(calls):
+        tokens = target.generate(
+            torch.tensor([[3, 4, 5]]), strategy="spec", num_assistant_tokens=3, do_sample=True, top_k=0,
+            temperature=1.2, max_new_tokens=3, num_return_sequences=ROWS, speculation_stats=stats, **way,
+        )  # fmt: skip
+        np.add.at(counts, tuple(tokens[:, 3:].numpy().T), 1)
+    assert 0.05 < stats.acceptance_rate < 0.99
+    assert p_value(counts, law, suspect) > ALARM
+
+
 def p_value(counts: np.ndarray, law: Law, suspect: Law) -> float:
     """The p-value of these samples under `law`, as an upper bound."""
     views = [*zip(marginals(counts), marginals(law), strict=True), (counts, law)]
