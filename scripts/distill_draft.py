@@ -77,6 +77,8 @@ def parser() -> argparse.ArgumentParser:
         help="the head proposes only the N most frequent tokens of the text (default: all)")  # fmt: skip
     parser.add_argument("--mlp-width", type=positive, metavar="N", help="width of the head's MLP (default: the "
         "target's); with --draft-vocab-size it makes a head small")  # fmt: skip
+    parser.add_argument("--share-output", action="store_true", help="the head uses the target's output weights, "
+        "which are not trained and not saved; hf_specdec reads such heads, other engines do not")  # fmt: skip
     add_prompt_arguments(parser, prompts=24, prompt_tokens=64)
     parser.set_defaults(split="train")
     add = parser.add_argument_group("training").add_argument
@@ -153,6 +155,8 @@ def load_start(args: argparse.Namespace) -> SpecPair:
         raise ValueError("expected --head with --draft-vocab-size, got none: a draft model has the target's vocabulary")
     if args.mlp_width is not None and args.head is None:
         raise ValueError("expected --head with --mlp-width, got none: a draft model keeps the target's layers")
+    if args.share_output and args.head is None:
+        raise ValueError("expected --head with --share-output, got none: a draft model has output weights of its own")
     layers = args.from_layers or (None if args.pair or args.target or args.head else 2)
     if args.random is None and layers is None and args.head is None:
         pair = load_pair(args)
@@ -174,7 +178,7 @@ def load_start(args: argparse.Namespace) -> SpecPair:
     source = pin(dataclasses.replace(reference, gguf_file=args.gguf_file or reference.gguf_file), **options)
     target = load_model(source, **options)
     if args.head is not None:
-        draft = head_training.new_head(target, mlp_width=args.mlp_width)
+        draft = head_training.new_head(target, mlp_width=args.mlp_width, shares_output=args.share_output)
     elif args.random is not None:
         draft = distillation.random_layers(target, args.random)
     else:
@@ -228,24 +232,27 @@ class Run:
         texts, args, start = self.folder / "texts", self.args, self.start
         if not texts.is_dir():
             pieces, self.held = read_text(args, start.tokenizer)
-            if args.draft_vocab_size is not None:
-                size = start.target.config.get_text_config(decoder=True).vocab_size
-                self.state["vocabulary"] = head_training.frequent_tokens(pieces, args.draft_vocab_size, size).tolist()
             write_run(args.output, self.state)
-            self.reduce()
-            before = self.measure(0, start.draft)
-            drafts = distillation.pays(before["greedy"], start.draft, start.target)
+            drafts = False  # a head with random weights does not help
+            if args.head is None:
+                before = self.measure(0, start.draft)
+                drafts = distillation.pays(before["greedy"], start.draft, start.target)
+            kept = self.folder / "written"
+            kept.mkdir(exist_ok=True)
             data = distillation.examples(
                 start.target, start.draft if drafts else None, pieces, args.examples,
-                None if args.chat_template else args.prompt_tokens, args.new_tokens, args.temperature, args.seed,
+                None if args.chat_template else args.prompt_tokens, args.new_tokens, args.temperature, args.seed, kept,
             )  # fmt: skip
             unfinished = self.folder / "texts.unfinished"
             DatasetDict(train=data, heldout=Dataset.from_dict({"input_ids": self.held})).save_to_disk(unfinished)
             unfinished.rename(texts)
-        else:
-            self.reduce()
+            shutil.rmtree(kept)
         stored = load_from_disk(texts)
         self.held = stored["heldout"]["input_ids"][:]
+        if args.head is not None:
+            self.reduce(stored["train"])
+            if "0" not in self.state["measured"]:
+                self.measure(0, start.draft)
         names = ("steps", "rows", "accumulate", "argmax_weight", "completion_only_loss", "mixed_precision", "seed")
         lr = 1 / start.draft.config.get_text_config(decoder=True).hidden_size if args.lr is None else args.lr
         recipe = distillation.Recipe(lr=lr, **{name: getattr(args, name) for name in names})
@@ -254,12 +261,21 @@ class Run:
         self.training = kind(start.draft, start.target, stored["train"], recipe)
         self.training.load(self.folder)
 
-    def reduce(self) -> None:
-        """The head's vocabulary, if it has one of its own."""
-        if "vocabulary" in self.state:
-            set_seed(self.args.seed)
-            ids = torch.tensor(self.state["vocabulary"])
-            self.start.draft = head_training.new_head(self.start.target, ids, mlp_width=self.args.mlp_width)
+    def reduce(self, data: Dataset) -> None:
+        """Give the head a vocabulary of its own, if it is to have one: what occurs most often in the target's text."""
+        args, target = self.args, self.start.target
+        if args.draft_vocab_size is None:
+            return
+        if "vocabulary" not in self.state:
+            rows = zip(data["input_ids"][:], data["completion_mask"][:])
+            written = ([token for token, is_new in zip(*row) if is_new] for row in rows)
+            size = target.config.get_text_config(decoder=True).vocab_size
+            self.state["vocabulary"] = head_training.frequent_tokens(written, args.draft_vocab_size, size).tolist()
+        set_seed(args.seed)
+        ids = torch.tensor(self.state["vocabulary"])
+        self.start.draft = head_training.new_head(
+            target, ids, mlp_width=args.mlp_width, shares_output=args.share_output
+        )
 
     def measure(self, step: int, draft: PreTrainedModel) -> dict[str, Any]:
         """Measure acceptance on the held-out prompts, and store it by the number of steps done."""

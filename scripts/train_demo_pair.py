@@ -32,7 +32,8 @@ from tqdm import tqdm
 
 from hf_specdec.pairs.compatibility import vocabulary_check
 from hf_specdec.pairs.pair_file import PairConfig
-from hf_specdec.tools.distillation import HELD_OUT, STDLIB, distillation_loss, first_layers, standard_library
+from hf_specdec.tools.distillation import distillation_loss, first_layers, standard_library
+from hf_specdec.tools.stdlib import HELD_OUT, STDLIB
 
 Llama, FastTokenizer = transformers.LlamaForCausalLM, transformers.PreTrainedTokenizerFast
 

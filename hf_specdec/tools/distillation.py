@@ -7,9 +7,8 @@ extra `train` (accelerate, datasets).
 import copy
 import shutil
 import signal
-import sysconfig
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,18 +25,9 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_linear_schedule_with_warmup
 
 from ..records.stats import SpeculationStats
+from .journal import Journal, read
 from .progress import progress
-
-STDLIB = Path(sysconfig.get_paths()["stdlib"])
-# Not ordinary code, or not shipped by every system.
-SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "lib2to3"}
-SKIPPED_FOLDERS |= {"turtledemo", "pydoc_data", "encodings", "__pycache__", "lib-dynload"}
-# The embedded pair never saw these; its held-out prompts are cut from them.
-HELD_OUT = (
-    *("textwrap.py", "fractions.py", "queue.py", "shlex.py", "statistics.py", "heapq.py", "calendar.py", "pprint.py"),
-    *("tempfile.py", "graphlib.py", "ftplib.py", "configparser.py", "gettext.py", "selectors.py", "sched.py", "csv.py"),
-    *("cmd.py", "json/encoder.py", "concurrent/futures/thread.py", "http/cookies.py", "zipapp.py", "shelve.py"),
-)
+from .stdlib import STDLIB, modules
 
 GAMMA = 5  # draft length of the acceptance figures: the library's default
 ROWS_WRITTEN = 64  # rows that the target continues at a time
@@ -79,15 +69,12 @@ def random_layers(target: PreTrainedModel, layers: int) -> PreTrainedModel:
 # ------------------------------------------------------------------------------------------------------- training data
 
 
-def standard_library(modules: int | None = None) -> DatasetDict:
-    """Python's standard library, one document per module: `train` (its first `modules`, all if None) and `heldout`."""
-    names = [path.relative_to(STDLIB) for path in sorted(STDLIB.rglob("*.py"))]
-    names = [name for name in names if SKIPPED_FOLDERS.isdisjoint(name.parts) and name.as_posix() not in HELD_OUT]
-    names = [name for name in names if not name.parts[0].startswith("config-")]  # how this Python was built
-    held_out = [str(STDLIB / name) for name in HELD_OUT if (STDLIB / name).exists()]
+def standard_library(count: int | None = None) -> DatasetDict:
+    """Python's standard library, one document per module: `train` (its first `count`, all if None) and `heldout`."""
+    names, held_out = modules(), [str(STDLIB / name) for name in modules(held_out=True)]
     if not held_out or not names:
         raise SystemExit(f"Expected the standard library's sources under {STDLIB}, found none; is it a zipped install?")
-    files = {"train": [str(STDLIB / name) for name in names[:modules]], "heldout": held_out}
+    files = {"train": [str(STDLIB / name) for name in names[:count]], "heldout": held_out}
     return load_dataset("text", data_files=files, sample_by="document", encoding_errors="replace")
 
 
@@ -130,11 +117,15 @@ def write(
     temperature: float | None = None,
     draft: PreTrainedModel | None = None,
     what: str | None = None,
+    kept: Path | None = None,
+    seed: int = 0,
 ) -> tuple[list[list[int]], SpeculationStats]:
     """Let the target continue the prompts, greedily if `temperature` is None, and with `draft` if there is one.
 
     Args:
         what: title of the progress shown on stderr; None shows nothing.
+        kept: a file for the rows as they are written. Rows that are in it already are not written again.
+        seed: with `kept`, of sampling, so that rows do not depend on where it was interrupted.
 
     Returns:
         Prompt and continuation of each row, up to and including its end token; and the speculation statistics.
@@ -150,12 +141,15 @@ def write(
     if draft is not None:
         options |= {"assistant_model": draft, "strategy": "spec", "speculation_stats": stats}
         options |= {"num_assistant_tokens": GAMMA, "num_assistant_tokens_schedule": "constant"}
-    written: list[list[int]] = []
+    keeper = None if kept is None else Journal(kept)
+    written: list[list[int]] = [] if kept is None else [row["input_ids"] for _, row in read(kept)]
     shown: Any = nullcontext(lambda done: None)
     if what is not None:
-        shown = progress(Console(stderr=True, highlight=False), what, len(prompts))
-    with shown as advance:
-        for start in range(0, len(prompts), ROWS_WRITTEN):
+        shown = progress(Console(stderr=True, highlight=False), what, len(prompts), len(written))
+    with shown as advance, closing(keeper) if keeper is not None else nullcontext():
+        for start in range(len(written), len(prompts), ROWS_WRITTEN):
+            if keeper is not None:
+                torch.manual_seed(seed + start)
             rows = [torch.tensor(prompt) for prompt in prompts[start : start + ROWS_WRITTEN]]
             ids = pad_sequence(rows, batch_first=True, padding_value=padding, padding_side="left")
             mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
@@ -163,6 +157,8 @@ def write(
             for row, tokens in zip(rows, out[:, ids.shape[1] :].tolist()):
                 length = next((at for at, token in enumerate(tokens, 1) if token in ends), len(tokens))
                 written.append(row.tolist() + tokens[:length])
+            if keeper is not None:
+                keeper.append([{"input_ids": row} for row in written[start:]])
             advance(len(written))
     return written, stats
 
@@ -181,6 +177,7 @@ def examples(
     new_tokens: int,
     temperature: float,
     seed: int,
+    kept: Path | None = None,
 ) -> Dataset:
     """The draft's training data: `count` texts as they are, `count` continued greedily, `count` by sampling.
 
@@ -189,6 +186,7 @@ def examples(
 
     Args:
         prompt_tokens: length of the prompts that the target continues; None keeps the pieces whole, as prompts.
+        kept: a folder for what is written, from which an interrupted run goes on.
 
     Returns:
         `kind` ("text", "greedy", "sampled"), `input_ids` (no piece is used twice while there are enough), and
@@ -198,8 +196,11 @@ def examples(
     chosen = [pieces[i] for i in draws(len(pieces), 3 * count, seed)]
     prompts = [piece[:prompt_tokens] for piece in chosen[count:]]
     lengths = [len(piece) if prompt_tokens is None else 0 for piece in chosen[:count]] + list(map(len, prompts))
-    greedy, _ = write(target, prompts[:count], new_tokens, None, draft, "target writes, greedily")
-    sampled, _ = write(target, prompts[count:], new_tokens, temperature, draft, "target writes, sampling")
+    files = [None if kept is None else kept / f"{kind}.jsonl" for kind in ("greedy", "sampled")]
+    greedy, _ = write(target, prompts[:count], new_tokens, None, draft, "target writes, greedily", files[0])
+    sampled, _ = write(
+        target, prompts[count:], new_tokens, temperature, draft, "target writes, sampling", files[1], seed
+    )
     kinds = [kind for kind in ("text", "greedy", "sampled") for _ in range(count)]
     rows = chosen[:count] + greedy + sampled
     masks = [[0] * length + [1] * (len(row) - length) for row, length in zip(rows, lengths)]

@@ -32,13 +32,18 @@ def frequent_tokens(rows: Iterable[Sequence[int]], count: int, vocab_size: int) 
 
 
 def new_head(
-    target: PreTrainedModel, target_ids: Tensor | None = None, layers: int = 1, mlp_width: int | None = None
+    target: PreTrainedModel,
+    target_ids: Tensor | None = None,
+    layers: int = 1,
+    mlp_width: int | None = None,
+    shares_output: bool = False,
 ) -> Eagle3Head:
     """A head with random layers, the target's embeddings, and a copy of its output weights.
 
     Args:
         target_ids: the tokens that it can propose; `None` for all.
         mlp_width: of its layers' MLP; the target's by default.
+        shares_output: it uses the target's output weights instead of a copy, which are not trained and not saved.
 
     Raises:
         ValueError: for a target with fewer than three layers, or without weights of its width at both ends.
@@ -67,6 +72,7 @@ def new_head(
         aux_ids=(min(2, count - 2), max(count // 2, min(2, count - 2) + 1), count) if count < 8 else None,
         layers=layers,
         norm_before_residual=True,
+        has_lm_head=not shares_output,
     )
     head = Eagle3Head(parts, target_ids)
     with torch.no_grad():
@@ -74,7 +80,8 @@ def new_head(
             if weight.ndim > 1:
                 weight.normal_(std=0.5 * weight.shape[1] ** -0.5)
         output: Any = target.get_output_embeddings()
-        head.lm_head.weight.copy_(output.weight if target_ids is None else output.weight[target_ids])
+        if not shares_output:
+            head.lm_head.weight.copy_(output.weight if target_ids is None else output.weight[target_ids])
     return head.to(target.device, target.dtype).eval()
 
 
@@ -99,6 +106,7 @@ def training_loss(
     embeddings: Tensor,
     argmax_weight: float = 0.0,
     drafted: int = DRAFTED,
+    output: Tensor | None = None,
 ) -> Tensor:
     """The mean loss of `drafted` drafts from each position, each weighted by DECAY of the one before.
 
@@ -108,6 +116,7 @@ def training_loss(
         target_logits: `[rows, tokens, vocabulary]`.
         counted: `[rows, tokens]` bool, positions whose logits are to be learned.
         embeddings: `[vocabulary, hidden]`, the target's.
+        output: `[draft vocabulary, hidden]`, of the target's, for a head without its own.
     """
     length = tokens.shape[1] - 1
     given, cache = head.mix(states)[:, :-1], _Steps()
@@ -122,7 +131,9 @@ def training_loss(
         given = head(given, embedded, (at + step)[None], cache, mask)
         valid = counted[:, ahead].bool() & (at + 1 + step <= length)
         if bool(valid.any()):
-            losses.append(DECAY**step * distillation_loss(head.logits(given), wanted[:, ahead], argmax_weight, valid))
+            losses.append(
+                DECAY**step * distillation_loss(head.logits(given, output), wanted[:, ahead], argmax_weight, valid)
+            )
             weights.append(DECAY**step)
     return torch.stack(losses).sum() / sum(weights)
 
@@ -146,5 +157,12 @@ class HeadDistillation(Distillation):
         embeddings: Any = self.target.get_input_embeddings()
         with self._accelerator.autocast():
             return training_loss(
-                head, seen[0], batch["input_ids"], logits, counted, embeddings.weight, self.recipe.argmax_weight
+                head,
+                seen[0],
+                batch["input_ids"],
+                logits,
+                counted,
+                embeddings.weight,
+                self.recipe.argmax_weight,
+                output=head.shared_output(self.target),
             )

@@ -148,7 +148,7 @@ class Eagle3Head(Head):
         """`[rows, width, draft vocabulary]` from h.
 
         Args:
-            shared: `[vocabulary, hidden]`, the target's output weights, for a head without its own.
+            shared: `[draft vocabulary, hidden]`, of the target's output weights, for a head without its own.
         """
         normed = hidden if self.parts.norm_output else self.norm(hidden)
         if self.parts.has_lm_head:

@@ -93,7 +93,7 @@ class HeadEntries:
         """Take what the head has not got from the target."""
         own = self.head.parts.has_embeddings
         self._embeddings: Any = self.head.embed_tokens if own else target.get_input_embeddings()
-        self._shared = None if self.head.parts.has_lm_head else target.get_output_embeddings().weight
+        self._shared = self.head.shared_output(target)
 
     def missing(self, context: Context) -> list[int]:
         """How many committed tokens of each active row have no entry yet; the last one never has one."""

@@ -33,6 +33,13 @@ class Head(nn.Module):
         assert isinstance(weight, Tensor)
         return weight
 
+    def shared_output(self, target: Any) -> Tensor | None:
+        """The target's output weights for the tokens that this head knows; `None` for a head with its own."""
+        if self.parts.has_lm_head:
+            return None
+        weight: Tensor = target.get_output_embeddings().weight
+        return weight if self.target_ids is None else weight[self.target_ids.to(weight.device)]
+
     def num_parameters(self) -> int:
         """As of a model."""
         return sum(weight.numel() for weight in self.parameters())
