@@ -12,6 +12,9 @@ A link leads to a run with the same hash, perhaps one that was overwritten since
 compared with the tokens that are there.
 """
 
+import functools
+import itertools
+import operator
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -240,6 +243,8 @@ class SuffixIndex:
             texts = [
                 _copied(text, end - place) if end - count < place < end else text for place, text in zip(places, texts)
             ]
+        if texts.count(texts[0]) == len(texts):
+            return _agreed(texts[0][:count], len(texts), size, limits)
         tokens: list[int] = []
         confidence: list[float] = []
         alive, score = 1.0, 0.0
@@ -257,7 +262,7 @@ class SuffixIndex:
                     break
                 token = max(counts, key=counts.__getitem__)  # of equals, the one that came last
                 votes, total = counts[token], sum(counts.values())
-            probability = votes / (total + 1 / (size + i))
+            probability = _probability(votes, total, size + i)
             alive *= probability
             if alive < limits.probability:
                 break
@@ -284,6 +289,32 @@ class Limits(NamedTuple):
     factor: float
     probability: float
     vocab_size: int
+
+
+def _probability(votes: int, total: int, size: int) -> float:
+    """That of a token which so many of all occurrences of a run of `size` tokens say."""
+    return votes / (total + 1 / size)
+
+
+def _agreed(tokens: list[int], votes: int, size: int, limits: Limits) -> Continuation:
+    """What `follow` returns where all occurrences of a run of `size` tokens go on with the same ones."""
+    if min(tokens) < 0 or max(tokens) >= limits.vocab_size:
+        tokens = tokens[: next(i for i, token in enumerate(tokens) if not 0 <= token < limits.vocab_size)]
+    confidence, alive, scores = _unanimous(votes, size, limits.tokens)
+    count = len(tokens)
+    if alive[count] < limits.probability:
+        count = next(i for i, share in enumerate(alive) if share < limits.probability) - 1
+    return Continuation(tokens[:count], confidence[:count], scores[count])
+
+
+@functools.lru_cache(maxsize=4096)
+def _unanimous(votes: int, size: int, count: int) -> tuple[list[float], list[float], list[float]]:
+    """Of a continuation with so many tokens that all say: each one's probability; then, for 0, 1, 2... tokens, the
+    probability that all are right, and the score.
+    """
+    confidence = [_probability(votes, votes, size + i) for i in range(count)]
+    alive = list(itertools.accumulate(confidence, operator.mul, initial=1.0))
+    return confidence, alive, [0.0, *itertools.accumulate(alive[1:])]
 
 
 def _copied(after: list[int], length: int) -> list[int]:
