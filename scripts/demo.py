@@ -2,6 +2,7 @@
 """Complete Python code three ways and compare: vanilla generate(), HF assisted generation, and hf_specdec.
 
     ./scripts/demo                                        # the embedded pair, no network, about a minute
+    ./scripts/demo --real                                 # SmolLM2-135M-Instruct, from the package index, chats
     ./scripts/demo --target Qwen/Qwen3-4B-Base --draft Qwen/Qwen3-0.6B-Base
 
 The methods take turns in one process; the figures are medians over the rounds. Everything is greedy and in float32. The
@@ -28,6 +29,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import hf_specdec
+from hf_specdec.tools import real_demo
 from hf_specdec.tools.report import fitted
 
 PROMPTS = resources.files("hf_specdec") / "assets" / "demo_pair" / "heldout_prompts.jsonl"
@@ -136,13 +138,18 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--target", default=EMBEDDED, help="Hub id or path of the target (default: the embedded pair's)")
     add("--draft", default=EMBEDDED, help="Hub id or path of its draft, with the same tokenizer")
-    add("--new-tokens", type=int, default=128, help="tokens to generate per prompt (default: 128)")
+    add("--real", action="store_true", help="SmolLM2-135M-Instruct answers six prompts (90 MB are downloaded once)")
+    add("--new-tokens", type=int, help="tokens to generate per prompt (default: 128; with --real 96)")
     add("--prompts", type=int, default=3, metavar="N", help="number of prompts (default: 3)")
-    add("--rounds", type=int, default=3, help="timed runs of each method, after a warm-up (default: 3)")
+    add("--rounds", type=int, help="timed runs of each method, after a warm-up (default: 3; with --real 1)")
     add("--html", metavar="PATH", help="write the trace of the first prompt as an HTML page")
     args = parser.parse_args()
     if (args.target == EMBEDDED) != (args.draft == EMBEDDED):
         parser.error("expected --target and --draft together, got one of them")
+    if args.real and (args.target != EMBEDDED or args.html is not None):
+        parser.error("--real is a pair and prompts of its own: leave out --target, --draft and --html, or --real")
+    args.new_tokens = (96 if args.real else 128) if args.new_tokens is None else args.new_tokens
+    args.rounds = (1 if args.real else 3) if args.rounds is None else args.rounds
     if min(args.new_tokens, args.rounds) < 1:
         parser.error(f"expected positive numbers, got --new-tokens {args.new_tokens} --rounds {args.rounds}")
     return args
@@ -152,6 +159,11 @@ def main() -> int:
     args, console = parse(), Console(highlight=False)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    real = real_demo.load(console, torch.float32) if args.real else None
+    if real is not None:
+        result = real_demo.show(console, *real, args.new_tokens, args.rounds)
+        print(json.dumps(vars(args) | result))
+        return 0 if result["identical"] else 1
     prompts = load_prompts(args.prompts)
     target, draft, tokenizer = load_pair(args)
     eos = target.generation_config.eos_token_id

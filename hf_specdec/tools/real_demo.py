@@ -1,0 +1,155 @@
+"""`./scripts/demo --real`: a small chat model answers six prompts; every method is compared on each of them."""
+
+import statistics
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..drafters.heads import Eagle3Head
+from ..pairs.pair import SpecPair
+from ..records.stats import RowStep
+from ..records.trace import STYLES, committed_roles
+from . import methods
+from .chat_prompts import PATTERNS
+from .conversation import Conversation
+from .measure import ASSISTED, Batch, Comparison, Method, Record
+from .report import fitted
+from .terminal_chat import Screen
+
+PROMPTS = tuple(PATTERNS["demo"].items())  # by category; none is among the prompts that the head was trained on
+
+
+def show(
+    console: Console,
+    target: PreTrainedModel,
+    head: Eagle3Head,
+    tokenizer: PreTrainedTokenizerBase,
+    new_tokens: int,
+    rounds: int,
+) -> dict[str, Any]:
+    """Stream the answers, then show what each method takes for them.
+
+    Returns: figures by method; `identical` says whether no token of any method differs from vanilla's.
+    """
+    answer(console, SpecPair(target, head, tokenizer), new_tokens)
+    chats = [tokenizer.apply_chat_template(_message(text), **_TEMPLATE) for _, text in PROMPTS]
+    batches = [{name: chat[name].to(target.device) for name in ("input_ids", "attention_mask")} for chat in chats]
+    chosen = [
+        methods.vanilla(),
+        methods.assisted_lookup(4),
+        Method("HF, this head", ASSISTED, lambda: {"assistant_model": head}),
+        Method("ours, this head", methods.OURS, lambda: {"strategy": "spec", "assistant_model": head}),
+        *(methods.ours(target, {}, "", drafter=name) for name in ("lookup", "suffix")),
+    ]
+    records = compare(console, target, chosen, batches, new_tokens, rounds)
+    figures = {name: _figures(record, records[chosen[0].name]) for name, record in records.items()}
+    _print_speed(console, figures, records[chosen[0].name])
+    identical = not any(record.differing for record in records.values())
+    return {"methods": figures, "identical": identical}
+
+
+_TEMPLATE: dict[str, Any] = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+
+
+def _message(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def answer(console: Console, pair: SpecPair, new_tokens: int) -> None:
+    """Stream an answer to each prompt, with accepted drafts in colour."""
+    conversation = Conversation(pair, {"assistant_model": pair.draft}, {"do_sample": False}, new_tokens)
+    conversation.warm_up()
+    console.print(Text.assemble("Accepted drafts look ", ("like this", STYLES["accepted"]), "."))
+    for category, text in PROMPTS:
+        console.print()
+        console.print(Text(text, "bold"), soft_wrap=True)
+        conversation.reset()
+        screen = Screen(conversation, console)
+
+        def tell(step: RowStep, screen: Screen = screen) -> None:
+            for token, role in committed_roles(step):
+                screen.show(token, STYLES["accepted"] if role == "accepted" else "")
+
+        turn = conversation.ask(text, tell)
+        screen.end()
+        stats = turn.stats
+        told = f"{category}: α {stats.acceptance_rate:.2f}, τ {stats.block_efficiency:.2f}, "
+        console.print(Text(told + f"{turn.tokens_per_second:.1f} tokens/s", "dim"))
+
+
+def compare(
+    console: Console,
+    target: PreTrainedModel,
+    chosen: list[Method],
+    batches: list[Batch],
+    new_tokens: int,
+    rounds: int,
+) -> dict[str, Record]:
+    """The methods' measurements; they take turns, prompt by prompt."""
+    with console.status("measuring") as status:
+        comparison = Comparison(
+            target, chosen, batches, new_tokens, advance=lambda name: status.update(f"measuring {name}")
+        )
+        comparison.warm_up()
+        for _ in range(rounds):
+            comparison.round()
+    return comparison.records
+
+
+def _figures(record: Record, vanilla: Record) -> dict[str, Any]:
+    if record.refusal:
+        return {"refused": record.refusal}
+    by_prompt = [
+        statistics.median(
+            theirs[index].seconds / mine[index].seconds for theirs, mine in zip(vanilla.rounds, record.rounds)
+        )
+        for index in range(len(PROMPTS))
+    ]
+    stats = record.stats
+    return {
+        "speedup": round(statistics.mean(by_prompt), 3),
+        "by_prompt": {category: round(ratio, 3) for (category, _), ratio in zip(PROMPTS, by_prompt)},
+        "acceptance_rate": round(stats.acceptance_rate, 4) if stats.drafted_tokens else None,
+        "block_efficiency": round(stats.block_efficiency, 3) if stats.drafted_tokens else None,
+        "forwards": sum(run.forwards for run in record.rounds[-1]),
+        "differing_rows": sorted(record.differing),
+    }
+
+
+def _print_speed(console: Console, figures: dict[str, dict[str, Any]], vanilla: Record) -> None:
+    """Speed-ups by prompt, and on average."""
+    seconds = [statistics.median(run[index].seconds for run in vanilla.rounds) for index in range(len(PROMPTS))]
+    speed = sum(map(len, vanilla.rows)) / sum(seconds)
+    title = f"Speed-up over vanilla generate() ({speed:.1f} tokens/s)"
+    table = Table("method", title=title, title_justify="left")
+    for heading in (*(category for category, _ in PROMPTS), "mean", "α", "τ", "forwards", "tokens"):
+        table.add_column(heading, justify="right")
+    for name, found in figures.items():
+        if "refused" in found:
+            table.add_row(name, *["-"] * (len(PROMPTS) + 4), "refused")
+            continue
+        ratios = [f"{ratio:.2f}x" for ratio in (*found["by_prompt"].values(), found["speedup"])]
+        kinds = [found["acceptance_rate"], found["block_efficiency"]]
+        same = Text("differ", "bold red") if found["differing_rows"] else Text("identical", "green")
+        table.add_row(name, *ratios, *("-" if x is None else f"{x:.2f}" for x in kinds), str(found["forwards"]), same)
+    console.print()
+    console.print(fitted(table))
+    for name, found in figures.items():
+        if "refused" in found:
+            console.print(Text(f"{name}: {found['refused']}", "dim"))
+
+
+def load(console: Console, dtype: torch.dtype) -> tuple[PreTrainedModel, Eagle3Head, PreTrainedTokenizerBase] | None:
+    """The real pair; `None`, after saying why, if it cannot be had."""
+    from .smollm2 import smollm2_pair
+
+    try:
+        with console.status("loading SmolLM2-135M-Instruct; the first time it is downloaded and converted"):
+            return smollm2_pair(dtype)
+    except (ImportError, OSError) as error:
+        console.print(Text(f"SmolLM2 cannot be had here: {error}", "yellow"))
+        return None
