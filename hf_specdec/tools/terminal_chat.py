@@ -222,7 +222,7 @@ class _Screen:
 
 
 class _Interrupts:
-    """Inside the block, Ctrl-C is noted and `check` raises it, where nothing is half done; a second one is immediate."""
+    """Inside the block, Ctrl-C is noted and `check` raises it where nothing is half done; a second one is immediate."""
 
     def __enter__(self) -> "_Interrupts":
         self._is_noted = False
