@@ -221,10 +221,11 @@ class Conversation:
         return self._cache
 
     def _keep(self, cache: Any, tokens: list[int]) -> None:
-        """Keep a cache for the next turn if it can be cut there; recurrent states cannot."""
+        """Keep a cache for the next turn if it can be passed to it, and be cut; recurrent states cannot."""
         self._forget()
-        is_own = isinstance(cache, Cache) and not Abilities.of(self.pair.target).needs_own_code
-        if is_own and cache.is_croppable and not has_states(cache):
+        target = self.pair.target
+        passes = target.generation_config.cache_implementation is None and not Abilities.of(target).needs_own_code
+        if passes and isinstance(cache, Cache) and cache.is_croppable and not has_states(cache):
             self._cache, self._cached = cache, tokens
 
     def _forget(self) -> None:

@@ -205,7 +205,7 @@ def test_a_conversation_that_is_too_long_stays_as_it_was(chat):
     turn = chat.ask("q" * 225, silent)
     assert turn.limit == 256 - len(turn.prompt) < 24  # what the model has positions for
     messages = chat.messages
-    with pytest.raises(ValueError, match="too long.*256 positions; /reset begins anew"):
+    with pytest.raises(ValueError, match=r"too long.*256 positions; /reset begins anew"):
         chat.ask("and " * 20, silent)
     assert chat.messages is messages
 

@@ -65,7 +65,7 @@ def test_sampling_options_reach_generate(run):
     texts = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        code, lines, _ = run(["def "], "--temperature", "1.5", "--top-p", "0.95", "--max-new-tokens", "12")
+        _, lines, _ = run(["def "], "--temperature", "1.5", "--top-p", "0.95", "--max-new-tokens", "12")
         texts.append(json.loads(lines[-1])["turns"][0]["text"])
     assert texts[0] == texts[1] != texts[2]
     _, lines, _ = run(["def ", "/compare"], "--temperature", "1.5", "--top-p", "1e-9", "--max-new-tokens", "12")
