@@ -128,6 +128,15 @@ class Conversation:
         self.turns = []
         self._forget()
 
+    def warm_up(self) -> None:
+        """Decode a little, so that what happens once in a process does not slow down the first answer.
+
+        Raises:
+            ValueError: if the template does not take the system message, or the models cannot be used.
+        """
+        prompt, limit = self._prompt([*self.messages, {"role": "user", "content": "hello"}])
+        self._speculate(prompt, min(limit, 4), None, {})
+
     def ask(self, question: str, tell: Callable[[RowStep], None]) -> Turn:
         """Answer a question, and add both to the conversation.
 
@@ -141,18 +150,18 @@ class Conversation:
         """
         messages = [*self.messages, {"role": "user", "content": question}]
         prompt, limit = self._prompt(messages)
-        cache = self._cache_for(prompt)
-        reused = len(self._cached)
+        cache, cached = self._cache_for(prompt), self._cached
+        self._forget()  # the call may leave it half filled
         stats, told = SpeculationStats(), _Told(tell)
-        speculation = {"strategy": "spec", "speculation_stats": stats, "speculation_trace": told} | self.drafting
+        records = {"speculation_stats": stats, "speculation_trace": told}
         began = time.perf_counter()
         try:
-            output = self._generate(prompt, limit, cache, speculation)
+            output = self._speculate(prompt, limit, cache, records)
         except KeyboardInterrupt:
             answer, finished = told.tokens, INTERRUPTED
-            # The call replaces the cache's entries at its end, those of the first layer first.
-            if cache is not None and cache.get_seq_length() != reused:
-                self._forget()
+            # The call replaces the cache's entries at its end, beginning with the first layer.
+            if cache is not None and cache.get_seq_length() == len(cached):
+                self._cache, self._cached = cache, cached
         else:
             text = output.sequences[0].tolist()
             answer, finished = text[len(prompt) :], told.finished
@@ -160,7 +169,7 @@ class Conversation:
         once = stats.compile_seconds + stats.capture_seconds + stats.packing_seconds
         seconds = time.perf_counter() - began - once
         said = self.pair.tokenizer.decode(answer, skip_special_tokens=True)
-        turn = Turn(prompt, limit, reused, answer, said, seconds, finished, stats)
+        turn = Turn(prompt, limit, len(cached), answer, said, seconds, finished, stats)
         if answer:
             self.messages = [*messages, {"role": "assistant", "content": said}]
             self.turns.append(turn)
@@ -196,6 +205,9 @@ class Conversation:
             raise ValueError(f"{error}; /reset begins anew" if self.turns else str(error)) from error
         return prompt, min(self.max_new_tokens, (longest or len(prompt) + self.max_new_tokens) - len(prompt))
 
+    def _speculate(self, prompt: list[int], limit: int, cache: Cache | None, records: dict[str, Any]) -> Any:
+        return self._generate(prompt, limit, cache, {"strategy": "spec"} | self.drafting | records)
+
     def _generate(self, prompt: list[int], limit: int, cache: Cache | None, more: dict[str, Any]) -> Any:
         ids = torch.tensor([prompt], device=model_device(self.pair.target))
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "tokenizer": self.pair.tokenizer}
@@ -222,7 +234,6 @@ class Conversation:
 
     def _keep(self, cache: Any, tokens: list[int]) -> None:
         """Keep a cache for the next turn if it can be passed to it, and be cut; recurrent states cannot."""
-        self._forget()
         target = self.pair.target
         passes = target.generation_config.cache_implementation is None and not Abilities.of(target).needs_own_code
         if passes and isinstance(cache, Cache) and cache.is_croppable and not has_states(cache):

@@ -58,6 +58,7 @@ def run(args: argparse.Namespace) -> None:
     args.pair = args.name or args.pair
     pair = _load(args)
     conversation = Conversation(pair, _drafting(args.drafter, pair), options, args.max_new_tokens, args.system)
+    conversation.warm_up()
     chat = Chat(conversation, Console(highlight=False), is_terminal)
     if not (args.real or args.pair or args.target):
         chat.say(_EMBEDDED)
