@@ -125,6 +125,20 @@ def test_caches_that_cannot_be_cut_are_not_used(tokenizer, name, template, reuse
     assert any(turn.reused for turn in chat.turns) == reuses
 
 
+def test_a_prompt_that_is_cached_whole_is_fed_its_last_token(llama, tokenizer):
+    chat = conversation(llama, tokenizer, TEMPLATE.replace("in messages", "in messages[-1:]"))
+    _, _, again = (chat.ask(question, silent) for question in ("what", "abc", "abc"))
+    assert again.reused == len(again.prompt) - 1
+    assert_is_vanillas(chat, again)
+
+
+def test_a_target_whose_config_chooses_its_cache_reads_everything_again(llama, tokenizer):
+    target = copy.deepcopy(llama)
+    target.generation_config.cache_implementation = "dynamic"
+    chat = conversation(target, tokenizer)
+    assert [turn.reused for turn, _ in ask_all(chat)] == [0, 0, 0]
+
+
 def interrupting(after: int) -> Callable[[RowStep], None]:
     left = [after]
 

@@ -23,7 +23,7 @@ from test_conversation import llama as llama
 from transformers import PreTrainedModel
 
 from hf_specdec.cli import main
-from hf_specdec.records.trace import STYLES
+from hf_specdec.records.trace import STYLES, Trace, committed_roles
 from hf_specdec.tools.terminal_chat import COMMANDS, Chat, _Interrupts, _Screen, _typed_lines
 
 Run = Callable[..., tuple[int, list[str], str]]
@@ -128,15 +128,22 @@ def chat(llama: PreTrainedModel, tokenizer: Any, shown: io.StringIO) -> Chat:
 
 
 def test_accepted_drafts_are_green(chat, shown):
+    told = chat._conversation
     assert chat.take(QUESTIONS[0])
+    (turn,) = told.turns
+    trace, ids = Trace(), torch.tensor([turn.prompt])
+    told.pair.target.generate(ids, **told.drafting, strategy="spec", speculation_trace=trace, max_new_tokens=24)
+    roles = [token for iteration in trace.iterations for token in committed_roles(iteration.rows[0])]
+    assert [token for token, _ in roles] == turn.answer
+    accepted = [token for token, role in roles if role == "accepted"]
     answer = shown.getvalue().rpartition("\x1b[2m")[0]  # the status line is dim
-    turn = chat.report[0]
-    green = "".join(GREEN.findall(answer))
-    stats = chat._conversation.stats
-    words = len(green.replace(" ", "")), len(turn["text"].replace(" ", ""))
-    assert re.sub(r"\x1b\[\d+m", "", answer).strip("\n") == turn["text"].strip("\n")
-    assert 0 < words[0] < words[1]
-    assert len(GREEN.findall(answer)) == stats.accepted_tokens
+    assert 0 < len(accepted) < len(roles)
+    assert letters("".join(GREEN.findall(answer))) == letters(told.pair.tokenizer.decode(accepted))
+    assert re.sub(r"\x1b\[\d+m", "", answer).strip("\n") == turn.text.strip("\n")
+
+
+def letters(text: str) -> str:
+    return re.sub(r"\W", "", text)
 
 
 def test_errors_do_not_end_a_chat_in_a_terminal(chat, shown):
