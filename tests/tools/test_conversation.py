@@ -106,7 +106,8 @@ def test_reuse_with_the_embedded_pair(embedded):
     options = ({"do_sample": False}, 32)
     chat = Conversation(embedded, _drafting("model", embedded), *options)
     turns = ask_all(chat, lines)
-    assert chat.messages[-1]["content"] == turns[-1][0].text
+    told = [f"{line}{turn.text}" for line, (turn, _) in zip(lines, turns)]
+    assert "\n".join(told) == embedded.tokenizer.decode(turns[-1][0].prompt) + turns[-1][0].text
     for turn, _ in turns:
         assert_is_vanillas(chat, turn)
     assert all(0.8 * len(turn.prompt) < turn.reused < len(turn.prompt) for turn, _ in turns[1:])
