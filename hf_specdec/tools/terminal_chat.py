@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.segment import Segment, Segments
+from rich.style import Style
 from rich.text import Text
 
 from ..pairs.pair import SpecPair
@@ -213,7 +215,8 @@ class _Screen:
     def show(self, token: int, style: str) -> None:
         text = self._pieces.add(token).translate(_CONTROL)
         if text:
-            self._console.out(text, style=style, end="", highlight=False)
+            shown = Segments([Segment(text, Style.parse(style))])  # as it is: rich's texts have no tabs
+            self._console.print(shown, end="", crop=False)
             self._inside_line = not text.endswith("\n")
 
     def end(self) -> None:
