@@ -154,11 +154,12 @@ class Conversation:
         self._forget()  # the call may leave it half filled
         stats, told = SpeculationStats(), _Told(tell)
         records = {"speculation_stats": stats, "speculation_trace": told}
+        finished: str | None = INTERRUPTED
         began = time.perf_counter()
         try:
             output = self._speculate(prompt, limit, cache, records)
         except KeyboardInterrupt:
-            answer, finished = told.tokens, INTERRUPTED
+            answer = told.tokens
             # The call replaces the cache's entries at its end, beginning with the first layer.
             if cache is not None and cache.get_seq_length() == len(cached):
                 self._cache, self._cached = cache, cached
