@@ -282,6 +282,7 @@ def _typed_lines() -> Iterator[str]:
         from prompt_toolkit import PromptSession
         from prompt_toolkit.completion import WordCompleter
         from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+        from prompt_toolkit.shortcuts import CompleteStyle
     except ImportError as error:
         raise ValueError(
             "in a terminal, chat needs the package prompt_toolkit: pip install 'hf_specdec[chat]'. Questions from a "
@@ -293,8 +294,11 @@ def _typed_lines() -> Iterator[str]:
     def begin_line(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
 
-    completer = WordCompleter([*COMMANDS, _EXIT], sentence=True)
-    session: PromptSession[str] = PromptSession(completer=completer, key_bindings=keys)
+    session: PromptSession[str] = PromptSession(
+        completer=WordCompleter([*COMMANDS, _EXIT], sentence=True),
+        complete_style=CompleteStyle.READLINE_LIKE,  # a menu would keep lines below the prompt free
+        key_bindings=keys,
+    )
 
     def lines() -> Iterator[str]:
         while True:

@@ -28,8 +28,10 @@ from transformers import PreTrainedModel
 
 from hf_specdec import SpecPair
 from hf_specdec.cli import main
+from hf_specdec.pairs.heads import DEMO_HEAD
 from hf_specdec.records.trace import STYLES, Trace, committed_roles
 from hf_specdec.tools import terminal_chat
+from hf_specdec.tools.conversation import Conversation
 from hf_specdec.tools.terminal_chat import COMMANDS, Chat, _Interrupts, _Screen, _typed_lines
 
 Run = Callable[..., tuple[int, list[str], str]]
@@ -79,11 +81,15 @@ def test_sampling_options_reach_generate(run):
     assert json.loads(lines[-1])["turns"][0]["identical"]  # only the likeliest token is left
 
 
-@pytest.mark.parametrize("drafter", ["lookup", "head"])
-def test_other_drafters(run, drafter):
+@pytest.mark.parametrize(("drafter", "chosen"), [("lookup", {}), ("head", {"assistant_model": str(DEMO_HEAD)})])
+def test_other_drafters(run, monkeypatch, drafter, chosen):
+    begun: list[Conversation] = []
+    warm_up = Conversation.warm_up
+    monkeypatch.setattr(Conversation, "warm_up", lambda self: (begun.append(self), warm_up(self)))
     _, lines, _ = run(["import os", "import os", "/compare"], "--drafter", drafter, "--max-new-tokens", "12")
     turns = json.loads(lines[-1])["turns"]
     assert turns[1]["identical"] and turns[1]["reused"] > 0
+    assert begun[0].drafting == chosen
 
 
 @pytest.mark.parametrize(
@@ -205,8 +211,8 @@ class Odd:
 
 def test_lines_that_are_typed():
     with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
-        keys.send_text("one\r\r two\x1b\rlines\r\x03")
-        assert list(_typed_lines()) == ["one", " two\nlines"]
+        keys.send_text("one\r\r two\x1b\rlines\r/co\t\r\x03")
+        assert list(_typed_lines()) == ["one", " two\nlines", "/compare"]
 
 
 def test_a_terminal_without_prompt_toolkit_is_told_what_to_install(monkeypatch):
