@@ -5,9 +5,10 @@
     hf-specdec check --target T --draft D     # the same for two models
     hf-specdec export PAIR --to vllm DIR      # or sglang, custom-generate: use a pair elsewhere
     hf-specdec generate --pair PAIR --dataset prompts.jsonl --output texts.jsonl
+    hf-specdec chat PAIR                      # talk with the target in the terminal
 
 PAIR is a folder or Hub repository with specdec_pair.json; use --target T --draft D to name two models instead. The last
-line of the output is JSON.
+line of the output is JSON, except in a terminal chat.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from rich.console import Console
 
 from .pairs.catalogue import suggest_draft
 from .pairs.export import EXPORTERS, export_pair, pair_to_export
-from .tools import generate_dataset
+from .tools import generate_dataset, terminal_chat
 from .tools.arguments import add_pair_arguments, load_pair, quiet
 
 
@@ -80,11 +81,20 @@ def generate(arguments: Sequence[str]) -> int:
     return 0
 
 
+def chat(arguments: Sequence[str]) -> int:
+    """Talk with a pair in the terminal, accepted drafts in colour; or answer questions from a pipe, one per line."""
+    parser = _parser(chat)
+    terminal_chat.add_arguments(parser)
+    terminal_chat.run(parser.parse_args(arguments))
+    return 0
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "suggest": suggest,
     "check": check,
     "export": export,
     "generate": generate,
+    "chat": chat,
 }
 
 

@@ -14,6 +14,7 @@ from string import Template
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from . import fragment
+from .pieces import Pieces
 from .stats import Iteration, RowStep, SpeculationStats
 
 if TYPE_CHECKING:
@@ -203,18 +204,10 @@ def _verdict(step: RowStep, label: Callable[[int], str]) -> str:
 
 
 def _pieces(tokens: list[int], tokenizer: Tokenizer | None) -> Iterator[str]:
-    """The text that each token adds; a character split over several tokens comes with the last one."""
-    decode = tokenizer.decode if tokenizer is not None else lambda ids: "".join(f"{token} " for token in ids)
-    before: list[int] = []  # the token before `pending`: on its own, a token may decode without its leading space
-    pending: list[int] = []
+    """The text that each token adds."""
+    pieces = Pieces(tokenizer.decode if tokenizer is not None else lambda ids: "".join(f"{id} " for id in ids))
     for count, token in enumerate(tokens, start=1):
-        pending.append(token)
-        text = decode(before + pending)
-        if text.endswith("\ufffd") and len(pending) < 4 and count < len(tokens):  # inside a character (4 bytes at most)
-            yield ""
-        else:
-            yield text[len(decode(before)) if before else 0 :]
-            before, pending = pending, []
+        yield pieces.add(token, is_last=count == len(tokens))
 
 
 def _html_page(trace: Trace, tokenizer: Tokenizer | None) -> str:
