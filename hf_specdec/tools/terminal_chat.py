@@ -133,7 +133,7 @@ class Chat:
 
     def ask(self, question: str) -> None:
         """Answer a question."""
-        screen = _Screen(self._conversation, self._console)
+        screen = Screen(self._conversation, self._console)
         with _Interrupts() as interrupts:
 
             def tell(step: RowStep) -> None:
@@ -158,7 +158,7 @@ class Chat:
         """answer the last question again with plain generate(), and say how much faster speculation was"""
         turn = self._last_turn()
         self.say("Plain generate():")
-        screen = _Screen(self._conversation, self._console)
+        screen = Screen(self._conversation, self._console)
         try:
             with _Interrupts() as interrupts:
 
@@ -203,7 +203,7 @@ COMMANDS: dict[str, Callable[[Chat], None]] = {
 }
 
 
-class _Screen:
+class Screen:
     """Shows the tokens of one answer as they come."""
 
     def __init__(self, conversation: Conversation, console: Console):
@@ -254,14 +254,12 @@ def _load(args: argparse.Namespace) -> SpecPair:
     if others:
         option = others[0].replace("_", "-")
         raise ValueError(f"--real is a pair of its own: leave out --{option}, or --real")
-    from .smollm2 import smollm2_pair  # type: ignore[import-not-found]  # comes with `./scripts/demo --real`
+    from .smollm2 import smollm2_pair
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    target, draft, tokenizer = smollm2_pair()
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    for model in (target, draft):
-        model.to(device, *[DTYPES[args.dtype]] * (args.dtype != "auto"))
+    dtype: Any = torch.float32 if args.dtype == "auto" else DTYPES[args.dtype]  # the file's
+    target, draft, tokenizer = smollm2_pair(dtype, args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return SpecPair(target, draft, tokenizer)
 
 

@@ -32,7 +32,7 @@ from hf_specdec.pairs.heads import DEMO_HEAD
 from hf_specdec.records.trace import STYLES, Trace, committed_roles
 from hf_specdec.tools import terminal_chat
 from hf_specdec.tools.conversation import Conversation
-from hf_specdec.tools.terminal_chat import COMMANDS, Chat, _Interrupts, _Screen, _typed_lines
+from hf_specdec.tools.terminal_chat import COMMANDS, Chat, _Interrupts, Screen, _typed_lines
 
 Run = Callable[..., tuple[int, list[str], str]]
 GREEN = re.compile(r"\x1b\[32m(.*?)\x1b\[0m", re.DOTALL)
@@ -168,15 +168,15 @@ def test_errors_do_not_end_a_chat_in_a_terminal(chat, shown):
 
 
 def test_ctrl_c_ends_the_answer_only(chat, shown, monkeypatch):
-    show, handler, presses = _Screen.show, signal.getsignal(signal.SIGINT), [1, 1]
+    show, handler, presses = Screen.show, signal.getsignal(signal.SIGINT), [1, 1]
 
-    def show_and_press(self: _Screen, token: int, style: str) -> None:
+    def show_and_press(self: Screen, token: int, style: str) -> None:
         show(self, token, style)
         if presses and len(chat.report) == 1 + (style == "dim"):
             presses.pop()
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(_Screen, "show", show_and_press)
+    monkeypatch.setattr(Screen, "show", show_and_press)
     for question in (QUESTIONS[0], QUESTIONS[1], "/compare", QUESTIONS[2]):
         assert chat.take(question)
     whole, cut, after = chat.report
@@ -194,7 +194,7 @@ def test_a_second_ctrl_c_is_immediate():
 
 def test_text_of_the_model_cannot_control_the_terminal(chat, shown, monkeypatch):
     monkeypatch.setattr(chat._conversation.pair, "tokenizer", Odd())
-    screen = _Screen(chat._conversation, chat._console)
+    screen = Screen(chat._conversation, chat._console)
     for token in range(len(Odd.TEXT)):
         screen.show(token, "")
     assert shown.getvalue() == "a[2Jb\n\tc👍"
