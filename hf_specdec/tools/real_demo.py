@@ -121,21 +121,25 @@ def _figures(record: Record, vanilla: Record) -> dict[str, Any]:
 
 
 def _print_speed(console: Console, figures: dict[str, dict[str, Any]], vanilla: Record) -> None:
-    """Speed-ups by prompt, and on average."""
+    """Speed-ups by prompt, and what the methods did on all of them."""
     seconds = [statistics.median(run[index].seconds for run in vanilla.rounds) for index in range(len(PROMPTS))]
     speed = sum(map(len, vanilla.rows)) / sum(seconds)
-    title = f"Speed-up over vanilla generate() ({speed:.1f} tokens/s)"
-    table = Table("method", title=title, title_justify="left")
-    for heading in (*(category for category, _ in PROMPTS), "mean", "α", "τ", "forwards", "tokens"):
-        table.add_column(heading, justify="right")
-    for name, found in figures.items():
-        if "refused" in found:
-            table.add_row(name, *["-"] * (len(PROMPTS) + 4), "refused")
-            continue
-        ratios = [f"{ratio:.2f}x" for ratio in (*found["by_prompt"].values(), found["speedup"])]
-        kinds = [found["acceptance_rate"], found["block_efficiency"]]
-        same = Text("differ", "bold red") if found["differing_rows"] else Text("identical", "green")
-        table.add_row(name, *ratios, *("-" if x is None else f"{x:.2f}" for x in kinds), str(found["forwards"]), same)
+    title = f"Speed-up over vanilla generate(), which makes {speed:.1f} tokens/s"
+    known = {name: found for name, found in figures.items() if "refused" not in found}
+    table = Table("prompt", title=title, title_justify="left")
+    for name in known:
+        table.add_column(name, justify="right")
+    for category, _ in PROMPTS:
+        table.add_row(category, *(f"{found['by_prompt'][category]:.2f}x" for found in known.values()))
+    table.add_section()
+    table.add_row("mean", *(f"{found['speedup']:.2f}x" for found in known.values()))
+    for label, key in ("α", "acceptance_rate"), ("τ", "block_efficiency"):
+        table.add_row(label, *("-" if found[key] is None else f"{found[key]:.2f}" for found in known.values()))
+    table.add_row("target forwards", *(str(found["forwards"]) for found in known.values()))
+    same = [
+        Text("differ", "bold red") if found["differing_rows"] else Text("same", "green") for found in known.values()
+    ]
+    table.add_row("tokens", *same)
     console.print()
     console.print(fitted(table))
     for name, found in figures.items():

@@ -32,7 +32,7 @@ from hf_specdec.pairs.heads import DEMO_HEAD
 from hf_specdec.records.trace import STYLES, Trace, committed_roles
 from hf_specdec.tools import terminal_chat
 from hf_specdec.tools.conversation import Conversation
-from hf_specdec.tools.terminal_chat import COMMANDS, Chat, _Interrupts, Screen, _typed_lines
+from hf_specdec.tools.terminal_chat import COMMANDS, Chat, Screen, _Interrupts, _typed_lines
 
 Run = Callable[..., tuple[int, list[str], str]]
 GREEN = re.compile(r"\x1b\[32m(.*?)\x1b\[0m", re.DOTALL)
