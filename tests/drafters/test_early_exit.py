@@ -16,7 +16,7 @@ from transformers import LlamaConfig, PreTrainedModel
 
 from hf_specdec import SpeculationStats
 from hf_specdec.models import early_exit
-from hf_specdec.models.early_exit import layers_path, resumes
+from hf_specdec.models.early_exit import EarlyExit, layers_path, resumes
 
 NEW = 20
 # What the matrices are called through which a layer adds to the residual stream.
@@ -159,6 +159,16 @@ def test_going_on_is_compared_with_a_whole_forward() -> None:
     layers = other.get_submodule(layers_path(other))
     layers[2] = LooksBack(list(layers))
     assert not resumes(other, 1)
+
+
+def test_a_block_longer_than_the_kept_states_is_verified_whole(llama: PreTrainedModel) -> None:
+    early = EarlyExit(llama, 2)
+    assert early.resumed(1) is None
+    early.draft(torch.tensor([[5, 6, 7]]), use_cache=False)
+    assert early.resumed(3) is early.rest
+    assert early.resumed(4) is None
+    early.forget()
+    assert early.resumed(1) is None
 
 
 def test_the_target_is_left_as_it_was(llama: PreTrainedModel) -> None:
