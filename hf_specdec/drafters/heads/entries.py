@@ -134,7 +134,6 @@ class HeadEntries:
         """
         self.cache.allow(slots)
         self.cache.restart(row)
-        self._first[row] = self._shift[row] = 0
         self._keep(self._heard - {row})
         self._coming.add(row)
 
