@@ -93,7 +93,7 @@ class ContextEntries(HeadEntries):
         rows, parts = context.rows, self.head.parts
         todo = [max(n - 1, 0) for n in self.missing(context)]
         self._make_entries(rows, todo)
-        self._have_drafted(rows)
+        self._forget_states()
         self.forwards += 1
         last = context.gather([end - 1 for end in context.active_ends], 1).to(self.device)
         ids = torch.nn.functional.pad(last, (0, parts.block_size - 1), value=parts.mask_token)

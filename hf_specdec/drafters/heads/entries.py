@@ -145,7 +145,7 @@ class HeadEntries:
         """
         todo = [max(n - 1, 0) for n in self.missing(context)]  # at most what waits
         hidden = self._make_entries(context.rows, todo, count - 1)
-        self._have_drafted(context.rows)
+        self._forget_states()
         self.forwards += 1
         last = [max(n - 1, 0) for n in todo]
         return aligned(hidden[:, min(last) :], last, count)
@@ -203,9 +203,9 @@ class HeadEntries:
         kept = [piece.since(needed) for piece in self._pieces]
         self._pieces = [piece for piece in kept if piece is not None]
 
-    def _have_drafted(self, rows: list[int]) -> None:
-        """Forget the states of these rows, and of rows that have ended."""
-        self._keep(self._coming.difference(rows))
+    def _forget_states(self) -> None:
+        """All are entries now: of rows whose prompts are still being read too, since no draft begins there."""
+        self._pieces.clear()
         self.waiting = 0
 
     def _settled(self, row: int) -> int:

@@ -96,9 +96,7 @@ class SharedEntries:
         self._states.append(_LastStates(kept, begins))
 
     def restart(self, row: int, slots: int) -> None:
-        """Forget a row, which is not active: another one takes its place."""
-        for one in self._states:
-            one.begins.pop(row, None)
+        """Another text takes the place of a row that is not active; its states will be heard last."""
         self._coming.add(row)
 
     def read_ahead(self) -> None:
