@@ -24,6 +24,7 @@ from hf_specdec.drafters import Draft
 from hf_specdec.drafters.heads.mtp_files import load_layers
 from hf_specdec.loop import clock
 from hf_specdec.loop.decoding import SpeculativeDecoding
+from hf_specdec.loop.refill import RefilledDecoding
 from hf_specdec.loop.schedule import Constant
 from hf_specdec.sampling.context import Context
 
@@ -170,6 +171,30 @@ def test_one_wait_per_iteration_with_other_models(name: str, by_iteration: list[
         by_iteration.clear()
         decode(pair, 3)
     assert_one_wait(by_iteration)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-head", "mistral-sliding-block", "llama-mtp", "assistant"])
+def test_one_wait_per_iteration_where_rows_are_replaced(
+    name: str, cuda: pretend_cuda.Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading the next prompts in between waits for nothing."""
+    found: list[list[str]] = []
+    step = RefilledDecoding.step
+
+    def counted(self: RefilledDecoding) -> Any:
+        before = len(cuda.waits)
+        ended = step(self)
+        found.append(cuda.waits[before:])
+        return ended
+
+    monkeypatch.setattr(RefilledDecoding, "step", counted)
+    target, draft = on_cuda(name)
+    texts = [list(range(2, 4 + n)) for n in (5, 12, 3, 9, 30, 4)]
+    options = {"batch_size": 2, "max_new_tokens": 6, "num_assistant_tokens": 3, "do_sample": False}
+    for _ in range(2):
+        found.clear()
+        assert len(list(hf_specdec.generate_many(target, texts, draft, **options))) == len(texts)
+    assert_one_wait(found)
 
 
 def test_rows_that_finish_do_not_wait(by_iteration: list[list[str]]) -> None:
