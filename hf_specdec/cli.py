@@ -39,7 +39,7 @@ def suggest(arguments: Sequence[str]) -> int:
         if value:
             print(f"{name:8} {value}")
     for head in heads:
-        print(f"head     {head.draft}, {head.license}. {head.note}")
+        print(f"head     {head.draft} (license: {head.license}). {head.note}")
     print(json.dumps(found | {"heads": [asdict(head) for head in heads]}))
     return 0
 

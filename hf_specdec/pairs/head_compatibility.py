@@ -6,18 +6,13 @@ from typing import Any, Literal
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..device import model_device
 from ..drafters.heads import DFlashHead, Eagle3Head, MtpHead
 from ..drafters.heads.gemma4 import shares_entries
 from ..models.abilities import Abilities
 from ..options import DEFAULTS, Options
 from .compatibility import Compatibility, Finding, Tokenizer, bytes_per_token, devices_of, dtype_of, quantity
 from .heads import as_head, drafter_of_head
-
-_TELLS = {  # what an error about a head is about, by words in it
-    "hidden states": ("hidden states", "layers", "entries"),
-    "vocabulary": ("a vocabulary", "mask token", "embed_tokens", "lm_head"),
-    "device": (" is on ",),
-}
 
 
 def kind_of(draft: object) -> str:
@@ -38,12 +33,12 @@ def compare_head(target: PreTrainedModel, draft: Any, tokenizer: Tokenizer) -> C
         draft: the head.
         tokenizer: the target's, which is the head's too.
     """
-    head, complaint = as_head(draft), _complaint(target, draft)
+    head = as_head(draft)
+    about, complaint = _complaint(target, head)
     names = type(target).__name__, kind_of(head)
     config = target.config.get_text_config(decoder=True)
     states = f"{config.num_hidden_layers} layers of width {config.hidden_size}"
     mine, drafts, advice = _vocabulary(head, config.vocab_size)
-    about = next((row for row, words in _TELLS.items() if any(word in complaint for word in words)), "architecture")
 
     def finding(row: str, of_target: str, of_head: str, note: str = "") -> Finding:
         error = complaint if row == about else ""
@@ -66,28 +61,47 @@ def compare_head(target: PreTrainedModel, draft: Any, tokenizer: Tokenizer) -> C
     )
 
 
-def _complaint(target: PreTrainedModel, draft: Any) -> str:
-    """Why the head cannot draft for this target; empty if it can."""
-    name = type(target).__name__
+def _complaint(target: PreTrainedModel, head: Any) -> tuple[str, str]:
+    """The row of the table that says why the head cannot draft for this target, and why; both empty if it can."""
     if not Abilities.of(target).own_cache:
-        return f"{name} carries its own state from step to step, which heads cannot read along: use a draft model"
+        name = type(target).__name__
+        why = f"{name} carries its own state from step to step, which heads cannot read along: use a draft model"
+        return "architecture", why
     options = Options(**DEFAULTS | {"num_assistant_tokens_schedule": "constant"})
+    config = target.config.get_text_config(decoder=True)
     try:
-        drafter_of_head(as_head(draft), target, options)
+        drafter_of_head(head, target, options)
     except ValueError as error:
-        return str(error)
-    return ""
+        if _width(head) == config.hidden_size and _vocab_size(head) not in (None, config.vocab_size):
+            return "vocabulary", str(error)
+        return "device" if head.device != model_device(target) else "hidden states", str(error)
+    return "", ""
+
+
+def _width(head: Any) -> int:
+    """Of the target's states that it reads."""
+    if isinstance(head, MtpHead):
+        return int(head.config.hidden_size)
+    if shares_entries(head):
+        return int(head.pre_projection.in_features) // 2
+    return int(head.parts.target_hidden_size or head.parts.layer.hidden_size)
+
+
+def _vocab_size(head: Any) -> int | None:
+    """Of the target that it was made for; `None` if it does not say."""
+    parts = getattr(head, "parts", None)
+    size: int | None = parts.vocab_size if parts is not None else head.config.get_text_config(decoder=True).vocab_size
+    return size
 
 
 def _reads(head: Any, layers: int) -> str:
     """What a head reads of a target with so many layers."""
     if isinstance(head, MtpHead):
-        return f"the last ones, of width {head.config.hidden_size}"
+        return f"the last ones, of width {_width(head)}"
     if shares_entries(head):
-        return f"the last ones, of width {head.pre_projection.in_features // 2}, and keys and values"
-    width = head.parts.target_hidden_size or head.parts.layer.hidden_size
+        return f"the last ones, of width {_width(head)}, and keys and values"
     ids = ", ".join("last" if i < 0 else str(i) for i in head.parts.states_of(layers))
-    return f"before layers {ids}, of width {width}"
+    return f"before layers {ids}, of width {_width(head)}"
 
 
 def _vocabulary(head: Any, size: int) -> tuple[str, str, str]:
