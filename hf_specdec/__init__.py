@@ -23,7 +23,7 @@ from .generate.many import Generated, generate_many
 from .generate.method import speculative
 from .generate.strategy import register, unregister
 from .models.kept import release
-from .pairs.catalogue import Suggestion, suggest_draft
+from .pairs.catalogue import Suggestion, suggest_draft, suggest_heads
 from .pairs.heads import demo_head, load_head
 from .pairs.pair import SpecPair, demo_pair
 from .pairs.pair_file import PairConfig
@@ -69,6 +69,7 @@ __all__ = [
     "release",
     "speculative",
     "suggest_draft",
+    "suggest_heads",
     "unregister",
 ]
 

@@ -19,21 +19,29 @@ from dataclasses import asdict
 
 from rich.console import Console
 
-from .pairs.catalogue import suggest_draft
+from .pairs.catalogue import suggest_draft, suggest_heads
 from .pairs.export import EXPORTERS, export_pair, pair_to_export
 from .tools import generate_dataset, terminal_chat
 from .tools.arguments import add_pair_arguments, load_pair, quiet
 
 
 def suggest(arguments: Sequence[str]) -> int:
-    """Name the draft that the catalogue pairs with a target."""
+    """Name the draft model and the heads that the catalogue pairs with a target."""
     parser = _parser(suggest)
     parser.add_argument("target", metavar="TARGET", help="Hub id or local folder of the target")
-    suggestion = suggest_draft(parser.parse_args(arguments).target)
-    for name, value in asdict(suggestion).items():
+    target = parser.parse_args(arguments).target
+    heads, found = suggest_heads(target), {}
+    try:
+        found = asdict(suggest_draft(target))
+    except ValueError:
+        if not heads:
+            raise
+    for name, value in found.items():
         if value:
             print(f"{name:8} {value}")
-    print(json.dumps(asdict(suggestion)))
+    for head in heads:
+        print(f"head     {head.draft} (license: {head.license}). {head.note}")
+    print(json.dumps(found | {"heads": [asdict(head) for head in heads]}))
     return 0
 
 

@@ -31,6 +31,7 @@ from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from transformers import PreTrainedModel
 
 from hf_specdec.options import COMPILABLE
 from hf_specdec.pairs import SpecPair
@@ -90,7 +91,8 @@ def context(value: str) -> int | None:
 def make_methods(args: argparse.Namespace, pair: SpecPair) -> list[measure.Method]:
     chosen = [methods.vanilla()]
     different = pair.tokenizers if pair.has_two_tokenizers else {}
-    chosen += [methods.assisted(pair.draft, name, different) for name in args.hf]
+    if isinstance(pair.draft, PreTrainedModel):  # transformers has none of the other heads
+        chosen += [methods.assisted(pair.draft, name, different) for name in args.hf]
     variants: dict[str, dict[str, Any]] = {"": {}}
     if args.compile:
         variants[" compiled"] = {"speculation_compile": args.compile}
@@ -119,7 +121,8 @@ def make_settings(args: argparse.Namespace, pair: SpecPair) -> list[Setting]:
     ]
     for setting in settings:
         for model in (pair.target, pair.draft):
-            check_positions(model, setting, args.new_tokens)
+            if isinstance(model, PreTrainedModel):  # heads go as far as their target
+                check_positions(model, setting, args.new_tokens)
     return settings
 
 
@@ -128,7 +131,8 @@ def show(console: Console, result: dict[str, Any]) -> None:
     rows = {name: report.cells(figures) for name, figures in result["methods"].items()}
     for at, until in ((0, SPEEDS), (SPEEDS, len(report.COLUMNS))):
         show_table(console, result["label"], report.COLUMNS[at:until], {k: row[at:until] for k, row in rows.items()})
-    console.print(report.bare_forwards(result["bare"]))
+    for line in filter(None, (report.bare_forwards(result["bare"]), report.without_ideal(result))):
+        console.print(line, markup=False)
     for name, figures in result["methods"].items():
         if "refused" in figures:
             console.print(f"{name} refused: {figures['refused']}", markup=False)
@@ -161,7 +165,7 @@ def main() -> int:
     with busy(args.busy), Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("measuring", total=runs)
         for setting in settings:
-            bare = BareForwards(pair.target, pair.draft)
+            bare = BareForwards(pair.target, pair.draft, methods.heads(args.drafter, pair.target))
 
             def advance(name: str, label: str = setting.label) -> None:
                 progress.update(task, advance=1, description=f"{label}: {name}")

@@ -313,13 +313,13 @@ class Run:
         args, output = self.args, self.args.output
         draft = self.training.draft()
         self.measure(args.steps, draft)
+        place = output if args.head is not None else output / "draft"
         if args.head is not None:
             save_folder(draft, output, self.start.target, distillation.GAMMA)
-            self.start.tokenizer.save_pretrained(output)
-            return self.result(self.start)
-        for part in (draft, self.start.tokenizer):
-            part.save_pretrained(output / "draft")
-        sources = (self.start.sources[0], ModelReference(str(output / "draft")))
+        else:
+            draft.save_pretrained(place)
+        self.start.tokenizer.save_pretrained(place)
+        sources = (self.start.sources[0], ModelReference(str(place)))
         pair = SpecPair(self.start.target, draft, self.start.tokenizer, sources=sources)
         pair.config = pair_file_for(pair, output)
         return self.result(pair)
@@ -338,8 +338,7 @@ class Run:
         for when, found in figures.items():
             entry |= {f"{name}{when}": found["greedy"][name] for name in ("acceptance_rate", "block_efficiency")}
             entry[f"sampled_acceptance_rate{when}"] = found["sampled"]["acceptance_rate"]
-        if args.head is None:
-            dataclasses.replace(pair.config, measured=[entry]).save(output)
+        dataclasses.replace(pair.config, measured=[entry]).save(output)
         for checkpoint in self.folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
         rose = entry["acceptance_rate"] > entry["acceptance_rate_before"]

@@ -28,6 +28,7 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedModel
 
 from hf_specdec.loop.schedule import SCHEDULES
 from hf_specdec.tools import arguments, methods, report, synthetic, tuning
@@ -48,8 +49,9 @@ def parse() -> argparse.Namespace:
     add("--gamma", nargs="+", type=arguments.positive, default=gammas, metavar="γ",
         help=f"constant draft lengths to try (default: {' '.join(map(str, gammas))})")  # fmt: skip
     add("--schedule", nargs="*", choices=TRIED, default=TRIED, help=f"schedules to try (default: {' '.join(TRIED)})")
-    add("--confidence", nargs="*", type=float, default=[0.3, 0.5], metavar="P",
-        help="also the longest γ, cut short when the draft's confidence is below P (default: 0.3 0.5)")  # fmt: skip
+    add("--confidence", nargs="*", type=float, metavar="P",
+        help="also the longest γ, cut short when the draft's confidence is below P (default: 0.3 0.5; none for "
+        "drafters that copy)")  # fmt: skip
     add("--drafter", type=methods.drafter, default="model", metavar="NAME",
         help=f"what drafts: {methods.DRAFTER_HELP} (default: model)")  # fmt: skip
     add("--batch", type=arguments.positive, default=1, metavar="N", help="rows per batch (default: 1)")
@@ -60,8 +62,11 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if args.write and args.drafter != "model":
         parser.error(f"--write is for the pair's own draft, but --drafter is {args.drafter}: leave one of them out")
-    if args.drafter != "model":
-        args.confidence = []  # the threshold of a draft model
+    takes_threshold = methods.takes_threshold(args.drafter)
+    if args.confidence and not takes_threshold:
+        parser.error(f"--confidence is for models and heads, but --drafter is {args.drafter}: leave one of them out")
+    if args.confidence is None:
+        args.confidence = [0.3, 0.5] if takes_threshold else []
     return args
 
 
@@ -86,10 +91,11 @@ def main() -> int:
     prompts = arguments.load_prompts(pool, pair.tokenizer)
     setting = make_setting(prompts, args.prompts, args.batch, None, False, pair.tokenizer, pair.target.device)
     for model in (pair.target, pair.draft):
-        check_positions(model, setting, args.new_tokens)
+        if isinstance(model, PreTrainedModel):  # heads go as far as their target
+            check_positions(model, setting, args.new_tokens)
 
     tried = tuning.candidates(args.gamma, args.schedule, args.confidence)
-    bare = BareForwards(pair.target, pair.draft)
+    bare = BareForwards(pair.target, pair.draft, methods.heads([args.drafter], pair.target))
     with Console(stderr=True).status("measuring") as status:
         contenders = tuning.race(
             pair, tried, setting, args.new_tokens, args.minutes * 60, bare, status.update, args.drafter

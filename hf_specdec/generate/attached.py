@@ -12,7 +12,7 @@ from transformers import GenerationMixin
 
 from ..drafters import Drafter
 from ..options import DEFAULTS, OPTION_NAMES, Options
-from ..pairs.pair import draft_model
+from ..pairs.choice import draft_model
 from ..records.stats import SpeculationStats
 from . import defaults
 from .method import Assistant, check_arguments

@@ -28,7 +28,7 @@ from ..models.later import KNOWN_INPUTS
 from ..models.sharding import Sharded, gathered, sharded
 from ..models.turns import in_turns
 from ..options import OPTION_NAMES, Options, check_generation_config, resolve_options
-from ..pairs.pair import make_drafter
+from ..pairs.choice import make_drafter
 from ..records.stats import SpeculationStats
 from ..records.trace import Trace
 from .outcome import finish

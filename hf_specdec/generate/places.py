@@ -115,7 +115,7 @@ def reason_for_static(checked: Checked, preparation: Preparation) -> str | None:
     name = type(call.model).__name__
     if checked.encoder is not None:
         return f"{name} has an encoder"
-    if call.is_static or preparation.resolved.compiles("target"):
+    if call.is_static or (preparation.resolved.compiles("target") and not drafter.taps_target):
         return "forwards of fixed shapes need a cache that is made for one call"
     if checked.self_fed or has_states(checked.cache):
         return f"{name} carries a state from token to token"

@@ -17,7 +17,9 @@ from .pair_file import FILE_NAME, ModelReference, PairConfig
 MARK = "<!-- Written by hf_specdec. Remove this line to keep your changes when the pair is saved again. -->"
 
 
-def write_card(folder: Path, name: str, config: PairConfig, licenses: dict[str, str | None]) -> None:
+def write_card(
+    folder: Path, name: str, config: PairConfig, licenses: dict[str, str | None], kind: str = "draft model"
+) -> None:
     """Write README.md into `folder`, unless a card that is not ours exists.
 
     Args:
@@ -25,13 +27,14 @@ def write_card(folder: Path, name: str, config: PairConfig, licenses: dict[str, 
         name: the name that the usage example loads.
         config: the pair's config.
         licenses: the licenses of "target" and "draft"; None if unknown.
+        kind: of the draft.
     """
     path = folder / "README.md"
     if not path.exists() or MARK in path.read_text(encoding="utf-8"):
-        path.write_text(card_text(name, config, licenses), encoding="utf-8")
+        path.write_text(card_text(name, config, licenses, kind), encoding="utf-8")
 
 
-def card_text(name: str, config: PairConfig, licenses: dict[str, str | None]) -> str:
+def card_text(name: str, config: PairConfig, licenses: dict[str, str | None], kind: str = "draft model") -> str:
     references = {"target": config.target, "draft": config.draft}
     names = [r.name_or_path for r in references.values()]
     on_the_hub = [name for name in names if not name.startswith(".") and not Path(name).is_absolute()]
@@ -58,7 +61,7 @@ def card_text(name: str, config: PairConfig, licenses: dict[str, str | None]) ->
 {MARK}
 # {Path(name).name}: a pair for speculative decoding
 
-A target model and a draft model that makes its `generate()` faster, with unchanged output.
+A target model and {_article(kind)} {kind} that makes its `generate()` faster, with unchanged output.
 Loaded with `hf_specdec`.
 
 {_table(["", "model", "revision", "license"], rows)}
@@ -80,6 +83,10 @@ print(pair.tokenizer.decode(ids[0], skip_special_tokens=True))
 
 {_measured(config.measured)}
 """
+
+
+def _article(noun: str) -> str:
+    return "an" if noun[:1] in "AEIOaeio" or noun.startswith("MTP") else "a"
 
 
 def license_of(reference: ModelReference, **hub: Any) -> str | None:

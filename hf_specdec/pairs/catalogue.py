@@ -1,4 +1,4 @@
-"""Which public draft suits a public target: a dated catalogue of families whose models share a tokenizer.
+"""Which public draft suits a public target: a dated catalogue of families whose models share a tokenizer, and of heads.
 
 The facts are in assets/catalogue.json, with their sources; its `rule` describes what `_choose` does. Nothing is loaded
 or downloaded here. Loading a pair checks whether the two tokenizers really agree.
@@ -58,9 +58,29 @@ def suggest_draft(target: str) -> Suggestion:
     raise ValueError(_unknown(str(target), name))
 
 
+def suggest_heads(target: str) -> tuple[Suggestion, ...]:
+    """The public heads on `target`'s hidden states that the catalogue knows; each one's `note` begins with its kind.
+
+    Args:
+        target: as for `suggest_draft`.
+    """
+    name, how = _hub_id(str(target))
+    return tuple(
+        Suggestion(
+            head["target"], head["head"], head["license"], head["source"], " ".join(filter(None, _notes(head, how)))
+        )
+        for head in read_catalogue()["heads"]
+        if head["target"].lower() == name.lower()
+    )
+
+
+def _notes(head: dict[str, str], how: str) -> tuple[str, ...]:
+    return f"{head['kind']}.", head["note"], how
+
+
 @functools.cache
 def read_catalogue() -> dict[str, Any]:
-    """The catalogue as stored on disk: `as_of` (ISO date), `rule`, `left_out` and `families`."""
+    """The catalogue as stored on disk: `as_of` (ISO date), `rule`, `left_out` and `families`; the same of `heads`."""
     content: dict[str, Any] = json.loads(CATALOGUE.read_text(encoding="utf-8"))
     return content
 
@@ -125,6 +145,8 @@ def _no_smaller_draft(family: dict[str, Any], target: str) -> str:
 
 
 def _without_a_family(target: str) -> str:
+    if heads := suggest_heads(target):
+        return f"pass a head on its hidden states as `assistant_model`, such as {heads[0].draft} ({heads[0].license})"
     return (
         "draft without a model, from the prompt (`prompt_lookup_num_tokens=8`); or train a draft on your own text: "
         f"scripts/distill_draft --target {target}"

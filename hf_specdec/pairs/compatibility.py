@@ -359,7 +359,7 @@ def _parameters(target: PreTrainedModel, draft: PreTrainedModel) -> Finding:
 
 
 def _cost_ratio(target: PreTrainedModel, draft: PreTrainedModel) -> Finding:
-    sizes = [_bytes_per_token(model) for model in (target, draft)]
+    sizes = [bytes_per_token(model) for model in (target, draft)]
     ratio = sizes[1] / sizes[0]
     advice = f"c ≈ {ratio:.2f}, estimated from the weights that one token needs; scripts/benchmark_speed measures it"
     if ratio > 0.5:
@@ -368,7 +368,7 @@ def _cost_ratio(target: PreTrainedModel, draft: PreTrainedModel) -> Finding:
     return Finding("cost ratio", target_size, draft_size, "note" if ratio > 0.5 else "ok", advice)
 
 
-def _bytes_per_token(model: PreTrainedModel) -> float:
+def bytes_per_token(model: PreTrainedModel) -> float:
     """The bytes of weights that a one-token forward reads: without input embeddings and inactive experts."""
     config = model.config.get_text_config(decoder=True)
     counts = (getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts"))

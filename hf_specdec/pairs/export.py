@@ -18,6 +18,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ..loop.schedule import DEFAULT_GAMMA
 from .catalogue import suggest_draft
+from .export_heads import draft_length, head_kind, sglang_flags, vllm_config
 from .loading import find_pair
 from .pair_file import FILE_NAME, ModelReference, PairConfig
 
@@ -58,7 +59,8 @@ def export_pair(pair: PairConfig, to: str, folder: str | Path) -> Exported:
         )
     # A target's own folder has a README.md of its own.
     is_model = (Path(folder) / "config.json").is_file()
-    files["custom_generate/README.md" if is_model else "README.md"] = _fill(f"{to}.md", pair, notes=_bullets(notes))
+    name = f"{to}-head.md" if head_kind(pair) is not None and to in _SERVERS else f"{to}.md"
+    files["custom_generate/README.md" if is_model else "README.md"] = _fill(name, pair, notes=_bullets(notes))
     return Exported(_write(files, Path(folder)), tuple(notes))
 
 
@@ -109,16 +111,17 @@ def _absolute(reference: ModelReference) -> ModelReference:
 
 
 def _vllm(pair: PairConfig, gamma: int) -> tuple[dict[str, str], list[str]]:
-    sizes, notes = _compare_for_server(pair)
-    config: dict[str, Any] = {
-        "method": "draft_model",
-        "model": pair.draft.name_or_path,
-        "num_speculative_tokens": gamma,
-    }
-    if pair.draft.revision is not None:
-        config["revision"] = pair.draft.revision
-    if getattr(_config(pair.draft), "pard_token", None) is not None:
-        config["parallel_drafting"] = True
+    kind = head_kind(pair)
+    sizes, notes = _compare_for_server(pair, kind is not None)
+    config: dict[str, Any]
+    if kind is not None:
+        config = vllm_config(kind, pair.draft, draft_length(kind, gamma, notes))
+    else:
+        config = {"method": "draft_model", "model": pair.draft.name_or_path, "num_speculative_tokens": gamma}
+        if pair.draft.revision is not None:
+            config["revision"] = pair.draft.revision
+        if getattr(_config(pair.draft), "pard_token", None) is not None:
+            config["parallel_drafting"] = True
     if len(set(sizes)) > 1:
         config["use_heterogeneous_vocab"] = True
         notes.append(
@@ -133,21 +136,24 @@ def _vllm(pair: PairConfig, gamma: int) -> tuple[dict[str, str], list[str]]:
 
 
 def _sglang(pair: PairConfig, gamma: int) -> tuple[dict[str, str], list[str]]:
-    sizes, notes = _compare_for_server(pair)
+    kind = head_kind(pair)
+    sizes, notes = _compare_for_server(pair, kind is not None)
     if len(set(sizes)) > 1:
         notes.append(
             f"The embeddings differ in size ({sizes[0]} and {sizes[1]}); whether SGLang accepts that was not checked."
         )
-    flags = {
-        "model_path": pair.target.name_or_path,
-        "revision": pair.target.revision,
-        "speculative_algorithm": "STANDALONE",
-        "speculative_draft_model_path": pair.draft.name_or_path,
-        "speculative_draft_model_revision": pair.draft.revision,
-        "speculative_num_steps": gamma,
-        "speculative_eagle_topk": 1,
-        "speculative_num_draft_tokens": gamma + 1,
-    }
+    flags: dict[str, Any] = {"model_path": pair.target.name_or_path, "revision": pair.target.revision}
+    if kind is not None:
+        flags |= sglang_flags(kind, pair.draft, draft_length(kind, gamma, notes))
+    else:
+        flags |= {
+            "speculative_algorithm": "STANDALONE",
+            "speculative_draft_model_path": pair.draft.name_or_path,
+            "speculative_draft_model_revision": pair.draft.revision,
+            "speculative_num_steps": gamma,
+            "speculative_eagle_topk": 1,
+            "speculative_num_draft_tokens": gamma + 1,
+        }
     flags = {name: value for name, value in flags.items() if value is not None}
     command = ["python3", "-m", "sglang.launch_server"]
     for name, value in flags.items():
@@ -156,9 +162,17 @@ def _sglang(pair: PairConfig, gamma: int) -> tuple[dict[str, str], list[str]]:
 
 
 def _custom_generate(pair: PairConfig, gamma: int) -> tuple[dict[str, str], list[str]]:
-    _refuse_encoder_decoders(_config(pair.target), _config(pair.draft))
+    kind = head_kind(pair)
+    if kind is not None and kind.own:
+        raise ValueError(
+            "The draft is MTP layers in the target's own checkpoint: no code is needed, pass `use_mtp=True` to its "
+            "`generate()`, or put it into its generation config"
+        )
+    _refuse_encoder_decoders(_config(pair.target), None if kind is not None else _config(pair.draft))
     place = _place_of_draft(pair)
     values = {"draft_place": f"{place!r}, {pair.draft.revision!r}", "recommended": pprint.pformat(pair.recommended)}
+    is_file = kind is not None and kind.name != "assistant on the target's entries"  # else it is a transformers model
+    values["load"] = _LOAD_HEAD if is_file else _LOAD_MODEL
     files = {
         "custom_generate/generate.py": _fill("generate.py.txt", pair, **values),
         "custom_generate/requirements.txt": (TEMPLATES / "requirements.txt").read_text(encoding="utf-8"),
@@ -172,6 +186,11 @@ def _custom_generate(pair: PairConfig, gamma: int) -> tuple[dict[str, str], list
             "together."
         )
     return files, notes
+
+
+# How generate.py loads the draft.
+_LOAD_MODEL = "AutoModelForCausalLM.from_pretrained(name, **place, dtype=model.dtype)"
+_LOAD_HEAD = 'hf_specdec.load_head(name, revision=place.get("revision"), dtype=model.dtype)'
 
 
 def _place_of_draft(pair: PairConfig) -> str:
@@ -194,6 +213,7 @@ def _place_of_draft(pair: PairConfig) -> str:
     return place if place.startswith(".") else f"./{place}"
 
 
+_SERVERS = ("vllm", "sglang")
 EXPORTERS: dict[str, Callable[[PairConfig, int], tuple[dict[str, str], list[str]]]] = {
     "vllm": _vllm,
     "sglang": _sglang,
@@ -201,9 +221,10 @@ EXPORTERS: dict[str, Callable[[PairConfig, int], tuple[dict[str, str], list[str]
 }
 
 
-def _compare_for_server(pair: PairConfig) -> tuple[list[int], list[str]]:
-    """The sizes of the two vocabularies, empty if they could not be read; and notes about settings not exported."""
-    configs = _config(pair.target), _config(pair.draft)
+def _compare_for_server(pair: PairConfig, is_head: bool) -> tuple[list[int], list[str]]:
+    """The sizes of the two vocabularies, empty if they could not be read or the draft is a head; and notes about
+    settings not exported."""
+    configs = (_config(pair.target),) if is_head else (_config(pair.target), _config(pair.draft))
     _refuse_encoder_decoders(*configs)
     notes = []
     if _folders(pair):
@@ -212,7 +233,7 @@ def _compare_for_server(pair: PairConfig) -> tuple[list[int], list[str]]:
     if left_out:
         values = ", ".join(f"`{name}={value!r}`" for name, value in left_out.items())
         notes.append(f"Recommended for hf_specdec, but not exported: {values}.")
-    if None in configs:
+    if None in configs and not is_head:
         notes.append("The models' configurations could not be read here, so their vocabularies were not compared.")
     sizes = [config.get_text_config(decoder=True).vocab_size for config in configs if config is not None]
     return sizes if len(sizes) == 2 else [], notes

@@ -1,6 +1,7 @@
 """Heads by name: local folders and Hub repositories."""
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,15 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..device import model_device
 from ..drafters.heads import DFlashHead, Eagle3Head, HeadDrafter, MtpHead, drafter_of
 from ..drafters.heads.gemma4 import SharedEntriesDrafter, shares_entries
 from ..drafters.heads.loading import PATTERNS, head_format, head_of_module, load_folder, read_config
 from ..drafters.heads.mtp_drafter import MtpDrafter
+from ..drafters.heads.saving import save_folder
 from ..options import Options
-from .loading import explain, hub_file, pin
+from .loading import explain, hub_arguments, hub_file, pin, save_model
+from .mtp import mtp_named
 from .pair_file import ModelReference
 
 logger = logging.get_logger(__name__)
@@ -70,40 +74,76 @@ def load_head(
     return head
 
 
-def check_no_head(reference: ModelReference) -> None:
-    """Raise a ValueError if a reference names a head, which pairs cannot have yet."""
-    folder = head_folder(reference)
-    if folder is not None and head_format(read_config(folder)) is not None:
+def head_of_pair(reference: ModelReference, target: PreTrainedModel, **arguments: Any) -> Any:
+    """The head of a pair, in the target's dtype and on its device; `None` if its draft is none.
+
+    Args:
+        arguments: of `from_pretrained`; only those about the Hub are used.
+    """
+    hub = hub_arguments(arguments)
+    if reference.gguf_file is None and (layers := mtp_named(reference.name_or_path, target)) is not None:
+        return layers
+    return head_of(reference, hub, dtype=target.dtype, device=model_device(target))
+
+
+def save_head(head: Any, folder: Path, target: PreTrainedModel, source: ModelReference | None) -> None:
+    """Write the files of a pair's head.
+
+    Args:
+        source: where it was read from; its files are copied if its format cannot be written here.
+
+    Raises:
+        ValueError: if neither is possible.
+    """
+    if isinstance(head, Eagle3Head):
+        save_folder(head, folder, target)
+        return
+    if isinstance(head, PreTrainedModel):
+        save_model(head, folder)
+        return
+    if source is None or source.name_or_path == target.name_or_path:
+        where = "made in memory" if source is None else "read from the target's own checkpoint"
         raise ValueError(
-            f"{reference.name_or_path} is a head on hidden states, and pairs take draft models only: pass it to the "
-            "target's generate() as `assistant_model`"
+            f"The draft is a {type(head).__name__} that was {where}, and hf_specdec writes EAGLE-3 heads only: put its "
+            "files into a folder of their own, and load the pair from there"
         )
+    place = Path(source.name_or_path)
+    if not place.is_dir():
+        place = Path(snapshot_download(source.name_or_path, revision=source.revision, allow_patterns=PATTERNS))
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in (file for pattern in PATTERNS for file in place.glob(pattern)):
+        if not (folder / file.name).exists() or not file.samefile(folder / file.name):
+            shutil.copyfile(file, folder / file.name)
 
 
-def head_of(reference: ModelReference, **options: Any) -> Eagle3Head | DFlashHead | None:
+def head_of(
+    reference: ModelReference, hub: Mapping[str, Any] | None = None, **options: Any
+) -> Eagle3Head | DFlashHead | None:
     """The head that a reference names; `None` if that is not a head.
 
     Args:
+        hub: arguments of `from_pretrained` about the Hub.
         options: of `load_folder`.
     """
-    folder = head_folder(reference)
+    hub = hub or {}
+    folder = head_folder(reference, **hub)
     if folder is None or head_format(read_config(folder)) is None:
         return None
     if not Path(reference.name_or_path).is_dir():
         name, revision = reference.name_or_path, reference.revision
         try:
-            folder = Path(snapshot_download(name, revision=revision, allow_patterns=PATTERNS))
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=PATTERNS, **hub))
         except Exception as error:
             raise OSError(explain(error, name, revision)) from error
     return load_folder(folder, **options)
 
 
-def head_folder(reference: ModelReference) -> Path | None:
+def head_folder(reference: ModelReference, **hub: Any) -> Path | None:
     """The local folder of a reference's config.json; `None` if there is none, or it is a file in GGUF."""
     if reference.gguf_file is not None or Path(reference.name_or_path).is_dir():
         return None if reference.gguf_file is not None else Path(reference.name_or_path)
     try:
-        file = hub_file(reference.name_or_path, "config.json", reference.revision)
+        file = hub_file(reference.name_or_path, "config.json", reference.revision, **hub)
     except LocalEntryNotFoundError:  # loading it as a model will say so
         return None
     return None if file is None else file.parent

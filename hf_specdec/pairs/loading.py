@@ -4,7 +4,7 @@ Resolves names and loads models; `compatibility.py` compares them.
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -70,7 +70,7 @@ def find_pair(
             return None
         config = PairConfig.load(name)
         return FoundPair(config, _beside(Path(name), config.target), _beside(Path(name), config.draft))
-    hub = _hub(arguments)
+    hub = hub_arguments(arguments)
     try:
         file = hub_file(name, FILE_NAME, revision, **hub)
     except LocalEntryNotFoundError:  # the Hub cannot be reached; loading will say so if that matters
@@ -132,7 +132,7 @@ def pin(reference: ModelReference, **arguments: Any) -> ModelReference:
         return reference
     try:
         wanted = reference.gguf_file or "config.json"
-        file = hub_file(reference.name_or_path, wanted, reference.revision, **_hub(arguments))
+        file = hub_file(reference.name_or_path, wanted, reference.revision, **hub_arguments(arguments))
     except LocalEntryNotFoundError as error:
         raise OSError(explain(error, reference.name_or_path, reference.revision)) from error
     if file is None and reference.gguf_file is not None:
@@ -292,5 +292,6 @@ def explain(error: Exception, name: str, revision: str | None) -> str:
     return f"{name} could not be downloaded: {error}"
 
 
-def _hub(arguments: dict[str, Any]) -> dict[str, Any]:
+def hub_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those arguments of `from_pretrained` that are about the Hub."""
     return {name: value for name, value in arguments.items() if name in HUB_ARGUMENTS and value is not None}

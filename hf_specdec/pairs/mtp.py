@@ -23,7 +23,7 @@ from ..drafters.heads.mtp_files import (
     names_in,
 )
 from ..options import Options
-from .loading import explain, hub_file
+from .loading import explain, find_pair, hub_file
 
 _lock = threading.Lock()  # so that calls that begin together read a checkpoint once
 # By target or module, then by what it was made from.
@@ -46,20 +46,31 @@ def mtp_layers(assistant_model: object, target: PreTrainedModel, options: Option
             return head
     if not options.use_mtp:
         is_name = isinstance(assistant_model, (str, Path)) and assistant_model != "auto"
-        if not is_name or not _are_layers(str(assistant_model), target):
-            return assistant_model
-    elif assistant_model is not None and not isinstance(assistant_model, (str, Path, MtpHead)):
+        layers = mtp_named(str(assistant_model), target) if is_name else None
+        return assistant_model if layers is None else layers
+    if assistant_model is not None and not isinstance(assistant_model, (str, Path, MtpHead)):
         raise ValueError(
             "`use_mtp` and `assistant_model` each choose a drafter: pass one of them, or as `assistant_model` the name "
             f"of what holds the MTP layers, got {type(assistant_model).__name__}"
         )
-    elif options.prompt_lookup_num_tokens is not None:
+    if options.prompt_lookup_num_tokens is not None:
         raise ValueError("`use_mtp` and `prompt_lookup_num_tokens` each choose a drafter: pass one of them")
     if isinstance(assistant_model, MtpHead):
         return assistant_model
-    name = None if assistant_model is None else str(assistant_model)
+    return _layers_of(target, None if assistant_model is None else str(assistant_model))
+
+
+def mtp_named(name: str, target: PreTrainedModel) -> MtpHead | None:
+    """The MTP layers that a name means beside this target, perhaps those of a local pair; `None` if it means others."""
+    found = find_pair(name, roles=("draft",)) if Path(name).is_dir() else None
+    name = name if found is None else found.draft.name_or_path
+    return _layers_of(target, name) if _are_layers(name, target) else None
+
+
+def _layers_of(target: PreTrainedModel, name: str | None) -> MtpHead:
     kind = name, target.name_or_path, target.dtype, model_device(target)
-    return _kept(target, kind, lambda: _load(name, target))
+    head: MtpHead = _kept(target, kind, lambda: _load(name, target))
+    return head
 
 
 def _kept(owner: nn.Module, kind: Hashable, make: Any) -> Any:

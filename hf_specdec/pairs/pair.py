@@ -1,8 +1,7 @@
-"""Pairs of target and draft that are loaded, run, saved and shared together; and the choice of a call's drafter."""
+"""Pairs of target and draft that are loaded, run, saved and shared together."""
 
 import functools
 import tempfile
-import threading
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,18 +16,13 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ..device import model_device
-from ..drafters import Drafter, EarlyExitDrafter, Either, OtherTokenizerDrafter, PromptLookupDrafter
-from ..drafters.heads import Head
-from ..drafters.parallel import drafter_of
-from ..models.checks import check_mode, unwrapped
-from ..options import OPTION_NAMES, Options
+from ..drafters.heads import Head, MtpHead
+from ..options import OPTION_NAMES
 from ..records import fragment
 from .card import license_of, write_card
-from .catalogue import suggest_draft
+from .choice import find_draft
 from .compatibility import (
     Compatibility,
-    check_draft_model,
     compare,
     devices_of,
     differing_tokens,
@@ -36,14 +30,13 @@ from .compatibility import (
     quantity,
     vocabulary_check,
 )
-from .heads import as_head, check_no_head, drafter_of_head, head_of
+from .head_compatibility import compare_head, kind_of
+from .heads import as_head, head_of_pair, save_head
 from .loading import find_pair, load_model, load_tokenizer, pin, save_model
-from .mtp import mtp_layers
 from .pair_file import FILE_NAME, ModelReference, PairConfig
 
 logger = logging.get_logger(__name__)
 
-_loading = threading.Lock()  # so that calls that begin together load a draft once
 DEMO_PAIR = Path(__file__).parents[1] / "assets" / "demo_pair"
 # Arguments of `generate()` that only speculation uses.
 SPECULATION_ARGUMENTS = {*OPTION_NAMES, "assistant_tokenizer", "speculation_stats", "speculation_trace"}
@@ -55,7 +48,7 @@ class SpecPair:
 
     Attributes:
         target: the target model.
-        draft: the draft model.
+        draft: the draft model, or a head on the target's hidden states.
         tokenizer: the target's tokenizer.
         config: the contents of the pair file.
         draft_tokenizer: the tokenizer that came with the draft, if any.
@@ -63,7 +56,7 @@ class SpecPair:
     """
 
     target: PreTrainedModel
-    draft: PreTrainedModel
+    draft: PreTrainedModel | Head | MtpHead
     tokenizer: PreTrainedTokenizerBase
     config: PairConfig = field(default_factory=PairConfig)
     draft_tokenizer: PreTrainedTokenizerBase | None = None
@@ -85,8 +78,8 @@ class SpecPair:
 
         Args:
             target: Hub id or local folder of the target, or of a pair (with a specdec_pair.json).
-            draft: Hub id or local folder of the draft, or of a pair that has it. None or "auto": the pair file's, else
-                the catalogue's draft for the target (`hf_specdec.suggest_draft`).
+            draft: Hub id or local folder of the draft model or head, or of a pair that has it. None or "auto": the pair
+                file's, else the catalogue's draft for the target (`hf_specdec.suggest_draft`).
             revision: branch, tag or commit of `target` on the Hub.
             draft_revision: the same for `draft`.
             gguf_file: the file in the target's folder or Hub repository that holds its weights and tokenizer in GGUF
@@ -110,24 +103,27 @@ class SpecPair:
                 raise ValueError("`draft_revision` is the revision of `draft`, which was not given: pass both")
             if draft_gguf_file is not None:
                 raise ValueError("`draft_gguf_file` is the GGUF file of `draft`, which was not given: pass both")
-            draft_reference = found.draft if found else _find_draft("auto", str(target), revision, **kwargs)
+            draft_reference = found.draft if found else find_draft("auto", str(target), revision, **kwargs)
             config = found.config if found else PairConfig(reference, draft_reference)
         else:
-            draft_reference = _find_draft(str(draft), str(target), draft_revision, **kwargs)
+            draft_reference = find_draft(str(draft), str(target), draft_revision, **kwargs)
             draft_reference = replace(draft_reference, gguf_file=draft_gguf_file or draft_reference.gguf_file)
             # Measurements with another draft do not apply to this one.
             config = PairConfig(reference, draft_reference, tokenizer=found.config.tokenizer if found else {})
         sources = (source, pin(draft_reference, **kwargs))
 
-        check_no_head(sources[1])
         tokenizer = load_tokenizer(sources[0], **kwargs)
         _check_recorded_vocabulary(tokenizer, config, sources[0])
-        try:
-            draft_tokenizer = load_tokenizer(sources[1], **kwargs)
-        except OSError:  # it has none; the report says so
-            draft_tokenizer = None
-        models = [load_model(source, **kwargs) for source in sources]
-        pair = cls(models[0], models[1], tokenizer, config, draft_tokenizer, sources)
+        model = load_model(sources[0], **kwargs)
+        head = head_of_pair(sources[1], model, **kwargs)
+        draft_tokenizer = None
+        if head is None:
+            try:
+                draft_tokenizer = load_tokenizer(sources[1], **kwargs)
+            except OSError:  # it has none; the report says so
+                draft_tokenizer = None
+            head = load_model(sources[1], **kwargs)
+        pair = cls(model, head, tokenizer, config, draft_tokenizer, sources)
         pair.compatibility.raise_errors()
         return pair
 
@@ -179,7 +175,10 @@ class SpecPair:
 
     def check(self) -> Compatibility:
         """Report how the two fit in their current state: `print(pair.check())`, or `rich.print` it."""
-        return compare(self.target, self.draft, self.tokenizer, self.draft_tokenizer)
+        if as_head(self.draft) is not None:
+            return compare_head(self.target, self.draft, self.tokenizer)
+        draft: Any = self.draft
+        return compare(self.target, draft, self.tokenizer, self.draft_tokenizer)
 
     def __repr__(self) -> str:
         lines = [", ".join(self._described(role).values()) for role in ("target", "draft")]
@@ -192,8 +191,9 @@ class SpecPair:
 
     def _described(self, role: Literal["target", "draft"]) -> dict[str, str]:
         """A model's origin, class, size, dtype and device, in words."""
-        model: PreTrainedModel = getattr(self, role)
-        source = self.sources[role == "draft"] if self.sources else ModelReference(model.name_or_path)
+        model: Any = getattr(self, role)
+        memory = ModelReference(getattr(model, "name_or_path", ""))
+        source = self.sources[role == "draft"] if self.sources else memory
         at = f"@{source.revision}" if source.revision else ""
         return {
             "from": " ".join(filter(None, (f"{source.name_or_path}{at}", source.gguf_file))) or "made in memory",
@@ -247,7 +247,7 @@ class SpecPair:
 
     def _save(self, folder: Path, name: str, weights: bool | None) -> None:
         """`name`: the name that the card tells people to load."""
-        parts = {
+        parts: dict[str, tuple[Any, PreTrainedTokenizerBase]] = {
             "target": (self.target, self.tokenizer),
             "draft": (self.draft, self.draft_tokenizer or self.tokenizer),
         }
@@ -259,14 +259,18 @@ class SpecPair:
                 continue
             if weights is False:
                 raise ValueError(f"The {role} is not on the Hub, so a pair without its weights would be unusable")
-            save_model(model, folder / role)
-            tokenizer.save_pretrained(folder / role)
+            if as_head(model) is not None:
+                save_head(model, folder / role, self.target, source)
+            else:
+                save_model(model, folder / role)
+                tokenizer.save_pretrained(folder / role)
             references.append(ModelReference(f"./{role}"))
         config = replace(
             self.config, target=references[0], draft=references[1], tokenizer=vocabulary_check(self.tokenizer)
         )
         config.save(folder)
-        write_card(folder, name, config, licenses)
+        head = as_head(self.draft)
+        write_card(folder, name, config, licenses, "draft model" if head is None else kind_of(head))
 
 
 def demo_pair() -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]:
@@ -278,126 +282,6 @@ def demo_pair() -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBa
         AutoModelForCausalLM.from_pretrained(DEMO_PAIR / name, dtype=torch.float32) for name in ("target", "draft")
     )
     return target, draft, AutoTokenizer.from_pretrained(DEMO_PAIR / "target")
-
-
-def make_drafter(
-    assistant_model: object,
-    target: PreTrainedModel,
-    options: Options,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    assistant_tokenizer: PreTrainedTokenizerBase | None = None,
-) -> Drafter:
-    """Make the drafter that a call asks for.
-
-    Args:
-        assistant_model: a model, a head, a Hub id or local path (of either, or of a pair that has one), "auto" for the
-            draft in the target's pair file or the catalogue, a `Drafter`, or `None` for prompt look-up. With `use_mtp`,
-            where the target's MTP layers are, or `None` for its own checkpoint.
-        target: the model that it drafts for.
-        options: the call's options.
-        tokenizer: the target's tokenizer. If the draft's differs, drafts are translated.
-        assistant_tokenizer: the draft's tokenizer.
-
-    Raises:
-        ValueError, TypeError: if `assistant_model` is not a drafter, or does not fit the target.
-    """
-    if options.speculation_compile == "attention" and model_device(target).type != "cpu":
-        raise ValueError(
-            f"`speculation_compile='attention'` is for CPUs, and the target is on {model_device(target)}: leave it out"
-        )
-    if options.assistant_early_exit is not None:
-        for name, other in (
-            ("assistant_model", assistant_model),
-            ("prompt_lookup_num_tokens", options.prompt_lookup_num_tokens),
-            ("use_mtp", options.use_mtp or None),
-        ):
-            if other is not None:
-                raise ValueError(f"`assistant_early_exit` and `{name}` each choose a drafter: pass one of them")
-    assistant_model = mtp_layers(assistant_model, target, options)
-    has_none = assistant_model is None or isinstance(assistant_model, Drafter)
-    if has_none and options.speculation_compile == "draft":
-        raise ValueError(
-            "`speculation_compile='draft'` compiles a draft model, and this call has none: pass one as "
-            "`assistant_model`, or leave the option out"
-        )
-    if isinstance(assistant_model, Either) and assistant_model.given_model is not None:
-        check_mode(assistant_model.given_model, "`model_draft`", "model_draft")
-        if check_draft_model(assistant_model.given_model, target, tokenizer, assistant_tokenizer) is not None:
-            raise ValueError(
-                "`model_draft` of hf_specdec.Either has another tokenizer than the target: pass it as "
-                "hf_specdec.OtherTokenizerDrafter(model_draft, tokenizer, assistant_tokenizer)"
-            )
-    if isinstance(assistant_model, Drafter):
-        return assistant_model
-    if options.assistant_early_exit is not None:
-        return EarlyExitDrafter(target, options.assistant_early_exit, options.assistant_confidence_threshold)
-    if assistant_model is None:
-        return PromptLookupDrafter(options.max_matching_ngram_size)
-    if options.prompt_lookup_num_tokens is not None:
-        raise ValueError("`assistant_model` and `prompt_lookup_num_tokens` each choose a drafter: pass one of them")
-    if isinstance(assistant_model, (str, Path)):
-        of_the_target = (target.name_or_path,) if assistant_model == "auto" else ()
-        with _loading:
-            assistant_model = load_draft(str(assistant_model), target.dtype, model_device(target), *of_the_target)
-    head = as_head(assistant_model)
-    if head is not None:
-        return drafter_of_head(head, target, options)
-    draft = draft_model(assistant_model)
-    check_mode(draft, "`assistant_model`", "assistant_model")
-    different = check_draft_model(draft, target, tokenizer, assistant_tokenizer)
-    threshold = options.assistant_confidence_threshold
-    if different is None:
-        return drafter_of(draft, threshold, options.compiles("draft"))
-    if options.speculation_compile == "draft":
-        raise ValueError(
-            "`speculation_compile='draft'` does not compile drafts with another tokenizer than the target's: leave it "
-            "out"
-        )
-    return OtherTokenizerDrafter(draft, *different, threshold)
-
-
-def draft_model(assistant_model: object) -> PreTrainedModel:
-    """The model that drafts: `assistant_model` itself, or the one inside an adapter's wrapper.
-
-    Raises:
-        TypeError: if it is no model of transformers.
-    """
-    draft = unwrapped(assistant_model)
-    if not isinstance(draft, torch.nn.Module) or not hasattr(draft, "config"):
-        raise TypeError(
-            "`assistant_model` must be a transformers model, a Hub id or local path, or a hf_specdec.Drafter, "
-            f"got {type(draft).__name__}"
-        )
-    model: PreTrainedModel = draft
-    return model
-
-
-@functools.lru_cache(maxsize=4)
-def load_draft(name: str, dtype: torch.dtype, device: torch.device, target: str = "") -> PreTrainedModel | Head:
-    """Load a draft model or head by name, once per dtype and device; `target` is the target's name, for "auto"."""
-    try:
-        reference = pin(_find_draft(name, target))
-        head = head_of(reference, dtype=dtype, device=device)
-        return load_model(reference, dtype=dtype).to(device) if head is None else head
-    except (OSError, ValueError) as error:
-        raise ValueError(f"`assistant_model` {name!r} could not be loaded: {error}") from error
-
-
-def _find_draft(name: str, target: str, revision: str | None = None, **kwargs: Any) -> ModelReference:
-    """The draft model for a name: the model itself, or the draft of the named pair; for "auto", the target's draft.
-
-    `revision` applies to `name`, or, for "auto", to `target`.
-    """
-    if name != "auto":
-        found = find_pair(name, revision, roles=("draft",), **kwargs)
-        return found.draft if found else ModelReference(name, revision)
-    if not target:
-        raise ValueError('"auto" looks the draft up by the target\'s name, and this target was not loaded by name')
-    for folder in (target, str(Path(target).parent)) if Path(target).is_dir() else (target,):
-        found = find_pair(folder, revision, roles=("draft",), **kwargs)
-        if found and (folder == target or Path(found.target.name_or_path) == Path(target).resolve()):
-            return found.draft
-    return ModelReference(suggest_draft(target).draft)
 
 
 def _check_recorded_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PairConfig, source: ModelReference) -> None:

@@ -76,7 +76,7 @@ class Iteration:
         verify_seconds: wall time of the target's verification and of acceptance, including processors and criteria, and
             of waiting for the device.
         other_seconds: wall time of the rest of the iteration: commit, rollback and the streamer.
-        draft_forwards: forwards of the draft model, each for all rows together; 0 for drafters without a model.
+        draft_forwards: forwards of the draft model or head, each for all rows together; 0 for drafters without one.
         target_forwards: forwards of the target, each for all rows together.
         withdrawn: by row, how many tokens of earlier iterations were taken back. A stopping criterion of the user's is
             called for a step when all rows have come there, and may then end a row that was ahead.
@@ -164,10 +164,11 @@ class SpeculationStats(RowStats):
 
     Attributes:
         target_forwards: verification forwards of the target, each for all rows together.
-        draft_forwards: forwards of the draft model while drafting; 0 for drafters without a model.
+        draft_forwards: forwards of the draft model or head while drafting; 0 for drafters without one.
         target_prefill_forwards: forwards of the target over the prompt that verified nothing; 0 if the first
             verification includes the whole prompt.
-        draft_prefill_forwards: forwards of the draft model over prompts, or tokens it had missed, that drafted nothing.
+        draft_prefill_forwards: forwards of the draft model or head over prompts, or tokens it had missed, that drafted
+            nothing.
         prefill_seconds: wall time before the first iteration, except compiling and capturing.
         compile_seconds: wall time of compiling (`speculation_compile`), not counted elsewhere.
         capture_seconds: wall time of capturing CUDA graphs (`cache_implementation="static"`), not counted elsewhere.

@@ -37,12 +37,14 @@ class Method:
         family: `VANILLA`, `ASSISTED` or `OURS`.
         options: makes fresh arguments of `generate()` for each run.
         gamma: γ if it is constant, else `None`.
+        drafter: what drafts in ours, by its name on the command line; empty for the pair's draft.
     """
 
     name: str
     family: str
     options: Callable[[], dict[str, Any]] = dict
     gamma: int | None = None
+    drafter: str = ""
 
 
 @dataclass(frozen=True)

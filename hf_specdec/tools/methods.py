@@ -5,14 +5,17 @@ A *way* is a name on the command line: a number is a constant γ, a word is a sc
 
 import argparse
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..device import model_device
 from ..drafters import Either, SuffixDrafter
 from ..loop.schedule import SCHEDULES
+from ..pairs.choice import load_draft
 from ..pairs.heads import DEMO_HEAD
+from ..pairs.mtp import mtp_named
 from . import arguments
 from .measure import ASSISTED, OURS, VANILLA, Method
 
@@ -22,7 +25,7 @@ DEFAULT = "default"
 # calls, because rounds repeat their prompts. Besides these there are "exit:K", the target's first K layers, and
 # "head:NAME", a head by folder or Hub id.
 _EXIT, _HEAD = "exit:", "head:"
-DRAFTERS: dict[str, Callable[[PreTrainedModel], dict[str, Any]]] = {
+DRAFTERS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "model": lambda draft: {"assistant_model": draft},
     "lookup": lambda draft: {},
     "suffix": lambda draft: {"assistant_model": SuffixDrafter(max_requests=0)},
@@ -44,13 +47,27 @@ def drafter(name: str) -> str:
     raise argparse.ArgumentTypeError(f"expected {DRAFTER_HELP}, got {name!r}")
 
 
-def drafting(name: str, draft: PreTrainedModel) -> dict[str, Any]:
+def drafting(name: str, draft: Any) -> dict[str, Any]:
     """The arguments of `generate()` for a drafter's name."""
     if name.startswith(_EXIT):
         return {"assistant_early_exit": int(name.removeprefix(_EXIT))}
     if name.startswith(_HEAD):
         return {"assistant_model": name.removeprefix(_HEAD)}
     return DRAFTERS[name](draft)
+
+
+def takes_threshold(name: str) -> bool:
+    """Whether a drafter, by its name, takes the option `assistant_confidence_threshold`."""
+    return name == "model" or name.partition(":")[0] in (_HEAD[:-1], _EXIT[:-1])
+
+
+def heads(names: Iterable[str], target: PreTrainedModel) -> dict[str, Any]:
+    """The heads among drafters, loaded, by name."""
+    places = {name: drafting(name, None)["assistant_model"] for name in names if name.partition(":")[0] == _HEAD[:-1]}
+    return {
+        name: mtp_named(place, target) or load_draft(place, target.dtype, model_device(target))
+        for name, place in places.items()
+    }
 
 
 def vanilla() -> Method:
@@ -80,7 +97,7 @@ def assisted_lookup(gamma: int) -> Method:
     return Method(f"HF look-up γ={gamma}", ASSISTED, lambda: {"prompt_lookup_num_tokens": gamma})
 
 
-def ours(draft: PreTrainedModel, options: dict[str, Any], label: str, drafter: str = "model") -> Method:
+def ours(draft: Any, options: dict[str, Any], label: str, drafter: str = "model") -> Method:
     """`strategy="spec"` with a drafter, by its name, and any options of `generate()`."""
     fixed = options.get("num_assistant_tokens_schedule") == "constant" and drafter == "model"
     fixed &= not options.get("assistant_confidence_threshold")
@@ -90,12 +107,13 @@ def ours(draft: PreTrainedModel, options: dict[str, Any], label: str, drafter: s
         OURS,
         lambda: {"strategy": "spec", **chosen, **options},
         options.get("num_assistant_tokens") if fixed else None,
+        drafter,
     )
 
 
 def ours_lookup(gamma: int) -> Method:
     options = {"strategy": "spec", "prompt_lookup_num_tokens": gamma}
-    return Method(f"{OURS} look-up γ={gamma}", OURS, options.copy)
+    return Method(f"{OURS} look-up γ={gamma}", OURS, options.copy, drafter="lookup")
 
 
 def way_options(way: str) -> dict[str, Any]:

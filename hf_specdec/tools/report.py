@@ -33,11 +33,24 @@ def cells(figures: dict[str, Any]) -> list[str]:
         f"{figures['first_token_ms']:.0f} ms {number((figures['first_token_speedup'] or {}).get('median'), 'x')}",
         number(figures.get("acceptance_rate")),
         number(figures["block_efficiency"]),
-        number(figures.get("ideal"), "x"),
+        "-" if is_unknown(figures) else number(figures.get("ideal"), "x"),
         "" if figures.get("efficiency") is None else f"{figures['efficiency']:.0%}",
         "" if figures["peak_bytes"] is None else f"{figures['peak_bytes'] / 2**20:.0f} MB",
         "not compared" if not figures["compared"] else "same" if same == rows else f"{rows - same}/{rows} differ",
     ]
+
+
+def is_unknown(figures: dict[str, Any]) -> bool:
+    """Whether a method has no ideal because the bare time of its drafts was not measured."""
+    return bool(figures.get("draft_forwards")) and figures.get("ideal") is None
+
+
+def without_ideal(setting: dict[str, Any]) -> str:
+    """One line about the methods that have none; empty if all have one."""
+    names = [name for name, figures in setting["methods"].items() if is_unknown(figures)]
+    if not names or "missing" in setting["bare"]:
+        return ""
+    return f"no ideal, because forwards of these drafts were not measured alone: {', '.join(names)}"
 
 
 def fitted(table: Table) -> Table:
@@ -53,7 +66,9 @@ def bare_forwards(bare: dict[str, Any]) -> str:
     if "missing" in bare:
         return f"no bare forwards: {bare['missing']}"
     target = ", ".join(f"{ms:.1f} ({tokens})" for tokens, ms in bare["target_ms"].items())
-    return f"ms per bare forward: target {target} by tokens, draft {bare['draft_ms']:.1f}; c = {bare['cost_ratio']:.3f}"
+    heads = "".join(f", {name} {ms:.1f}" for name, ms in bare.get("heads_ms", {}).items())
+    draft = f"draft {bare['draft_ms']:.1f}{heads}; c = {bare['cost_ratio']:.3f}"
+    return f"ms per bare forward: target {target} by tokens, {draft}"
 
 
 def categories(setting: dict[str, Any]) -> tuple[list[str], dict[str, list[str]]]:

@@ -126,7 +126,7 @@ def _speculation(record: Record, result: dict[str, Any], bare: BareForwards) -> 
     drafts = stats.draft_forwards / stats.target_forwards
     if record.method.gamma is not None and drafts > 1:  # else one forward makes all drafts
         drafts = record.method.gamma
-    ideal = bare.ideal(stats.block_efficiency, checked(record), drafts)
+    ideal = bare.ideal(stats.block_efficiency, checked(record), drafts, record.method.drafter)
     speedup = result["decode_speedup"]
     return {
         "acceptance_rate": round(stats.acceptance_rate, 4),
@@ -134,6 +134,7 @@ def _speculation(record: Record, result: dict[str, Any], bare: BareForwards) -> 
         "acceptance_by_position": [round(share, 4) for share in stats.acceptance_by_position],
         "drafted_by_position": stats.drafted_by_position,
         "ideal": None if ideal is None else round(ideal, 3),
+        "draft_forwards": stats.draft_forwards,
         "efficiency": None if ideal is None or speedup is None else round(speedup["median"] / ideal, 3),
     }
 

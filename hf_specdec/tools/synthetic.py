@@ -42,6 +42,8 @@ def load(args: argparse.Namespace) -> SpecPair:
         else:
             pair = big_pair(dtype, device, **(_MEDIUM if args.synthetic == "medium" else {}))
     if args.random_draft:
+        if not isinstance(pair.draft, PreTrainedModel):
+            raise SystemExit(f"--random-draft is for draft models, but the pair's is a {type(pair.draft).__name__}")
         pair.draft, pair.sources = random_like(pair.draft), None
     return pair
 

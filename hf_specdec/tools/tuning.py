@@ -169,7 +169,7 @@ def measured_entry(
         "options": best.options,
         "acceptance_rate": round(best.record.stats.acceptance_rate, 4),
         "block_efficiency": round(best.record.stats.block_efficiency, 3),
-        "cost_ratio": bare.to_dict().get("cost_ratio"),
+        "cost_ratio": bare.cost_ratio(best.record.method.drafter),
         "speedup": best.speedup.median,
         "speedup_quartiles": [best.speedup.q1, best.speedup.q3],
         "speedup_interval": None if best.interval is None else [round(bound, 4) for bound in best.interval],

@@ -160,7 +160,7 @@ def test_a_target_whose_layers_all_have_keys(monkeypatch: pytest.MonkeyPatch) ->
 
     def spy(self: Any, *args: Any) -> None:
         read(self, *args)
-        kept.append(self._states.untyped_storage().nbytes())
+        kept.append(sum(one.states.untyped_storage().nbytes() for one in self._states))
 
     monkeypatch.setattr(gemma4.SharedEntries, "read", spy)
     target = make_target(shared=0)

@@ -27,7 +27,7 @@ import hf_specdec
 from hf_specdec import PromptLookupDrafter, SpeculationStats
 from hf_specdec.generate import defaults
 from hf_specdec.kernels import packing
-from hf_specdec.pairs.pair import load_draft
+from hf_specdec.pairs.choice import load_draft
 
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 14}
 

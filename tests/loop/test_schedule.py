@@ -17,7 +17,7 @@ from hf_specdec import Draft, Drafter, PromptLookupDrafter, SpeculationStats
 from hf_specdec.generate import method
 from hf_specdec.loop.schedule import make_schedule
 from hf_specdec.options import Options
-from hf_specdec.pairs import pair as pairs
+from hf_specdec.pairs import choice
 from hf_specdec.records.stats import Iteration, RowStep
 
 
@@ -186,7 +186,7 @@ def resolved(monkeypatch: pytest.MonkeyPatch) -> list[Options]:
 
     def make_drafter(assistant_model: Any, model: Any, options: Options, *args: Any) -> Drafter:
         seen.append(options)
-        return pairs.make_drafter(assistant_model, model, options, *args)
+        return choice.make_drafter(assistant_model, model, options, *args)
 
     monkeypatch.setattr(method, "make_drafter", make_drafter)
     return seen

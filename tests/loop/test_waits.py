@@ -4,21 +4,27 @@ Each case runs once before it is counted, because models are probed the first ti
 """
 
 import functools
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pretend_cuda
 import pytest
+import test_shared_entries
 import torch
 from conftest import VOCAB, make_pair, make_prompts
+from mtp_reference import make_tensors, write_tensors
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import hf_specdec
 from hf_specdec.drafters import Draft
+from hf_specdec.drafters.heads.mtp_files import load_layers
 from hf_specdec.loop import clock
 from hf_specdec.loop.decoding import SpeculativeDecoding
+from hf_specdec.loop.refill import RefilledDecoding
 from hf_specdec.loop.schedule import Constant
 from hf_specdec.sampling.context import Context
 
@@ -73,7 +79,16 @@ def by_iteration(cuda: pretend_cuda.Device, monkeypatch: pytest.MonkeyPatch) -> 
 
 @functools.cache
 def on_cuda(name: str) -> Pair:
-    target, draft = make_pair(name.removesuffix("-eager").removesuffix("-head").removesuffix("-block"))
+    if name == "assistant":
+        target = test_shared_entries.make_target()
+        return tuple(map(pretend_cuda.move, (target, test_shared_entries.make_assistant(target))))  # type: ignore[return-value]
+    target, draft = make_pair(
+        name.removesuffix("-eager").removesuffix("-head").removesuffix("-block").removesuffix("-mtp")
+    )
+    if name.endswith("-mtp"):
+        with tempfile.TemporaryDirectory() as folder:
+            write_tensors(Path(folder), make_tensors(target))
+            draft = load_layers([Path(folder) / "model.safetensors"], target)  # type: ignore[assignment]
     if name.endswith("-head"):
         parts = hf_specdec.Eagle3Config(target.config, VOCAB, draft_vocab_size=40, aux_ids=(0, 1, 2))
         draft = hf_specdec.Eagle3Head(parts, torch.arange(5, 45)).requires_grad_(False)  # type: ignore[assignment]
@@ -120,6 +135,10 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "a head": ("llama-head", 4, {}),
     "a head, sampled": ("mistral-sliding-head", 4, {"do_sample": True, "repetition_penalty": 1.1}),
     "a block": ("mistral-sliding-block", 4, {"do_sample": True, "assistant_confidence_threshold": 0.5}),
+    "MTP layers": ("llama-mtp", 4, {}),
+    "MTP layers, sampled": ("mistral-sliding-mtp", 4, {"do_sample": True, "repetition_penalty": 1.1}),
+    "an assistant": ("assistant", 4, {}),
+    "an assistant, sampled": ("assistant", 4, {"do_sample": True, "assistant_confidence_threshold": 0.05}),
     "sliding window": ("mistral-sliding", 4, {}),
     "static": ("llama", 4, {"cache_implementation": "static"}),
 }  # fmt: skip
@@ -152,6 +171,30 @@ def test_one_wait_per_iteration_with_other_models(name: str, by_iteration: list[
         by_iteration.clear()
         decode(pair, 3)
     assert_one_wait(by_iteration)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-head", "mistral-sliding-block", "llama-mtp", "assistant"])
+def test_one_wait_per_iteration_where_rows_are_replaced(
+    name: str, cuda: pretend_cuda.Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading the next prompts in between waits for nothing."""
+    found: list[list[str]] = []
+    step = RefilledDecoding.step
+
+    def counted(self: RefilledDecoding) -> Any:
+        before = len(cuda.waits)
+        ended = step(self)
+        found.append(cuda.waits[before:])
+        return ended
+
+    monkeypatch.setattr(RefilledDecoding, "step", counted)
+    target, draft = on_cuda(name)
+    texts = [list(range(2, 4 + n)) for n in (5, 12, 3, 9, 30, 4)]
+    options = {"batch_size": 2, "max_new_tokens": 6, "num_assistant_tokens": 3, "do_sample": False}
+    for _ in range(2):
+        found.clear()
+        assert len(list(hf_specdec.generate_many(target, texts, draft, **options))) == len(texts)
+    assert_one_wait(found)
 
 
 def test_rows_that_finish_do_not_wait(by_iteration: list[list[str]]) -> None:

@@ -15,11 +15,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_pair, make_prompts
+from eagle3_reference import make_parts, random_head
 from hub_server import TOKEN, USER, Hub
 from huggingface_hub import ModelCard
 from test_pair import make_tokenizer
 
 import hf_specdec
+from hf_specdec.drafters.heads.saving import save_folder
 from hf_specdec.pairs import SpecPair
 from hf_specdec.pairs.pair_file import ModelReference, PairConfig
 
@@ -69,8 +71,14 @@ record("dropped, next try", speculate, "org/dropped", "org/draft")
 
 pair = SpecPair.from_pretrained("org/public", "org/draft")
 target = pair.target
-for name in ("org/draft", "org/whole", "org/missing"):
+for name in ("org/draft", "org/whole", "org/missing", "org/head"):
     record("by name: " + name, lambda: target.generate(**GREEDY, assistant_model=name, strategy="spec").tolist())
+stats = hf_specdec.SpeculationStats()
+record("head", lambda: target.generate(**GREEDY, assistant_model="org/head", strategy="spec",
+    num_assistant_tokens=3, speculation_stats=stats).tolist())
+results["head drafted"] = [stats.drafted_tokens, stats.draft_forwards]
+record("pair with a head", speculate, "org/public", "org/head")
+record("head at a revision", speculate, "org/public", "org/head", draft_revision="v9")
 root = SpecPair.from_pretrained("org/root").target
 record("auto", lambda: root.generate(**GREEDY, assistant_model="auto", strategy="spec").tolist())
 
@@ -85,6 +93,7 @@ record("push, no token", pair.push_to_hub, "{USER}/nothing")
 OFFLINE = """
 record("cached", speculate, "org/pair")
 record("cached by id", speculate, "org/public", "org/draft")
+record("cached head", speculate, "org/public", "org/head")
 record("never seen", speculate, "org/unseen", "org/draft")
 record("pair never seen", speculate, "org/unseen")
 record("draft never seen", speculate, "org/public", "org/unseen")
@@ -137,6 +146,10 @@ def hub(local: SpecPair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[H
         hub.old_draft = hub.add("org/draft", saved / "draft")  # type: ignore[attr-defined]
         hub.add("org/draft", unlike)
         hub.add("org/draft", licensed)
+        headed = tmp_path_factory.mktemp("head")
+        save_folder(random_head(make_parts()), headed, local.target)
+        (headed / "training.txt").write_text("not needed")
+        hub.head = hub.add("org/head", headed)  # type: ignore[attr-defined]
         hub.add("org/ids", pair_file("org/public", "org/draft", hub.old_draft))  # type: ignore[attr-defined]
         hub.add("org/private", saved, private=True)
         hub.add("org/root", saved / "target")
@@ -316,3 +329,18 @@ def test_without_a_network_the_cache_is_enough(offline, tokens, name):
 def test_without_a_network_what_is_missing_is_named(offline, name):
     assert offline[name]["is_os_error"]
     assert re.search("org/unseen is not in the local cache, .* run `hf download org/unseen`", offline[name]["message"])
+
+
+def test_a_head_by_its_id_drafts(hub, online, tokens):
+    """Only its own files are downloaded, once, at the commit of its config."""
+    assert online["by name: org/head"] == online["head"] == online["pair with a head"]["tokens"] == tokens
+    drafted, forwards = online["head drafted"]
+    assert drafted > 0 and forwards > 0
+    assert online["pair with a head"]["sources"][1] == f"org/head@{hub.head}"
+    downloads = hub.downloads("org/head")
+    assert downloads.keys() == {"config.json", WEIGHTS} and set(downloads.values()) == {1}
+    assert "org/head has no revision 'v9'" in online["head at a revision"]["message"]
+
+
+def test_a_head_in_the_cache_needs_no_network(offline, tokens):
+    assert offline["cached head"]["tokens"] == tokens and offline["requests"] == 0

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from hf_specdec import SpeculationStats, Trace
-from hf_specdec.pairs import DEMO_PAIR, SpecPair
+from hf_specdec.pairs import DEMO_PAIR, SpecPair, choice
 from hf_specdec.pairs import pair as pairs
 from hf_specdec.pairs.pair_file import ModelReference, PairConfig
 
@@ -34,9 +34,9 @@ def prompts(batch: int) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(autouse=True)
 def nothing_is_kept() -> Iterator[None]:
-    pairs.load_draft.cache_clear()
+    choice.load_draft.cache_clear()
     yield
-    pairs.load_draft.cache_clear()
+    choice.load_draft.cache_clear()
 
 
 # Drafts by name
@@ -66,8 +66,8 @@ def test_a_draft_by_path_takes_the_targets_dtype(saved_draft):
     target = copy.deepcopy(pair()[0]).to(torch.bfloat16)
     out = target.generate(**prompts(2), **GREEDY, assistant_model=saved_draft, strategy="spec")
     assert out.shape == (2, 28)
-    assert pairs.load_draft(saved_draft, torch.bfloat16, target.device).dtype == torch.bfloat16
-    assert pairs.load_draft.cache_info().misses == 1
+    assert choice.load_draft(saved_draft, torch.bfloat16, target.device).dtype == torch.bfloat16
+    assert choice.load_draft.cache_info().misses == 1
 
 
 def test_a_draft_by_path_is_as_good_as_the_model_itself(saved_draft):
@@ -149,8 +149,8 @@ def test_tokenizers_are_found_where_the_models_came_from(folders):
 def test_different_tokenizers_where_the_models_came_from_are_translated(folders, monkeypatch):
     target, draft, path = folders(swapped=True)
     made = []
-    original = pairs.OtherTokenizerDrafter
-    monkeypatch.setattr(pairs, "OtherTokenizerDrafter", lambda *args: made.append(args) or original(*args))
+    original = choice.OtherTokenizerDrafter
+    monkeypatch.setattr(choice, "OtherTokenizerDrafter", lambda *args: made.append(args) or original(*args))
     expected = target.generate(**prompts(2), **GREEDY)
     for assistant in (draft, str(path / "draft")):
         assert target.generate(**prompts(2), **GREEDY, assistant_model=assistant, strategy="spec").equal(expected)
@@ -469,7 +469,7 @@ def test_auto_is_the_draft_of_the_targets_pair_file(saved, tmp_path):
         target = AutoModelForCausalLM.from_pretrained(folder)
         for _ in range(2):
             assert generate(target, "auto", **prompts(2)).equal(expected)
-    assert pairs.load_draft.cache_info().misses == 2
+    assert choice.load_draft.cache_info().misses == 2
 
 
 def test_auto_asks_the_catalogue_where_there_is_no_pair_file(saved, tmp_path):

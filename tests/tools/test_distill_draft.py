@@ -20,6 +20,7 @@ from conftest import ARCHITECTURES, make_model
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
+from hf_specdec import Eagle3Head
 from hf_specdec.pairs import SpecPair
 from hf_specdec.tools.distillation import Distillation
 
@@ -247,6 +248,9 @@ def test_a_head_becomes_a_folder_that_drafts(
     options = [*SMALL.split(), "--target", tmp_path / "target", "--dataset", text, "--output", output]
     script(*options, "--head", "eagle3", "--draft-vocab-size", "60")
     assert f"The head is in {output}." in capsys.readouterr().out
+    pair = SpecPair.from_pretrained(output)
+    assert isinstance(pair.draft, Eagle3Head) and len(pair.config.measured) == 1
+    assert pair.config.draft.name_or_path == "." and not pair.compatibility.errors
     written = json.loads((output / "config.json").read_text())
     assert written["speculators_model_type"] == "eagle3" and written["draft_vocab_size"] == 60
     assert load_file(output / "model.safetensors")["d2t"].shape == (60,)

@@ -23,7 +23,7 @@ from ..base import Draft
 from .dflash import DFlashHead
 from .drafter import HeadDrafter
 from .eagle3 import Eagle3Head
-from .entries import HeadEntries
+from .entries import HeadEntries, embed
 from .head import Head
 
 
@@ -93,7 +93,7 @@ class ContextEntries(HeadEntries):
         rows, parts = context.rows, self.head.parts
         todo = [max(n - 1, 0) for n in self.missing(context)]
         self._make_entries(rows, todo)
-        self._pieces.clear()
+        self._forget_states()
         self.forwards += 1
         last = context.gather([end - 1 for end in context.active_ends], 1).to(self.device)
         ids = torch.nn.functional.pad(last, (0, parts.block_size - 1), value=parts.mask_token)
@@ -115,9 +115,7 @@ class ContextEntries(HeadEntries):
         # Some targets scale their embeddings, which belongs to them; or norm them, which is done for the target only.
         if self.head.parts.has_embeddings or hasattr(self._embeddings, "embed_norm"):
             return super()._embed(ids)
-        weight = self._embeddings.weight
-        embedded: Tensor = self._embeddings(ids.to(weight.device).clamp(0, len(weight) - 1))
-        return embedded
+        return embed(self._embeddings, ids)
 
     def _block_mask(self, starts: list[int]) -> Mask | None:
         """For the tokens of blocks in these slots: they see their row's entries, and each other."""

@@ -65,7 +65,7 @@ class HeadDrafter(ModelDrafter):
     def _propose(self, context: Context, max_tokens: int) -> Draft:
         entries = self.cached
         unread = [max(n - 1, 0) for n in entries.missing(context)]
-        if max_tokens == 0 or not entries.waiting or not any(unread):
+        if max_tokens == 0 or not entries.can_draft or not any(unread):
             return no_draft(context)
         self._hidden: Tensor | None = None  # `[rows, 1, hidden]`, of the last token that was fed
         self._fed = 0  # drafts that were
@@ -80,7 +80,14 @@ class HeadDrafter(ModelDrafter):
 
     @property
     def refills(self) -> bool:
-        return False
+        return True
+
+    def restart(self, context: Context, row: int) -> None:
+        self.cached.restart(row, context.limits[row])
+
+    def read(self, context: Context, count: int) -> None:
+        """What the target has just read."""
+        self.cached.read_ahead()
 
     def unread(self, context: Context) -> int:
         """Usually nothing: what the last verification has left costs no forward of its own."""

@@ -9,13 +9,17 @@ Entry t of a row joins the target's states at token t with token t + 1, so a tex
 The target's states arrive with each of its forwards (`read`). Those of a prompt become entries at once, piece by piece.
 The others wait for the next draft, which feeds all of them in one ragged forward. Entries of drafts are made from the
 head's own output, and always dropped.
+
+Where rows begin anew while others go on (`restart`), some forwards are over rows whose prompts are being read, and
+others over rows that draft. States of both kinds of rows wait side by side.
 """
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...cache.ragged import RaggedCache
@@ -27,6 +31,7 @@ from ...sampling.context import Context
 
 _CHUNK = 512  # entries per row that one forward makes of a prompt
 _MOST_WAITING = 64  # states per row that wait for the next draft
+_ELSEWHERE = 1 << 40  # column of rows that a piece holds nothing of: none of theirs is in it
 
 
 @dataclass(frozen=True)
@@ -48,19 +53,24 @@ class _Piece:
         return self.states[0].shape[1]
 
     def of(self, rows: list[int]) -> "_Piece":
-        """The same of these rows only, in this order."""
+        """The same of these rows only, in this order; of some of them it may hold nothing."""
         if rows == self.rows:
             return self
-        places = [self.rows.index(row) for row in rows]
-        states = [part[row_index(places, part.device)] for part in self.states]
-        return _Piece(states, rows, [self.begins[place] for place in places])
+        places = {row: place for place, row in enumerate(self.rows)}
+        index = [places.get(row, 0) for row in rows]
+        states = [part[row_index(index, part.device)] for part in self.states]
+        return _Piece(states, rows, [self.begins[places[row]] if row in places else _ELSEWHERE for row in rows])
 
-    def after(self, begins: list[int]) -> "_Piece | None":
-        """Copies of the states from these columns on; `None` if there are none."""
-        first = max(min(b - mine for b, mine in zip(begins, self.begins)), 0)
+    def since(self, needed: Mapping[int, int]) -> "_Piece | None":
+        """Copies of the states from these columns on, by row, and of these rows only; `None` if there are none."""
+        places = [place for place, row in enumerate(self.rows) if row in needed]
+        first = max(min((needed[self.rows[p]] - self.begins[p] for p in places), default=self.width), 0)
         if first >= self.width:
             return None
-        return _Piece([part[:, first:].clone() for part in self.states], self.rows, [b + first for b in self.begins])
+        states = [part[:, first:] for part in self.states]
+        is_whole = len(places) == len(self.rows)
+        states = [part.clone() if is_whole else part[row_index(places, part.device)] for part in states]
+        return _Piece(states, [self.rows[p] for p in places], [self.begins[p] + first for p in places])
 
 
 class HeadEntries:
@@ -70,6 +80,9 @@ class HeadEntries:
         head: the head.
         context: of the call; the target has been fed what its cache holds, and nothing else.
         target: the model whose states it reads.
+
+    Attributes:
+        waiting: how many forwards of the target over rows that draft have left states since the last draft.
     """
 
     at_once: int | None = None  # the interface of `CachedModel`: no limit
@@ -83,6 +96,8 @@ class HeadEntries:
         self._first = [max(column, first, 0) for column, first in zip(held, context.first)]
         self._shift = [column - first for column, first in zip(self._first, context.first)]
         self._pieces: list[_Piece] = []
+        self._coming: set[int] = set()  # rows that have begun anew, and have not been active yet
+        self.waiting = 0
         self._masked: Tensor | None = None  # what stands for g of tokens that are not known, made once
         self._borrow(target.model)
         self.no_bookkeeping = no_bookkeeping(head, head.device)
@@ -100,16 +115,27 @@ class HeadEntries:
         return [context.ends[row] - self._first[row] - self.cache.lengths[row] for row in context.rows]
 
     @property
-    def waiting(self) -> int:
-        """How many forwards of the target have left states to read."""
-        return len(self._pieces)
+    def can_draft(self) -> bool:
+        """Whether the target has run: without its states there is nothing to draft from."""
+        return bool(self._pieces)
 
     def read(self, states: list[Tensor], rows: list[int], columns: list[int]) -> None:
         """Take the states of one of the target's forwards; see `models.tap.Reader`."""
         self._pieces.append(_Piece(states, list(rows), columns))
+        self.waiting += not self._coming.issuperset(rows)
         if sum(piece.width for piece in self._pieces) > _MOST_WAITING:
-            with self.no_bookkeeping():
-                self._read_ahead()
+            self.read_ahead()
+
+    def restart(self, row: int, slots: int) -> None:
+        """Forget a row, which is not active: another one takes its place, and begins in column 0.
+
+        Args:
+            slots: the most that it can need.
+        """
+        self.cache.allow(slots)
+        self.cache.restart(row)
+        self._keep(self._heard - {row})
+        self._coming.add(row)
 
     def catch_up(self, context: Context, count: int = 1) -> Tensor:
         """Make the entries of all committed tokens, and see the next `count` tokens ahead.
@@ -119,7 +145,7 @@ class HeadEntries:
         """
         todo = [max(n - 1, 0) for n in self.missing(context)]  # at most what waits
         hidden = self._make_entries(context.rows, todo, count - 1)
-        self._pieces.clear()
+        self._forget_states()
         self.forwards += 1
         last = [max(n - 1, 0) for n in todo]
         return aligned(hidden[:, min(last) :], last, count)
@@ -144,29 +170,48 @@ class HeadEntries:
         """Drop entries of tokens that were taken back; those of drafts are gone already."""
         held = zip(self.lengths(context), self.missing(context))
         self.roll_back(context.rows, [length + min(n - 1, 0) for length, n in held])
+        self._coming.difference_update(context.rows)
 
     def release(self) -> None:
         self._pieces.clear()
 
-    def _read_ahead(self) -> None:
-        """Make entries now, but for each row's last one, from which it will draft."""
-        context = self._context
-        rows = [row for row in context.rows if row in self._pieces[-1].rows]
-        while True:
-            todo = [self._settled(row) - self._first[row] - self.cache.lengths[row] for row in rows]
-            if max(todo, default=0) <= 0:
-                break
-            self._make_entries(rows, [min(max(n, 0), _CHUNK) for n in todo])
-            self.prefill_forwards += 1
-        begins = [self._first[row] + self.cache.lengths[row] for row in rows]
-        kept = [piece.of(rows).after(begins) for piece in self._pieces]
+    def read_ahead(self) -> None:
+        """Make entries of the context's rows now, but for each row's last one, from which it will draft."""
+        heard = self._heard
+        rows = [row for row in self._context.rows if row in heard]
+        with self.no_bookkeeping():
+            while True:
+                todo = [self._settled(row) - self._first[row] - self.cache.lengths[row] for row in rows]
+                if max(todo, default=0) <= 0:
+                    break
+                self._make_entries(rows, [min(max(n, 0), _CHUNK) for n in todo])
+                self.prefill_forwards += 1
+        if self._coming.issuperset(rows):  # the others are in the middle of their texts
+            self._keep(heard)
+        else:
+            self._keep({*rows, *self._coming})
+            self.waiting = 1
+
+    @property
+    def _heard(self) -> set[int]:
+        """The rows whose states wait."""
+        return {row for piece in self._pieces for row in piece.rows}
+
+    def _keep(self, rows: Collection[int]) -> None:
+        """Forget all states but those of these rows that are no entries yet."""
+        needed = {row: self._first[row] + self.cache.lengths[row] for row in rows}
+        kept = [piece.since(needed) for piece in self._pieces]
         self._pieces = [piece for piece in kept if piece is not None]
+
+    def _forget_states(self) -> None:
+        """All are entries now: of rows whose prompts are still being read too, since no draft begins there."""
+        self._pieces.clear()
+        self.waiting = 0
 
     def _settled(self, row: int) -> int:
         """The column after those whose entries can be made now and will not be drafted from."""
-        last = self._pieces[-1]
-        seen = last.begins[last.rows.index(row)] + last.width
-        return min(self._context.ends[row] - self._unsettled, seen)
+        ends = (piece.begins[piece.rows.index(row)] + piece.width for piece in self._pieces if row in piece.rows)
+        return min(self._context.ends[row] - self._unsettled, max(ends))
 
     def _make_entries(self, rows: list[int], counts: list[int], masks: int = 0) -> Tensor:
         """The next entries of each row.
@@ -202,7 +247,7 @@ class HeadEntries:
 
     def _states(self, rows: list[int], begins: list[int], width: int) -> list[Tensor]:
         """The target's states from each row's column in `begins` on, `[rows, width, hidden]` per tapped layer."""
-        pieces = [piece.of(rows) for piece in self._pieces]
+        pieces = [piece.of(rows) for piece in self._pieces if not set(rows).isdisjoint(piece.rows)]
         if len(pieces) == 1:
             starts = [begin - mine for begin, mine in zip(begins, pieces[0].begins)]
             if min(starts) == max(starts) and starts[0] + width <= pieces[0].width:
@@ -237,9 +282,8 @@ class HeadEntries:
         return slots, slots + to_device(shift, self.device)[:, None] if any(shift) else slots, starts
 
     def _embed(self, ids: Tensor) -> Tensor:
-        """Rows of the embedding matrix; ids outside of it, such as placeholders of images, take the nearest one."""
-        weight = self._embeddings.weight
-        return torch.nn.functional.embedding(ids.to(weight.device).clamp(0, len(weight) - 1), weight)
+        """Rows of the embedding matrix, whatever else the target does with them."""
+        return embed(self._embeddings, ids, plainly=True)
 
     def _run(self, given: Tensor, ids: Tensor, positions: Tensor, mask: Mask | None) -> Tensor:
         """The head's own forward."""
@@ -261,6 +305,19 @@ class HeadEntries:
         """Keep so many entries of each of these rows."""
         for row, length in zip(rows, lengths):
             self.cache.lengths[row] = length
+
+
+def embed(embeddings: Any, ids: Tensor, plainly: bool = False) -> Tensor:
+    """Embeddings of tokens; ids that the matrix does not have, such as placeholders of images, take the nearest one.
+
+    Args:
+        embeddings: the module.
+        plainly: rows of its matrix, whatever else it does with them.
+    """
+    weight = embeddings.weight
+    ids = ids.to(weight.device).clamp(0, len(weight) - 1)
+    embedded: Tensor = nn.functional.embedding(ids, weight) if plainly else embeddings(ids)
+    return embedded
 
 
 def _place(pieces: list[_Piece], row: int, column: int) -> int:

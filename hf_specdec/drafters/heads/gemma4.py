@@ -12,6 +12,7 @@ lengths need a mask only:
     row 1   two six [ten]              sees 2 entries, and is masked after them
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from ...models.masks import takes_masks
 from ...models.tap import FINAL, Tap
 from ...sampling.context import Context
 from .drafter import HeadDrafter
+from .entries import embed
 from .fit import check_device, check_sizes
 
 _KEPT = 64  # states per row that are kept from a forward: those of all tokens that may be the last accepted one
@@ -42,6 +44,19 @@ class SharedEntriesDrafter(HeadDrafter):
         return Tap(target, [FINAL], self.cached.read, whole=False)
 
 
+@dataclass(frozen=True)
+class _LastStates:
+    """The last states of one of the target's forwards.
+
+    Attributes:
+        states: `[rows, width, hidden]`.
+        begins: by row of the batch, where its states are, and the context's column of the first one.
+    """
+
+    states: Tensor
+    begins: dict[int, tuple[int, int]]
+
+
 class SharedEntries:
     """The same interface as `HeadEntries`, over entries that the target has made.
 
@@ -51,6 +66,7 @@ class SharedEntries:
     """
 
     at_once: int | None = None
+    waiting = 0  # forwards whose states are to be read, which costs nothing here
     prefill_forwards = 0
 
     def __init__(self, head: Any, target: CachedModel):
@@ -61,20 +77,30 @@ class SharedEntries:
         self._is_eager, self._window = config._attn_implementation == "eager", config.sliding_window
         makers = makers_of_entries(target.model.config.get_text_config(decoder=True))
         self._makers = {kind: makers[kind] for kind in set(config.layer_types)}
-        self._embed: Any = target.model.get_input_embeddings()
-        self._states: Tensor | None = None  # `[rows, width, hidden]`, of the target's last forward
-        self._rows: list[int] = []  # of the batch, in the order of the states
-        self._begins: list[int] = []  # the context's column of each one's first state
+        self._embeddings: Any = target.model.get_input_embeddings()
+        self._states: list[_LastStates] = []  # those of each row are in the latest that has it
+        self._coming: set[int] = set()  # rows that have begun anew, and have not been active yet
 
     @property
-    def waiting(self) -> int:
-        return 0 if self._states is None else 1
+    def can_draft(self) -> bool:
+        return bool(self._states)
 
     def read(self, states: list[Tensor], rows: list[int], columns: list[int]) -> None:
         """Take the states of one of the target's forwards; see `models.tap.Reader`."""
         left_out = max(states[0].shape[1] - _KEPT, 0)
-        self._states = states[0][:, left_out:].clone() if left_out else states[0]
-        self._rows, self._begins = list(rows), [column + left_out for column in columns]
+        kept = states[0][:, left_out:].clone() if left_out else states[0]
+        if not self._coming.issuperset(rows):  # a forward over all rows that go on
+            self._states.clear()
+        begins = {row: (slot, column + left_out) for slot, (row, column) in enumerate(zip(rows, columns))}
+        self._states = [one for one in self._states if not begins.keys() >= one.begins.keys()]
+        self._states.append(_LastStates(kept, begins))
+
+    def restart(self, row: int, slots: int) -> None:
+        """Another text takes the place of a row that is not active; its states will be heard last."""
+        self._coming.add(row)
+
+    def read_ahead(self) -> None:
+        """Nothing to do: the target's entries are all there is."""
 
     def missing(self, context: Context) -> list[int]:
         """2 for rows that can draft, since the state before the last committed token is known; 1 for others."""
@@ -83,10 +109,10 @@ class SharedEntries:
 
     def catch_up(self, context: Context) -> Tensor:
         """What the assistant makes of each row's last committed token, `[rows, 1, width of the assistant]`."""
-        assert self._states is not None
-        places = [place or (0, 0) for place in self._places(context)]
-        slots, columns = (to_device(list(part), self._states.device) for part in zip(*places))
-        hidden = self._states[slots, columns][:, None].to(self.device)
+        states = [one.states.flatten(0, 1) for one in self._states]
+        flat = states[0] if len(states) == 1 else torch.cat(states)
+        places = [place or 0 for place in self._places(context)]
+        hidden = flat[to_device(places, flat.device)][:, None].to(self.device)
         self._look(context)
         return self._run(context.gather([end - 1 for end in context.active_ends], 1), hidden)
 
@@ -105,20 +131,22 @@ class SharedEntries:
         """Nothing to do: it writes no entries."""
 
     def commit(self, context: Context) -> None:
-        """Nothing to do."""
+        self._coming.difference_update(context.rows)
 
     def release(self) -> None:
-        self._states = None
+        self._states.clear()
 
-    def _places(self, context: Context) -> list[tuple[int, int] | None]:
-        """Where the state before each active row's last token is: row and column of the states."""
-        places: list[tuple[int, int] | None] = []
-        width = 0 if self._states is None else self._states.shape[1]
-        for row in context.rows:
-            slot = self._rows.index(row) if row in self._rows else 0
-            column = context.ends[row] - 2 - (self._begins[slot] if self._begins else 0)
-            places.append((slot, column) if row in self._rows and 0 <= column < width else None)
-        return places
+    def _places(self, context: Context) -> list[int | None]:
+        """Where the state before each active row's last token is, among all states in one line."""
+        found: dict[int, int | None] = {}
+        before = 0
+        for one in self._states:
+            rows, width = one.states.shape[:2]
+            for row, (slot, begin) in one.begins.items():
+                at = context.ends[row] - 2 - begin
+                found[row] = before + slot * width + at if 0 <= at < width else None
+            before += rows * width
+        return [found.get(row) for row in context.rows]
 
     def _look(self, context: Context) -> None:
         """Find the entries that the drafts of this iteration attend to, their masks, and the position."""
@@ -158,8 +186,8 @@ class SharedEntries:
 
     def _run(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         self.forwards += 1
-        ids = tokens.to(self.device).clamp(0, self._embed.weight.shape[0] - 1)
-        joined = torch.cat([self._embed(ids), hidden], dim=-1).to(self.head.dtype)
+        embedded = embed(self._embeddings, tokens).to(self.device)
+        joined = torch.cat([embedded, hidden], dim=-1).to(self.head.dtype)
         output = self.head.model(
             inputs_embeds=self.head.pre_projection(joined),
             attention_mask=self._masks,

@@ -42,7 +42,7 @@ _TOLD = (*_VARIANTS, "mask_token", "block_size", "from_anchor")  # in the log, o
 _EAGLE_KINDS = ("eagle3", "peagle")  # as `speculators_model_type`
 _OF_MODULES = ("block_size", "target_layer_ids")  # in the config of transformers' models that are DFlash heads
 _of_modules: "weakref.WeakKeyDictionary[PreTrainedModel, Any]" = weakref.WeakKeyDictionary()  # their heads
-_MASK_KEYS = ("mask_token_id", "ptd_token_id", "pard_token")  # of P-EAGLE heads
+MASK_KEYS = ("mask_token_id", "ptd_token_id", "pard_token")  # of P-EAGLE heads
 
 
 def head_format(config: Mapping[str, Any]) -> str | None:
@@ -203,7 +203,7 @@ def _parts(config: dict[str, Any], form: str, tensors: dict[str, Tensor], folder
 
 def _mask_token(config: dict[str, Any], tensors: dict[str, Tensor], width: int, folder: Path) -> int | None:
     """The mask token of a P-EAGLE head; `None` for others. What stands for the target's states becomes one vector."""
-    token = next((config[key] for key in _MASK_KEYS if config.get(key) is not None), None)
+    token = next((config[key] for key in MASK_KEYS if config.get(key) is not None), None)
     hidden = tensors.get("mask_hidden")
     if hidden is None and config.get("speculators_model_type") != "peagle":
         return None
@@ -211,7 +211,7 @@ def _mask_token(config: dict[str, Any], tensors: dict[str, Tensor], width: int, 
         found = "no such tensor" if hidden is None else f"the shape {list(hidden.shape)}"
         raise ValueError(f"`mask_hidden` of a P-EAGLE head in {folder}: expected [1, {width}], found {found}")
     if type(token) is not int:
-        raise ValueError(f"{folder / 'config.json'} has no `{_MASK_KEYS[0]}`, which stands for a draft, got {token!r}")
+        raise ValueError(f"{folder / 'config.json'} has no `{MASK_KEYS[0]}`, which stands for a draft, got {token!r}")
     tensors["mask_hidden"] = hidden.flatten()
     return token
 

@@ -13,7 +13,7 @@ from ...models.tap import FINAL, Tap
 from ...models.target import aligned
 from ...sampling.context import Context
 from .drafter import HeadDrafter
-from .entries import HeadEntries
+from .entries import HeadEntries, embed
 from .mtp import check_mtp
 
 
@@ -49,7 +49,6 @@ class MtpEntries(HeadEntries):
         self._depth = len(head.layers)
         self._unsettled = max(self._depth, 2)
         self._layer = 0  # the one that runs
-        self._kept = 0  # pieces of which some token was drafted from before
         self._rows: list[int] = []  # of the draft in progress
         self._lengths: list[int] = []  # by row, before it
         self._counts: list[int] = []  # by row, the entries that its layers make
@@ -60,13 +59,9 @@ class MtpEntries(HeadEntries):
         self._embeddings = target.get_input_embeddings()
         self._output: Any = target.get_output_embeddings()
 
-    @property
-    def waiting(self) -> int:
-        return len(self._pieces) - self._kept
-
     def catch_up(self, context: Context, count: int = 1) -> Tensor:
         if self._is_short:  # else the tokens that are read again would become more and more
-            self._read_ahead()
+            self.read_ahead()
         self._rows, self._lengths = list(context.rows), self.lengths(context)
         self._counts = [max(n - 1, 0) for n in self.missing(context)]
         self._ids = self._tokens(self._rows, [b + 1 for b in self._columns()], max(self._counts))
@@ -103,17 +98,13 @@ class MtpEntries(HeadEntries):
             self.roll_back(self._rows, self._lengths)
         self._done = 0
         self.commit(context)
-        kept = [piece.of(self._rows).after(self._columns()) for piece in self._pieces]
-        self._pieces = [piece for piece in kept if piece is not None]
-        self._kept = len(self._pieces)
+        self._keep({*self._rows, *self._coming})
+        self.waiting = 0
 
     def commit(self, context: Context) -> None:
+        super().commit(context)
         most = [max(context.ends[row] - self._first[row] - self._depth, 0) for row in context.rows]
         self.roll_back(context.rows, [min(pair) for pair in zip(self.lengths(context), most)])
-
-    def _read_ahead(self) -> None:
-        super()._read_ahead()
-        self._kept = 0
 
     def _last_of(self, hidden: Tensor) -> Tensor:
         """`[rows, 1, hidden]`, of the last of each row's own entries."""
@@ -146,7 +137,6 @@ class MtpEntries(HeadEntries):
         return hidden
 
     def _run(self, given: Tensor, ids: Tensor, positions: Tensor, mask: Mask | None) -> Tensor:
-        ids = ids.clamp(0, self._embeddings.weight.shape[0] - 1)
-        embedded = self._embeddings(ids).to(self.device, self.head.dtype)
+        embedded = embed(self._embeddings, ids).to(self.device, self.head.dtype)
         hidden: Tensor = self.head(given, embedded, positions + 1 + self._layer, self.cache, mask, self._layer)
         return hidden
