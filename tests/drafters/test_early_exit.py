@@ -14,7 +14,7 @@ from test_sampling import VOCAB as FEW
 from torch import nn
 from transformers import LlamaConfig, PreTrainedModel
 
-from hf_specdec import SpeculationStats
+from hf_specdec import SpeculationStats, Trace
 from hf_specdec.models import early_exit
 from hf_specdec.models.early_exit import EarlyExit, layers_path, resumes
 
@@ -78,6 +78,17 @@ def test_recurrent_states_go_back(name: str, batch: int) -> None:
     """Between the drafts and their verification, which runs whole."""
     target = with_quiet_end(make_model(test_recurrent.ARCHITECTURES[name]()), 1, 0.3)
     check(target, make_prompts(batch))
+
+
+def test_rows_with_states_that_are_unevenly_far_go_on_drafting() -> None:
+    target = with_quiet_end(make_model(test_recurrent.ARCHITECTURES["qwen3_next"]()), 1, 0.3)
+    trace = Trace()
+    way = {"assistant_early_exit": 1, "num_assistant_tokens": 3, "num_assistant_tokens_schedule": "constant"}
+    options = {"do_sample": False, "max_new_tokens": NEW, "speculation_trace": trace}
+    target.generate(**make_prompts(3), strategy="spec", **way, **options)
+    rows = [iteration.rows for iteration in trace.iterations[1:-1]]
+    assert any(len({row.accepted for row in of_one}) > 1 for of_one in rows)  # so they are
+    assert all(any(row.drafted for row in of_one) for of_one in rows)
 
 
 @pytest.mark.parametrize("name", ["t5", "bart", "whisper"])
