@@ -52,7 +52,6 @@ def check(arguments: Sequence[str]) -> int:
     add_pair_arguments(parser)
     parser.set_defaults(dtype="auto")
     args = parser.parse_args(arguments)
-    args.pair = args.name or args.pair
     quiet()
     pair = load_pair(args)
     Console().print(pair.compatibility)
@@ -120,6 +119,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"hf-specdec {chosen.command}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
 
 
 def _parser(command: Callable[[Sequence[str]], int]) -> argparse.ArgumentParser:

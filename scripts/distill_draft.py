@@ -74,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     start.add_argument("--random", type=positive, metavar="K", help="start from K layers with random weights")
     start.add_argument("--head", choices=("eagle3",), help="train a head on the target's hidden states instead")
     parser.add_argument("--draft-vocab-size", type=positive, metavar="N",
-        help="the head proposes only the N most frequent tokens of the text (default: all)")  # fmt: skip
+        help="the head proposes only the N tokens that the target writes most often (default: all)")  # fmt: skip
     parser.add_argument("--mlp-width", type=positive, metavar="N", help="width of the head's MLP (default: the "
         "target's); with --draft-vocab-size it makes a head small")  # fmt: skip
     parser.add_argument("--share-output", action="store_true", help="the head uses the target's output weights, "

@@ -11,6 +11,7 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from hf_specdec import cli
 from hf_specdec.cli import main
 from hf_specdec.pairs import DEMO_PAIR
 
@@ -57,6 +58,19 @@ def test_check_shows_how_a_pair_fits(run, arguments):
 def test_check_fails_where_there_is_no_model(run, arguments):
     code, lines, error = run("check", *arguments)
     assert (code, lines) == (1, []) and error.startswith("hf-specdec check: ") and "nowhere/at-all" in error
+
+
+def test_a_pair_is_named_once(run):
+    with pytest.raises(SystemExit, match="expected PAIR or --pair, got both: a and b"):
+        run("check", "a", "--pair", "b")
+
+
+def test_ctrl_c_ends_a_command_without_a_traceback(run, monkeypatch):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "check", interrupted)
+    assert run("check", "a") == (130, [], "")
 
 
 def test_check_fails_where_two_models_do_not_fit(run, small_pair, tmp_path):

@@ -59,6 +59,10 @@ def load_pair(args: argparse.Namespace) -> SpecPair:
     """Load the pair that `add_pair_arguments` describes, on its device and ready to generate."""
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    if getattr(args, "name", None) is not None:  # some commands take it without --pair
+        if args.pair is not None:
+            raise SystemExit(f"expected PAIR or --pair, got both: {args.name} and {args.pair}")
+        args.pair = args.name
     if args.pair is not None and (args.target or args.draft):
         raise SystemExit("expected --pair, or --target with --draft, got both")
     if args.draft is not None and args.target is None:

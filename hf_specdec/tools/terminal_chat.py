@@ -29,7 +29,7 @@ from .methods import DRAFTER_HELP, drafter, drafting
 
 # A model may write any character: without these, its text cannot move the cursor or change the terminal.
 _CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
-_EMBEDDED = "This is the embedded pair, which completes Python code. --real chats; PAIR or --target names another pair."
+_EMBEDDED = "This is the embedded pair, which completes Python code. PAIR or --target names another pair."
 _EXIT, _QUIET = "/exit", "dim"
 
 
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="PAIR", nargs="?", help="same as --pair")
     add_pair_arguments(parser)
     add = parser.add_argument_group("chat").add_argument
-    add("--real", action="store_true", help="chat with SmolLM2-135M-Instruct, which is downloaded once")
+    add("--real", action="store_true", help=argparse.SUPPRESS)  # SmolLM2-135M-Instruct; until its head is trained
     add("--drafter", type=drafter, default="model", metavar="NAME", help=f"{DRAFTER_HELP} (default: model)")
     add("--system", metavar="TEXT", help="system message")
     add("--max-new-tokens", type=positive, default=512, metavar="N", help="limit of an answer (default: 512)")
@@ -57,7 +57,6 @@ def run(args: argparse.Namespace) -> None:
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     lines = _typed_lines() if is_terminal else _piped_lines()
     quiet()
-    args.pair = args.name or args.pair
     pair = _load(args)
     conversation = Conversation(pair, _drafting(args.drafter, pair), options, args.max_new_tokens, args.system)
     conversation.warm_up()
@@ -248,12 +247,10 @@ class _Interrupts:
 def _load(args: argparse.Namespace) -> SpecPair:
     if not args.real:
         return load_pair(args)
-    others = [
-        name for name in ("pair", "target", "draft", "gguf_file", "draft_gguf_file", "revision") if vars(args)[name]
-    ]
+    names = ("name", "pair", "target", "draft", "gguf_file", "draft_gguf_file", "revision")
+    others = ["PAIR" if name == "name" else f"--{name.replace('_', '-')}" for name in names if vars(args)[name]]
     if others:
-        option = others[0].replace("_", "-")
-        raise ValueError(f"--real is a pair of its own: leave out --{option}, or --real")
+        raise ValueError(f"--real is a pair of its own: leave out {others[0]}, or --real")
     from .smollm2 import smollm2_pair
 
     if args.threads is not None:

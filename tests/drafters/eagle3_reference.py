@@ -126,7 +126,8 @@ def reference_logits(head: Eagle3Head, target: PreTrainedModel, states: list[Ten
             following = mixed([part[None] for part in w["mask_hidden"].chunk(parts.aux_count)])
         given = torch.cat([given, following])
     last = hidden[-1] if parts.norm_output else _norm(hidden[-1], w["norm.weight"])
-    output = w.get("lm_head.weight", target.get_output_embeddings().weight)
+    whole = target.get_output_embeddings().weight
+    output = w.get("lm_head.weight", whole if head.target_ids is None else whole[head.target_ids])
     logits: Tensor = output @ last
     return logits
 

@@ -150,6 +150,9 @@ VARIANTS: dict[str, Callable[[], Eagle3Head]] = {
     "a reduced vocabulary": lambda: random_head(make_parts(draft_vocab_size=40), some_tokens(40)),
     "embeddings of its own": lambda: random_head(make_parts(has_embeddings=True)),
     "no output weights": lambda: random_head(make_parts(has_lm_head=False)),
+    "rows of the target's output weights": lambda: random_head(
+        make_parts(has_lm_head=False, draft_vocab_size=40), some_tokens(40)
+    ),
     "another width": lambda: random_head(
         make_parts({"hidden_size": 24}, target_hidden_size=32, has_embeddings=True, fc_norm=True)
     ),

@@ -175,6 +175,27 @@ def test_the_target_writes_what_it_would_write_alone(target: PreTrainedModel, dr
     assert any(len(row) < len(prompt) + 6 for row, prompt in zip(alone, prompts))  # the end token occurred
 
 
+@pytest.mark.parametrize("temperature", [None, 1.0])
+def test_writing_goes_on_where_it_was_interrupted(
+    target: PreTrainedModel, temperature: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distillation, "ROWS_WRITTEN", 4)
+    prompts = [[10 + i] * (2 + i % 5) for i in range(10)]
+    whole, part = tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
+    torch.manual_seed(1)
+    written, _ = distillation.write(target, prompts, 6, temperature, kept=whole, seed=3)
+    lines = whole.read_bytes().splitlines(keepends=True)
+    part.write_bytes(b"".join(lines[:4]) + lines[4][:7])  # killed inside a line
+    torch.manual_seed(2)
+    calls: list[int] = []
+    with target.register_forward_pre_hook(lambda *_: calls.append(1)):
+        again, _ = distillation.write(target, prompts, 6, temperature, kept=part, seed=3)
+    assert again == written and part.read_bytes() == whole.read_bytes()
+    assert len(calls) == 2 * 6  # of three groups, the first was not written again
+    if temperature is None:
+        assert written == distillation.write(target, prompts, 6)[0]
+
+
 def test_examples_are_text_and_continuations_of_other_pieces(target: PreTrainedModel, pieces: list[list[int]]) -> None:
     data = distillation.examples(target, None, pieces, 6, 4, 5, 1.0, seed=0)
     assert data["kind"][:] == ["text"] * 6 + ["greedy"] * 6 + ["sampled"] * 6

@@ -61,10 +61,14 @@ def test_frequent_tokens_come_first() -> None:
     assert frequent_tokens([[5, 5, 7]], 4, 100).tolist() == [0, 1, 5, 7]
 
 
-def test_training_raises_the_acceptance_and_leaves_the_target_alone(target: PreTrainedModel) -> None:
+@pytest.mark.parametrize("shares_output", [False, True])
+def test_training_raises_the_acceptance_and_leaves_the_target_alone(
+    target: PreTrainedModel, shares_output: bool
+) -> None:
     before = copy.deepcopy(target.state_dict())
     torch.manual_seed(0)
-    head = new_head(target, some_tokens(80))
+    head = new_head(target, some_tokens(80), shares_output=shares_output)
+    assert ("lm_head.weight" in head.state_dict()) != shares_output
     prompts = torch.randint(2, VOCAB, (32, 4))
     texts = target.generate(prompts, do_sample=True, max_new_tokens=24, top_k=0).tolist()
     examples = Dataset.from_dict({"input_ids": texts, "completion_mask": [[1] * len(t) for t in texts]})

@@ -12,7 +12,6 @@ import struct
 import sys
 import termios
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -30,7 +29,7 @@ from hf_specdec import SpecPair
 from hf_specdec.cli import main
 from hf_specdec.pairs.heads import DEMO_HEAD
 from hf_specdec.records.trace import STYLES, Trace, committed_roles
-from hf_specdec.tools import terminal_chat
+from hf_specdec.tools import smollm2, terminal_chat
 from hf_specdec.tools.conversation import Conversation
 from hf_specdec.tools.terminal_chat import COMMANDS, Chat, Screen, _Interrupts, _typed_lines
 
@@ -96,7 +95,7 @@ def test_other_drafters(run, monkeypatch, drafter, chosen):
     ("arguments", "message"),
     [
         (["--temperature", "0", "--top-p", "0.9"], "--top-p samples, and --temperature 0 is greedy"),
-        (["--real", "some/pair"], "--real is a pair of its own: leave out --pair"),
+        (["--real", "some/pair"], "--real is a pair of its own: leave out PAIR"),
         (["--real", "--draft-gguf-file", "x"], "leave out --draft-gguf-file"),
         (["--system", "be kind"], "no chat template, so --system has no place"),
     ],
@@ -121,9 +120,7 @@ def test_errors_end_a_piped_session(run, line, message):
 
 def test_the_real_pair_is_loaded_when_it_is_asked_for(run, llama, tokenizer, monkeypatch):
     pair = conversation(llama, tokenizer).pair
-    module: Any = ModuleType("hf_specdec.tools.smollm2")
-    module.smollm2_pair = lambda: (pair.target, pair.draft, pair.tokenizer)
-    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(smollm2, "smollm2_pair", lambda dtype, device: (pair.target, pair.draft, pair.tokenizer))
     code, lines, _ = run(["what is abc", "/compare"], "--real", "--max-new-tokens", "8")
     assert code == 0 and json.loads(lines[-1])["turns"][0]["identical"]
     assert not any("template" in line for line in lines)
