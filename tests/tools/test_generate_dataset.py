@@ -350,8 +350,17 @@ def test_a_full_disk_stops_it_until_there_is_room(
         (["--options", "max_new_tokens=3"], "--options max_new_tokens: use --new-tokens"),
         (["--options", "num_return_sequences=0"], "must be an int of at least 1, got 0"),
         (["--options", "num_beams=2"], "num_beams"),
+        (["--options", "output_scores=true"], "takes no `output_scores`: results hold tokens only"),
+        (["--options", "batch_size=3"], "--options batch_size: use --batch-size"),
+        (
+            ["--options", "max_matching_ngram_size=two"],
+            "--options max_matching_ngram_size=two cannot be used: .* must be an int, got 'two'",
+        ),
+        (["--options", "eos_token_id=end"], "--options eos_token_id=end cannot be used"),
+        (["--options", "prompts=3"], "--options prompts=3 cannot be used: .*prompts"),
         (["--dataset", "no/such.jsonl"], "--dataset no/such.jsonl could not be loaded"),
         (["--output", "out.txt"], "--output must end in .jsonl or .parquet, got out.txt"),
+        (["--output", "/dev/null/out.jsonl"], "Not a directory: '/dev/null/out.jsonl"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -368,6 +377,14 @@ def test_datasets_without_rows(run: Run, tmp_path: Path, content: str, message: 
     (tmp_path / "bad.jsonl").write_text(content)
     code, _, error = run(tmp_path / "out.jsonl", dataset=str(tmp_path / "bad.jsonl"))
     assert code == 1 and message in error
+
+
+def test_a_table_without_rows(run: Run, tmp_path: Path) -> None:
+    from pyarrow import parquet, schema, string
+
+    parquet.write_table(schema({"text": string()}).empty_table(), tmp_path / "bad.parquet")
+    code, _, error = run(tmp_path / "out.jsonl", dataset=str(tmp_path / "bad.parquet"))
+    assert code == 1 and "split train, has no rows" in error
 
 
 def test_an_output_goes_on_only_with_what_it_was_begun_with(folder: Path, run: Run, tmp_path: Path) -> None:
