@@ -288,6 +288,22 @@ def many_prompts(models: Models) -> None:
                 assert each.new_tokens.tolist() == expected.tolist(), each.index
 
 
+def one_message_per_iteration(models: Models) -> None:
+    """And two more: whether the drafter has started, and what the last iteration has chosen."""
+    sizes: list[int] = []
+    broadcast = distributed.broadcast
+
+    def noted(tensor: Tensor, *args: Any) -> None:
+        sizes.append(tensor.numel())
+        broadcast(tensor, *args)
+
+    stats = SpeculationStats()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "broadcast", noted)
+        _generate(models("target", tp_size=2), 3, assistant_model=models("draft"), speculation_stats=stats, **SPEC)
+    assert len(sizes) == len(stats.iterations) + 2 > 5 and max(sizes) <= 512
+
+
 def tensor_parallel_sampled_in_step(models: Models) -> None:
     _sampled(models, models("draft", tp_size=2), models("target", tp_size=2))
 
@@ -429,6 +445,7 @@ _CHECKS: list[Callable[[Models], None]] = [
     time_of_the_first_rank_counts,
     an_error_of_the_first_rank_ends_all,
     many_prompts,
+    one_message_per_iteration,
     tensor_parallel_sampled_in_step,
     long_messages,
     early_exit,
