@@ -121,8 +121,6 @@ def _sampling_params(
     names = _ALWAYS | _SAMPLING if config.do_sample else _ALWAYS
     found |= {theirs: getattr(config, ours, None) for ours, theirs in names.items()}
     found["n"] = found["n"] or 1
-    if found["n"] > 1 and not config.do_sample:
-        raise ValueError(f"--options num_return_sequences={found['n']} needs do_sample=true: greedy texts are alike")
     if config.do_sample and found["top_k"] is None:
         found["top_k"] = _TOP_K
     if found["stop"]:

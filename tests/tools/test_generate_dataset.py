@@ -380,12 +380,17 @@ def test_datasets_without_rows(run: Run, tmp_path: Path, content: str, message: 
     assert code == 1 and message in error
 
 
-def test_a_table_without_rows(run: Run, tmp_path: Path) -> None:
-    from pyarrow import parquet, schema, string
+@pytest.mark.parametrize(("kind", "message"), [("saved", "seems to have no rows"), ("csv", "corresponds to no data")])
+def test_datasets_with_columns_only(run: Run, tmp_path: Path, kind: str, message: str) -> None:
+    from datasets import Dataset
 
-    parquet.write_table(schema({"text": string()}).empty_table(), tmp_path / "bad.parquet")
-    code, _, error = run(tmp_path / "out.jsonl", dataset=str(tmp_path / "bad.parquet"))
-    assert code == 1 and "split train, has no rows" in error
+    place = tmp_path / f"columns.{kind}"
+    if kind == "saved":
+        Dataset.from_dict({"text": ["a"]}).select([]).save_to_disk(place)
+    else:
+        place.write_text("text,other\n")
+    code, _, error = run(tmp_path / "out.jsonl", dataset=str(place))
+    assert code == 1 and message in error, error
 
 
 def test_an_output_goes_on_only_with_what_it_was_begun_with(folder: Path, run: Run, tmp_path: Path) -> None:
@@ -528,7 +533,7 @@ def test_a_script_for_vllm_with_messages(run: Run, tmp_path: Path, monkeypatch: 
     ("more", "message"),
     [
         (["--options", "no_repeat_ngram_size=3"], "no_repeat_ngram_size is not translated for vLLM"),
-        (["--options", "num_return_sequences=2"], "num_return_sequences=2 needs do_sample=true"),
+        (["--options", "num_return_sequences=2"], "do not support `num_return_sequences`"),
         (["--gguf-file", "x.gguf"], "--gguf-file is not translated for vLLM"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",

@@ -15,7 +15,7 @@ def test_ways_are_compared_on_the_same_texts(small_pair: Any, tokenizer: Any) ->
     pair = SpecPair(*small_pair, tokenizer)
     originals = Places.admit, _Many._count, RefilledDecoding.step
     texts = ["abc de f", "x y z hello world", "hello"]
-    found = compare_ways(pair, texts, 16, 4, lengths=(5, 1.0), parts=2, options={"num_assistant_tokens": 3})
+    found = compare_ways(pair, texts, 12, 3, lengths=(4, 1.0), parts=2, options={"num_assistant_tokens": 3})
     assert found["differing"] == 0 and 0 < found["acceptance_rate"] < 1
     ways = found["ways"]
     assert [*ways] == [VANILLA, STATIC, SORTED, REFILLED] and ways[VANILLA]["ratio"] == 1
