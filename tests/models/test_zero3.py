@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
 import hf_specdec
+from hf_specdec.loop.optimal import _believed_cost
 from hf_specdec.models import sharding
 
 pytestmark = pytest.mark.deepspeed
@@ -105,6 +106,12 @@ def weights_may_be_gathered_for_a_while(models: Models) -> None:
     same(target, models("target"), 1 + rank, 5 + rank, assistant_model=draft)
 
 
+def the_schedule_knows_how_large_models_are(models: Models) -> None:
+    for target in (_zero(models, "target"), models("target")):
+        for draft in (_zero(models, "draft"), models("draft")):
+            assert _believed_cost(target, hf_specdec.drafters.ModelDrafter(draft)) == 1.0  # they have equal sizes
+
+
 def what_cannot_work_is_an_error(models: Models) -> None:
     target = _zero(models, "target")
     with pytest.raises(ValueError, match=r"`assistant_early_exit`.*not possible where all ranks gather weights"):
@@ -118,6 +125,7 @@ _CHECKS: list[Check] = [
     ranks_may_end_early,
     whole_models_beside_it_are_nobodys_business,
     weights_may_be_gathered_for_a_while,
+    the_schedule_knows_how_large_models_are,
     what_cannot_work_is_an_error,
 ]
 
