@@ -104,7 +104,8 @@ def _call(prompts: DatasetPrompts) -> str:
 
 def _goes_on(messages: list[dict[str, Any]] | None) -> bool:
     """Whether the last of these messages is the assistant's."""
-    return bool(messages) and messages[-1].get("role") == "assistant"
+    last = messages[-1] if messages else {}
+    return last.get("role") == "assistant"
 
 
 def _sampling_params(
