@@ -510,6 +510,9 @@ def test_a_script_for_vllm(
 
 
 def test_a_script_for_vllm_with_messages(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
     engine = Engine()
     code, script, _ = run(tmp_path / "out.parquet", "--engine", "vllm", "--chat-template", "--limit", "2")
     assert code == 0
@@ -520,8 +523,9 @@ def test_a_script_for_vllm_with_messages(run: Run, tmp_path: Path, monkeypatch: 
     asked, named = [{"role": "user", "content": "ab"}], [{"role": "user", "content": "a", "name": "Ann"}]
     goes_on = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
     for name, talks, continues in (("asked", [asked, named], False), ("going on", [goes_on, goes_on], True)):
-        write_lines(tmp_path / "talks.jsonl", [{"messages": talk} for talk in talks])
-        _, script, _ = run(tmp_path / f"{name}.jsonl", "--engine", "vllm", dataset=str(tmp_path / "talks.jsonl"))
+        table = pyarrow.Table.from_pylist([{"messages": talk} for talk in talks])  # all messages have all keys in it
+        parquet.write_table(table, tmp_path / f"{name}.parquet")
+        _, script, _ = run(tmp_path / f"{name}.jsonl", "--engine", "vllm", dataset=str(tmp_path / f"{name}.parquet"))
         engine.run(script, monkeypatch)
         assert engine.prompts == talks and engine.continues == continues
     write_lines(tmp_path / "talks.jsonl", [{"messages": talk} for talk in (asked, goes_on)])
