@@ -188,7 +188,7 @@ class SpeculativeMethod:
             if shared is not None and drafter.uses_target:
                 raise ValueError(
                     f"{drafter.use_of_target}, which is not possible where all ranks gather weights in each forward "
-                    "(FSDP, `synced_gpus`): pass a draft model as `assistant_model`"
+                    "(FSDP, ZeRO-3, `synced_gpus`): pass a draft model as `assistant_model`"
                 )
             try:
                 return self._decode(call, drafter, options, together, is_alone=shared is None and together is None)
@@ -263,8 +263,8 @@ def _check_alike(call: PreparedCall) -> None:
         reason = f"with {', '.join(f'`{name}`' for name in others)}" if others else "with encoder-decoder models"
         raise ValueError(
             f"strategy='spec' cannot be used {reason} where all ranks gather weights in each forward (FSDP, "
-            "`synced_gpus`), because their forwards would differ: pass a model that is whole on each rank, or drop "
-            "strategy='spec'"
+            "ZeRO-3, `synced_gpus`), because their forwards would differ: pass a model that is whole on each rank, or "
+            "drop strategy='spec'"
         )
 
 

@@ -141,8 +141,8 @@ class Preparation:
         self.call, method = self._prepare([0], options | chosen)
         if gathered(self.call.model, assistant_model, options.get("synced_gpus")):
             raise ValueError(
-                "generate_many() cannot be used where all ranks gather weights in each forward (FSDP, `synced_gpus`): "
-                "call `generate()` for batches, equally often on all ranks"
+                "generate_many() cannot be used where all ranks gather weights in each forward (FSDP, ZeRO-3, "
+                "`synced_gpus`): call `generate()` for batches, equally often on all ranks"
             )
         self.drafter: Drafter
         self.resolved: Options

@@ -170,8 +170,13 @@ def _believed_cost(target: object, drafter: Drafter) -> float:
     if drafter.cost_share is not None:
         return drafter.cost_share
     models = (target, getattr(drafter, "model", None))
-    sizes = [sum(p.numel() for p in model.parameters()) for model in models if isinstance(model, nn.Module)]
+    sizes = [sum(map(_size, model.parameters())) for model in models if isinstance(model, nn.Module)]
     return min(max(sizes[1] / sizes[0], 0.02), 1.0) if len(sizes) == 2 and sizes[0] else _DRAFT_COST
+
+
+def _size(parameter: nn.Parameter) -> int:
+    """Its number of elements; DeepSpeed ZeRO-3 leaves none in those that it divides, and notes how many there were."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 class Optimal:

@@ -8,16 +8,18 @@ The model and its parameters show it. There are two kinds:
   weights from all ranks. So they make their forwards in turns (`turns.py`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import distributed, nn
 from transformers import DynamicCache
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+
+_ZERO_GROUP = "ds_process_group"  # DeepSpeed gives it to parameters that it divides
 
 
 class Sharded(NamedTuple):
@@ -66,26 +68,22 @@ def gathered(target: nn.Module, assistant_model: object, synced_gpus: bool | Non
         synced_gpus: the call's argument; True says so of the target.
 
     Raises:
-        ValueError: for models of which each rank also has a part of the computation, and under DeepSpeed ZeRO-3.
+        ValueError: for models of which each rank also has a part of the computation.
     """
     if _world_size() == 1:
         return None
-    if is_deepspeed_zero3_enabled():
-        raise ValueError(
-            "strategy='spec' has not been tried with DeepSpeed ZeRO-3, which is enabled in this process: generate in a "
-            "process without it, use FSDP, or drop strategy='spec'"
-        )
     models = list(_models(target, assistant_model))
     found = [model for i, model in enumerate(models) if _is_gathered(model) or (synced_gpus and i == 0)]
     if not found:
         return None
     if any(_is_divided(model) for model in models):
         raise ValueError(
-            "strategy='spec' cannot be used with FSDP together with tensor parallel models or pipeline stages: use one "
-            "of them, or drop strategy='spec'"
+            "strategy='spec' cannot be used with FSDP or ZeRO-3 together with tensor parallel models or pipeline "
+            "stages: use one of them, or drop strategy='spec'"
         )
     meshes = [mesh for model in found if (mesh := _mesh(model)) is not None]
-    return Gathered(found, _group(max(meshes, key=lambda mesh: mesh.size())) if meshes else None)
+    group = _group(max(meshes, key=lambda mesh: mesh.size())) if meshes else _zero_group(found)
+    return Gathered(found, group)
 
 
 def _world_size() -> int:
@@ -101,7 +99,15 @@ def _models(target: nn.Module, assistant_model: object) -> Iterator[nn.Module]:
 
 
 def _is_gathered(model: nn.Module) -> bool:
-    return any(is_fsdp_managed_module(module) for module in model.modules())
+    is_fsdp = any(is_fsdp_managed_module(module) for module in model.modules())
+    return is_fsdp or any(hasattr(parameter, _ZERO_GROUP) for parameter in model.parameters())
+
+
+def _zero_group(models: Sequence[nn.Module]) -> "distributed.ProcessGroup | None":
+    """The processes among which ZeRO-3 has divided weights; `None` for all there are."""
+    groups = (getattr(parameter, _ZERO_GROUP, None) for model in models for parameter in model.parameters())
+    group = next((group for group in groups if group is not None), None)
+    return None if group is None or distributed.get_world_size(group) == _world_size() else group
 
 
 def _is_divided(model: Any) -> bool:

@@ -193,6 +193,8 @@ def load_rows(args: argparse.Namespace) -> Any:
         if (path / "state.json").is_file():
             return load_from_disk(str(path))
         return load_dataset(args.dataset, args.dataset_config, split=args.split)
+    except IndexError as error:  # what `datasets` raises for a saved one
+        raise ValueError(f"--dataset {args.dataset} could not be loaded: it seems to have no rows") from error
     except (OSError, ValueError, KeyError, exceptions.DatasetsError) as error:
         reason = error.__cause__ or error  # of a damaged file, only the cause says something
         raise ValueError(f"--dataset {args.dataset} could not be loaded: {reason}") from error

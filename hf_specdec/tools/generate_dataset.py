@@ -23,8 +23,8 @@ from ..records.stats import SpeculationStats
 from .arguments import add_pair_arguments, load_pair, positive, quiet
 from .dataset_prompts import DatasetPrompts, add_dataset_arguments
 from .journal import encoded
+from .processes import Processes
 from .progress import progress
-from .ranks import Ranks
 from .resumable import Resumable, Rows, Write
 from .texts import COUNTERS, Unreadable, columns_of, texts_for
 from .vllm_script import vllm_script
@@ -35,6 +35,9 @@ _OWN = {  # options with an argument of their own
     "num_assistant_tokens": "--gamma",
     "speculation_seed": "--seed",
     "assistant_model": "--draft",
+    "batch_size": "--batch-size",
+    "on_error": "--on-error",
+    "tokenizer": "--target",
 }
 _SUFFIXES = (".jsonl", ".parquet")
 _TOGETHER = 1000  # rows of a parquet file that are written at once
@@ -74,27 +77,27 @@ def run(args: argparse.Namespace) -> None:
         print(vllm_script(args, options), end="")
         return
     quiet()
-    ranks = Ranks()
+    processes = Processes()
     prompts = DatasetPrompts(args)
     copies = options.setdefault("num_return_sequences", 1)
     whole = Resumable(output, copies)
-    ranks.first(lambda: whole.begin(_settings(args, options, prompts), args.overwrite))
+    processes.first(lambda: whole.begin(_settings(args, options, prompts), args.overwrite))
     console = Console(highlight=False)
-    report: dict[str, Any] = {"rank": ranks.rank, "rows": 0, "errors": 0}
+    report: dict[str, Any] = {"rank": processes.rank, "rows": 0, "errors": 0}
     if not whole.is_complete:
-        with closing(whole.open(ranks.rank)) as journal:
+        with closing(whole.open(processes.rank)) as journal:
             done = whole.done()
-            mine = range(ranks.rank, prompts.count, ranks.count)
+            mine = range(processes.rank, prompts.count, processes.count)
             # If others have just written the output, the journals are gone.
             todo = [] if whole.is_complete else [index for index in mine if index not in done]
             report |= {"kept": len(mine) - len(todo)}
             if todo:
-                args.device = args.device or ranks.device
+                args.device = args.device or processes.device
                 pair = load_pair(args)
                 prompts.check(pair.tokenizer)
                 work = _Work(args, options, prompts, pair)
                 kept = len(mine) - len(todo)
-                shown = console if ranks.rank == 0 else Console(quiet=True)
+                shown = console if processes.rank == 0 else Console(quiet=True)
                 with progress(shown, "rows", len(mine), kept) as show:
                     for rows in work.rows(todo):
                         journal.append(rows)
@@ -103,7 +106,7 @@ def run(args: argparse.Namespace) -> None:
                 report |= work.report()
     report["output"] = str(output) if whole.finish(prompts.count, _writer(output, prompts, copies)) else None
     if report["output"] is None:
-        console.print(f"Process {ranks.rank} is done; the last one writes {output}.")
+        console.print(f"Process {processes.rank} is done; the last one writes {output}.")
     print(json.dumps(report))
 
 
@@ -147,7 +150,7 @@ class _Work:
         """The rows of each index, as they end.
 
         Raises:
-            ValueError: with `--on-error raise`, if one cannot be decoded.
+            ValueError: for options that cannot be used; with `--on-error raise`, if one cannot be decoded.
         """
         args, copies = self._args, self._copies
         seeds: dict[str, Any] = {}
@@ -160,7 +163,11 @@ class _Work:
         options = {"batch_size": args.batch_size, "speculation_stats": self._stats} | self._options | seeds
         waiting: dict[int, list[Generated]] = {}  # by place in `todo`
         values = (self._prompts[index] for index in todo)
-        for result in texts_for(self._pair, values, self._prompts.is_chat, **options):
+        try:
+            found = texts_for(self._pair, values, self._prompts.is_chat, **options)
+        except (TypeError, AttributeError) as error:
+            raise ValueError(f"--options {' '.join(args.options)} cannot be used: {error}") from error
+        for result in found:
             results = waiting.setdefault(result.index, [])
             results.append(result)
             if len(results) == copies or isinstance(result.error, Unreadable):

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from ..generate.many import generate_many
+from ..generate.many import _Many, _Results, generate_many
 from ..generate.places import Places
 from ..generate.prompts import Preparation
+from ..loop.refill import RefilledDecoding
 from ..pairs.pair import SpecPair
 from ..records.stats import SpeculationStats
 from .measure import counting, synchronize
@@ -65,7 +66,7 @@ def compare_ways(
     stats.__init__()  # type: ignore[misc]
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     forwards, differing = dict.fromkeys(ways, 0), 0
-    with _timed_admission() as admission:
+    with _timed_host_work() as host, _timed_steps() as steps:
         for number, begin in enumerate(range(0, count, size)):
             part = jobs[begin : begin + size]
             found: dict[str, dict[int, list[int]]] = {}
@@ -98,8 +99,9 @@ def compare_ways(
             }
             for name, taken in seconds.items()
         },
-        "host_share": sum(admission.values()) / total,
-        "prepare_share": admission["prepare"] / total,
+        "host_share": sum(host.values()) / total,
+        "prepare_share": host["prepare"] / total,
+        "reading_ratio": median(steps[True]) / median(steps[False]) if all(steps.values()) else 1.0,
         "acceptance_rate": stats.acceptance_rate,
         "differing": differing,
     }
@@ -158,26 +160,55 @@ class _Lengths(StoppingCriteria):
 
 
 @contextmanager
-def _timed_admission() -> Iterator[dict[str, float]]:
-    """Inside, seconds are counted that `generate_many` takes to prepare and admit texts, apart from forwards."""
-    seconds = {"prepare": 0.0, "admit": 0.0}
-    originals = {"prepare": (Preparation, "of"), "admit": (Places, "admit")}
-    before = {kind: getattr(cls, name) for kind, (cls, name) in originals.items()}
+def _timed_host_work() -> Iterator[dict[str, float]]:
+    """Inside, seconds are counted that `generate_many` takes to prepare and admit texts and to make results, apart from
+    forwards.
+    """
+    timed = [
+        ("prepare", Preparation, "of"),
+        ("admit", Places, "admit"),
+        ("result", RefilledDecoding, "_end"),
+        ("result", _Results, "of"),
+        ("result", _Many, "_count"),
+    ]
+    seconds = {kind: 0.0 for kind, _, _ in timed}
+    originals = [getattr(cls, name) for _, cls, name in timed]
 
-    def timed(kind: str) -> Callable[..., Any]:
+    def counted(kind: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             began = time.perf_counter()
             try:
-                return before[kind](*args, **kwargs)
+                return original(*args, **kwargs)
             finally:
                 seconds[kind] += time.perf_counter() - began
 
         return call
 
     try:
-        for kind, (cls, name) in originals.items():
-            setattr(cls, name, timed(kind))
+        for (kind, cls, name), original in zip(timed, originals):
+            setattr(cls, name, counted(kind, original))
         yield seconds
     finally:
-        for kind, (cls, name) in originals.items():
-            setattr(cls, name, before[kind])
+        for (_, cls, name), original in zip(timed, originals):
+            setattr(cls, name, original)
+
+
+@contextmanager
+def _timed_steps() -> Iterator[dict[bool, list[float]]]:
+    """Inside, seconds of `generate_many`'s iterations are noted, by whether they also read a piece of new prompts."""
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    step = RefilledDecoding.step
+
+    def timed(self: RefilledDecoding) -> Any:
+        is_piece, are_active = bool(self._unread), bool(self.context.rows)
+        began = time.perf_counter()
+        ended = step(self)
+        if are_active:
+            seconds[is_piece].append(time.perf_counter() - began)
+        return ended
+
+    try:
+        RefilledDecoding.step = timed  # type: ignore[method-assign]
+        yield seconds
+    finally:
+        RefilledDecoding.step = step  # type: ignore[method-assign]

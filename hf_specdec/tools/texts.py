@@ -16,7 +16,7 @@ class Unreadable(ValueError):
     """A value is no prompt."""
 
 
-def texts_for(pair: SpecPair, values: Iterable[Any], is_chat: bool = False, **options: Any) -> Iterator[Generated]:
+def texts_for(pair: SpecPair, values: Iterable[Any], is_chat: bool = False, /, **options: Any) -> Iterator[Generated]:
     """Results of `generate_many` for values, with the pair's draft, as its file recommends.
 
     Args:
@@ -25,6 +25,9 @@ def texts_for(pair: SpecPair, values: Iterable[Any], is_chat: bool = False, **op
 
     Returns: results as they end. Of a value that cannot be decoded, `error` says why; of one that is no prompt there is
         one result, with an `Unreadable`.
+
+    Raises:
+        TypeError, ValueError: for options with which no value could be decoded, at once.
     """
     longest = positions_of(pair.target)
     unreadable: dict[int, Exception] = {}
@@ -37,15 +40,17 @@ def texts_for(pair: SpecPair, values: Iterable[Any], is_chat: bool = False, **op
                 unreadable[index] = error
                 yield None  # which `generate_many` cannot decode
 
-    own = {"assistant_model": pair.draft, "tokenizer": pair.tokenizer, **pair.config.recommended}
-    if pair.has_two_tokenizers:
-        own["assistant_tokenizer"] = pair.tokenizers["assistant_tokenizer"]
-    for result in generate_many(pair.target, prompts(), on_error="result", **own | options):
+    def with_reason(result: Generated) -> Generated:
         reason = unreadable.pop(result.index, None)
         if reason is not None:
             result.error = Unreadable(str(reason))
             result.error.__cause__ = reason
-        yield result
+        return result
+
+    own = {"assistant_model": pair.draft, "tokenizer": pair.tokenizer, **pair.config.recommended}
+    if pair.has_two_tokenizers:
+        own["assistant_tokenizer"] = pair.tokenizers["assistant_tokenizer"]
+    return map(with_reason, generate_many(pair.target, prompts(), on_error="result", **own | options))
 
 
 def columns_of(result: Generated) -> dict[str, Any]:

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import VOCAB, make_model, make_pair, perturbed
+from test_recurrent import ARCHITECTURES as RECURRENT
 from torch import Tensor, nn
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
-    Mamba2Config,
     StoppingCriteria,
     T5Config,
     T5ForConditionalGeneration,
@@ -28,6 +28,7 @@ import hf_specdec
 from hf_specdec import Draft, Drafter, Generated, PromptLookupDrafter, RowProcessor, SpeculationStats
 from hf_specdec.cache.ragged import RaggedCache
 from hf_specdec.generate import many as many_module
+from hf_specdec.generate.static_batches import StaticBatches
 from hf_specdec.loop import invariants
 from hf_specdec.loop.refill import RefilledDecoding
 from hf_specdec.models.cached import CachedModel
@@ -38,10 +39,8 @@ ENDS = [3, 17, 40]  # tokens that end texts, so that these have all lengths
 
 @functools.cache
 def pair(name: str = "llama") -> tuple[Any, Any]:
-    if name == "mamba2":
-        sizes = {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1, "chunk_size": 8, "num_hidden_layers": 2}
-        ids = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
-        target = make_model(Mamba2Config(**sizes, **ids, hidden_size=32, initializer_range=0.2))
+    if name in RECURRENT:
+        target = make_model(RECURRENT[name]())
         return target, perturbed(target, 0.05)
     return make_pair(name, 0.08)
 
@@ -263,6 +262,7 @@ class Together(StoppingCriteria):
         ({"prefix_allowed_tokens_fn": lambda row, ids: [1]}, "PrefixConstrainedLogitsProcessor may keep state"),
         ({"streamer": object()}, "`streamer`"),
         ({"return_dict_in_generate": True}, "`return_dict_in_generate`"),
+        ({"output_scores": True}, "`output_scores`"),
         ({"attention_mask": torch.ones(1, 3)}, "`attention_mask`"),
         ({"speculation_trace": hf_specdec.Trace()}, "`speculation_trace`"),
         ({"strategy": "vanilla"}, "`strategy`"),
@@ -604,6 +604,20 @@ def test_a_drafter_without_restart_gets_static_batches(monkeypatch: pytest.Monke
     assert len(warned) == 1 and "Repeats cannot begin a row anew" in warned[0]
 
 
+def test_static_batches_are_sorted_by_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[list[int]] = []
+    decode = StaticBatches._decode
+
+    def noted(self: StaticBatches, batch: list[Any]) -> Any:
+        lengths.append([len(entry.prompt) for entry, _, _ in batch])
+        return decode(self, batch)
+
+    monkeypatch.setattr(StaticBatches, "_decode", noted)
+    many(pair()[0], prompts()[:8], assistant_model=Repeats(), batch_size=2, max_new_tokens=2)
+    expected = sorted(map(len, prompts()[:8]))
+    assert lengths == [expected[begin : begin + 2] for begin in range(0, 8, 2)]
+
+
 @pytest.mark.parametrize("case", ["by number, the last, and the set of tokens", "a pure processor", "a pure criterion"])
 def test_static_batches_show_processors_each_text_alone(case: str) -> None:
     target, draft = pair("mamba2")
@@ -630,21 +644,39 @@ def test_models_with_an_encoder_get_static_batches() -> None:
 # Long runs
 
 
+@functools.cache
+def unlike_texts(name: str) -> list[tuple[list[int], int, list[int]]]:
+    """300 prompts whose lengths differ by a factor of 150, how much is added, which differs by 60, and the results."""
+    target, rng = pair(name)[0], random.Random(2)
+    sizes = [min(max(round(rng.lognormvariate(2, 1.2)), 1), 60) for _ in range(300)]
+    return [
+        (prompt, size, alone(target, prompt, max_new_tokens=size, eos_token_id=ENDS))
+        for prompt, size in zip(prompts(300, longest=150, seed=3), sizes)
+    ]
+
+
+def differ_by_rounding(target: Any, one: list[int], other: list[int]) -> bool:
+    """Two texts differ first where rounding decides between the target's two best tokens: in one place of 100,000."""
+    end = next(index for index, tokens in enumerate(zip(one, other)) if tokens[0] != tokens[1])
+    best = target(torch.tensor([one[:end]])).logits[0, -1].topk(2)
+    gap = float(best.values[0] - best.values[1])
+    return gap < 1e-5 and {one[end], other[end]} == {*best.indices.tolist()}
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "mistral-sliding", "gemma2", "gpt2", "mamba2", "qwen3_next"])
 @pytest.mark.parametrize("batch_size", [4, 16])
-@pytest.mark.parametrize("name", ["llama", "mistral-sliding", "gemma2", "gpt2", "mamba2"])
 def test_300_prompts_of_very_different_lengths(name: str, batch_size: int) -> None:
-    """Their lengths differ by a factor of 150, and how much is added to them by 60."""
     target, draft = pair(name)
-    rng = random.Random(2)
-    texts = prompts(300, longest=150, seed=3)
-    sizes = [min(max(round(rng.lognormvariate(2, 1.2)), 1), 60) for _ in texts]
+    texts, sizes, whole = zip(*unlike_texts(name))
+    assert min(map(len, texts)) == 1 and max(map(len, texts)) > 140 and {*sizes} >= {1, 60}
     stats = SpeculationStats()
     options = {"max_new_tokens": sizes, "eos_token_id": ENDS, "speculation_stats": stats}
     results = many(target, texts, assistant_model=draft, batch_size=batch_size, **options)
-    assert len(results) == 300 and 0 < stats.acceptance_rate < 1
-    for index, (prompt, size) in enumerate(zip(texts, sizes)):
-        assert results[index].sequence.tolist() == alone(target, prompt, max_new_tokens=size, eos_token_id=ENDS), index
+    assert 0 < stats.acceptance_rate < 1
+    found = [results[index].sequence.tolist() for index in range(300)]
+    differing = [pair for pair in zip(found, whole) if pair[0] != pair[1]]
+    assert len(differing) <= 1 and all(differ_by_rounding(target, *pair) for pair in differing)
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 """Ray Data: what an actor does, without Ray; and with it, two actors on this machine (`./scripts/test -m clients`)."""
 
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +93,24 @@ def test_options_that_cannot_work(more: dict[str, Any], message: str) -> None:
         SpecGenerator("nowhere/target", **more)
 
 
+@pytest.fixture
+def time_limit() -> Iterator[None]:
+    """A test that waits for other processes ends after five minutes."""
+
+    def end(*_: Any) -> None:
+        raise TimeoutError("other processes did not come to an end")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.alarm(300)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
 @pytest.mark.clients
-def test_two_actors(options: dict[str, Any], generator: SpecGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_actors(
+    options: dict[str, Any], generator: SpecGenerator, monkeypatch: pytest.MonkeyPatch, time_limit: None
+) -> None:
     ray = pytest.importorskip("ray", reason="needs ray: ./scripts/test -m clients installs it")
     from ray import data
 

@@ -4,32 +4,25 @@ Run as a script, this file is one of the ranks: it runs the checks in order, and
 """
 
 import itertools
-import json
-import os
 import random
-import socket
-import subprocess
 import sys
 import time
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, VOCAB, make_model, make_pair, make_prompts, perturbed
+from conftest import ARCHITECTURES, VOCAB, make_model, make_pair, make_prompts
+from several_ranks import SPEC, Check, Models, assert_reached, be_a_rank, generate, run_ranks, same, save_pair
 from torch import Tensor, distributed
 from transformers import (
-    AutoModelForCausalLM,
     DynamicCache,
     PreTrainedModel,
     StaticCache,
     T5Config,
     T5ForConditionalGeneration,
 )
-from transformers.integrations import deepspeed
 
 import hf_specdec
 from hf_specdec import Draft, Drafter, SpeculationStats, SuffixDrafter
@@ -38,45 +31,7 @@ from hf_specdec.loop.optimal import Optimal
 from hf_specdec.models import sharding
 from hf_specdec.sampling.context import Context
 
-# A hang ends after this many seconds: for two ranks, and for one collective.
-_SECONDS, _COLLECTIVE_SECONDS = 400, 120
-SPEC: dict[str, Any] = {"strategy": "spec"}
-
-
 # The checks on both ranks. `models` loads "target" and "draft": as they are, or sharded.
-
-
-class Models:
-    def __init__(self, folder: Path):
-        self._folder = folder
-        self._loaded: dict[Any, PreTrainedModel] = {}
-
-    def __call__(self, name: str, **sharded: int) -> PreTrainedModel:
-        key = (name, *sharded.items())
-        if key not in self._loaded:
-            self._loaded[key] = self.new(name, **sharded)
-        return self._loaded[key]
-
-    def new(self, name: str, **sharded: int) -> PreTrainedModel:
-        from transformers.distributed import DistributedConfig
-
-        config = {"distributed_config": DistributedConfig(**sharded)} if sharded else {}
-        return AutoModelForCausalLM.from_pretrained(self._folder / name, **config).eval()
-
-
-def _generate(model: PreTrainedModel, rows: int, seed: int = 0, random_seed: int = 0, **kwargs: Any) -> Any:
-    torch.manual_seed(random_seed)
-    prompts = {} if "input_ids" in kwargs else make_prompts(rows, seed=seed)
-    return model.generate(**{"max_new_tokens": 16, "do_sample": False, **prompts, **kwargs})
-
-
-def _same(target: PreTrainedModel, plain: PreTrainedModel, rows: int, seed: int = 0, **kwargs: Any) -> None:
-    """Speculation with sharded models gives one process's vanilla tokens, with drafts accepted and rejected."""
-    stats = SpeculationStats()
-    kwargs = {"num_assistant_tokens": 3, **kwargs}
-    ours = _generate(target, rows, seed, speculation_stats=stats, **SPEC, **kwargs)
-    assert torch.equal(ours, _generate(plain, rows, seed)), "other tokens than one process"
-    assert 0 < stats.acceptance_rate < 1, stats
 
 
 def _several_calls(models: Models, draft: PreTrainedModel, target: PreTrainedModel) -> None:
@@ -87,15 +42,15 @@ def _several_calls(models: Models, draft: PreTrainedModel, target: PreTrainedMod
         patch.setattr(Optimal, "_go_on", lambda *_: dice.random() < 0.7)
         patch.setattr(Optimal, "update", lambda *_: None)
         for seed, rows in enumerate((1, 3)):
-            _same(target, models("target"), rows, seed, assistant_model=draft, num_assistant_tokens=None)
+            same(target, models("target"), rows, seed, assistant_model=draft, num_assistant_tokens=None)
 
 
 def _other_drafts(models: Models, target: PreTrainedModel) -> None:
     plain, lookup = models("target"), {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1}
-    _same(target, plain, 3, **lookup)
-    _same(target, plain, 3, assistant_model=models("draft"), assistant_confidence_threshold=0.4)
-    _same(target, plain, 3, assistant_model=models("draft"), num_assistant_tokens_schedule="heuristic")
-    _same(target, plain, 3, assistant_model=models("draft"), cache_implementation="static")
+    same(target, plain, 3, **lookup)
+    same(target, plain, 3, assistant_model=models("draft"), assistant_confidence_threshold=0.4)
+    same(target, plain, 3, assistant_model=models("draft"), num_assistant_tokens_schedule="heuristic")
+    same(target, plain, 3, assistant_model=models("draft"), cache_implementation="static")
 
 
 def _sampled(models: Models, draft: PreTrainedModel, target: PreTrainedModel) -> None:
@@ -103,9 +58,9 @@ def _sampled(models: Models, draft: PreTrainedModel, target: PreTrainedModel) ->
     kwargs: dict[str, Any] = {"do_sample": True, "num_assistant_tokens": 3, **SPEC}
     for rule in ("token", "coupled"):
         kwargs["speculation_acceptance"] = rule
-        ours = _generate(target, 3, random_seed=distributed.get_rank(), assistant_model=draft, **kwargs)
+        ours = generate(target, 3, random_seed=distributed.get_rank(), assistant_model=draft, **kwargs)
         after = torch.rand(1)
-        alone = _generate(models("target"), 3, assistant_model=models("draft"), **kwargs)
+        alone = generate(models("target"), 3, assistant_model=models("draft"), **kwargs)
         expected = torch.rand(1)
         if distributed.get_rank() == 0:
             assert torch.equal(ours, alone) and torch.equal(after, expected), rule
@@ -160,9 +115,9 @@ def nothing_is_packed_by_the_clock(models: Models) -> None:
         patch.setattr(packing, "MIN_NEW_TOKENS", 0)
         patch.setattr(packing, "_measure_gain", _no_clock)
         patch.setattr(packing, "_gains", {})
-        _same(target, models("target"), 1, assistant_model=draft)
+        same(target, models("target"), 1, assistant_model=draft)
         assert not packing._kept
-        _same(target, models("target"), 1, assistant_model=draft, speculation_pack_weights=True)
+        same(target, models("target"), 1, assistant_model=draft, speculation_pack_weights=True)
     packable = [module for module in draft.modules() if packing._can_be_packed(module)]
     assert all(layer in packing._kept for layer in packable)
     packing._kept.clear()
@@ -187,7 +142,7 @@ def pipeline_stages_sampled(models: Models) -> None:
 def pipeline_stages_with_windows(models: Models) -> None:
     target = models("sliding", pp_size=2)
     for rows in (1, 3):
-        _same(target, models("sliding"), rows, assistant_model=models("sliding_draft"))
+        same(target, models("sliding"), rows, assistant_model=models("sliding_draft"))
 
 
 def pipeline_stages_decode_rows_of_different_lengths(models: Models) -> None:
@@ -198,9 +153,9 @@ def pipeline_stages_decode_rows_of_different_lengths(models: Models) -> None:
 
 def pipeline_stages_hand_their_layers_back(models: Models) -> None:
     plain, target, draft = models("target"), models("target", pp_size=2), models("draft")
-    expected = _generate(plain, 3, return_dict_in_generate=True)
+    expected = generate(plain, 3, return_dict_in_generate=True)
     for given in ({}, {"past_key_values": DynamicCache()}):
-        out = _generate(target, 3, assistant_model=draft, return_dict_in_generate=True, **given, **SPEC)
+        out = generate(target, 3, assistant_model=draft, return_dict_in_generate=True, **given, **SPEC)
         layers = [(index, layer) for index, layer in enumerate(out.past_key_values.layers) if layer.is_initialized]
         assert [index for index, _ in layers] == ([0], [1, 2])[distributed.get_rank()]
         for index, layer in layers:
@@ -214,8 +169,8 @@ def pipeline_stages_go_on_from_caches(models: Models) -> None:
     more = make_prompts(1, width=3, seed=9)["input_ids"]
 
     def twice(model: PreTrainedModel, cache: Any, **kwargs: Any) -> Tensor:
-        first = _generate(model, 1, past_key_values=cache, **kwargs)
-        return _generate(model, 1, input_ids=torch.cat([first, more], dim=1), past_key_values=cache, **kwargs)
+        first = generate(model, 1, past_key_values=cache, **kwargs)
+        return generate(model, 1, input_ids=torch.cat([first, more], dim=1), past_key_values=cache, **kwargs)
 
     expected = twice(plain, DynamicCache())
     for cache in (DynamicCache(), StaticCache(config=target.config, max_cache_len=80)):
@@ -241,11 +196,11 @@ class Guesses(Drafter):
 
 def drafts_of_the_first_rank_count(models: Models) -> None:
     plain, rank = models("target"), distributed.get_rank()
-    texts = [_generate(plain, 3, seed=4)[:, 4:].tolist(), []][rank]
+    texts = [generate(plain, 3, seed=4)[:, 4:].tolist(), []][rank]
     for target in (models("target", tp_size=2), models("target", pp_size=2)):
         for drafter in (Guesses(), SuffixDrafter(corpus=texts)):
-            out = _generate(target, 3, seed=4, assistant_model=drafter, num_assistant_tokens=3, **SPEC)
-            assert torch.equal(out, _generate(plain, 3, seed=4)), type(drafter)
+            out = generate(target, 3, seed=4, assistant_model=drafter, num_assistant_tokens=3, **SPEC)
+            assert torch.equal(out, generate(plain, 3, seed=4)), type(drafter)
 
 
 def time_of_the_first_rank_counts(models: Models) -> None:
@@ -257,8 +212,8 @@ def time_of_the_first_rank_counts(models: Models) -> None:
         with pytest.MonkeyPatch.context() as patch:
             clocks = itertools.count(began, 1000.0 if is_fast else 0.0)
             patch.setattr(stopping_criteria, "time", SimpleNamespace(time=clocks.__next__))
-            out = _generate(target, 3, assistant_model=draft, max_time=500.0, **SPEC)
-        expected = _generate(models("target"), 3)
+            out = generate(target, 3, assistant_model=draft, max_time=500.0, **SPEC)
+        expected = generate(models("target"), 3)
         assert torch.equal(out, expected[:, : out.shape[1]]), ends
         assert (out.shape[1] == expected.shape[1] - 15) == ends
 
@@ -268,9 +223,9 @@ def an_error_of_the_first_rank_ends_all(models: Models) -> None:
     for fails_after in (0, 3):
         with pytest.raises(ValueError if rank == 0 else RuntimeError) as raised:
             drafter = Guesses(fails_after if rank == 0 else 1000)
-            _generate(target, 2, assistant_model=drafter, num_assistant_tokens=2, **SPEC)
+            generate(target, 2, assistant_model=drafter, num_assistant_tokens=2, **SPEC)
         assert ("no more guesses" if rank == 0 else "has stopped: see its error") in str(raised.value)
-    _same(target, models("target"), 2, assistant_model=models("draft"))
+    same(target, models("target"), 2, assistant_model=models("draft"))
 
 
 def many_prompts(models: Models) -> None:
@@ -284,8 +239,24 @@ def many_prompts(models: Models) -> None:
             )
             for each in found:
                 ids = torch.tensor([prompts[each.index]])
-                expected = _generate(plain, 1, input_ids=ids, max_new_tokens=12)[0, ids.shape[1] :]
+                expected = generate(plain, 1, input_ids=ids, max_new_tokens=12)[0, ids.shape[1] :]
                 assert each.new_tokens.tolist() == expected.tolist(), each.index
+
+
+def one_message_per_iteration(models: Models) -> None:
+    """And two more: whether the drafter has started, and what the last iteration has chosen."""
+    sizes: list[int] = []
+    broadcast = distributed.broadcast
+
+    def noted(tensor: Tensor, *args: Any) -> None:
+        sizes.append(tensor.numel())
+        broadcast(tensor, *args)
+
+    stats = SpeculationStats()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "broadcast", noted)
+        generate(models("target", tp_size=2), 3, assistant_model=models("draft"), speculation_stats=stats, **SPEC)
+    assert len(sizes) == len(stats.iterations) + 2 > 5 and max(sizes) <= 512
 
 
 def tensor_parallel_sampled_in_step(models: Models) -> None:
@@ -293,11 +264,11 @@ def tensor_parallel_sampled_in_step(models: Models) -> None:
 
 
 def long_messages(models: Models) -> None:
-    _same(models("target", tp_size=2), models("target"), 40, assistant_model=models("draft"), num_assistant_tokens=8)
+    same(models("target", tp_size=2), models("target"), 40, assistant_model=models("draft"), num_assistant_tokens=8)
 
 
 def early_exit(models: Models) -> None:
-    _same(models("target", tp_size=2), models("target"), 3, assistant_early_exit=2)
+    same(models("target", tp_size=2), models("target"), 3, assistant_early_exit=2)
 
 
 def hundred_calls(models: Models) -> None:
@@ -305,8 +276,8 @@ def hundred_calls(models: Models) -> None:
     for seed in range(100):
         time.sleep(0.001 * rank * (seed % 3))
         rows = 1 + seed % 4
-        ours = _generate(target, rows, seed, assistant_model=draft, **SPEC)
-        assert torch.equal(ours, _generate(models("target"), rows, seed)), seed
+        ours = generate(target, rows, seed, assistant_model=draft, **SPEC)
+        assert torch.equal(ours, generate(models("target"), rows, seed)), seed
 
 
 def tensor_parallel_of_four(models: Models) -> None:
@@ -322,7 +293,7 @@ def groups_beside_each_other_of_four(models: Models) -> None:
     mesh, group = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor")), distributed.get_rank() // 2
     target = _by_torch(models, mesh["tensor"])
     for seed in range(1 + 2 * group):
-        _same(target, models("target"), 1 + group, seed + 5 * group, assistant_model=models("draft"))
+        same(target, models("target"), 1 + group, seed + 5 * group, assistant_model=models("draft"))
     distributed.barrier()
 
 
@@ -348,12 +319,12 @@ def fsdp_ranks_have_prompts_of_their_own(models: Models) -> None:
         ]
     ):
         rows = 1 + 2 * (rank != case % 2)  # a batch on one rank, one row on the other
-        _same(model, plain, rows, 2 * case + rank, assistant_model=assistant)
+        same(model, plain, rows, 2 * case + rank, assistant_model=assistant)
     lookup = {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1}
-    _same(target, plain, 2, rank, **lookup)
+    same(target, plain, 2, rank, **lookup)
     sampled: dict[str, Any] = {"do_sample": True, "speculation_acceptance": "coupled", "speculation_seed": 5 + rank}
     ours, expected = (
-        _generate(model, 2, rank, assistant_model=assistant, **SPEC, **sampled)
+        generate(model, 2, rank, assistant_model=assistant, **SPEC, **sampled)
         for model, assistant in ((target, draft), (plain, plain_draft))
     )
     assert torch.equal(ours, expected)
@@ -364,28 +335,28 @@ def fsdp_ranks_may_end_early(models: Models) -> None:
     hooks = [len(model._forward_pre_hooks) for model in (target, draft)]
     for early in range(2):
         tokens = 2 if rank == early else 20
-        out = _generate(target, 1, rank, max_new_tokens=tokens, assistant_model=draft, **SPEC)
-        assert torch.equal(out, _generate(models("target"), 1, rank, max_new_tokens=tokens))
+        out = generate(target, 1, rank, max_new_tokens=tokens, assistant_model=draft, **SPEC)
+        assert torch.equal(out, generate(models("target"), 1, rank, max_new_tokens=tokens))
         kwargs: dict[str, Any] = {"num_assistant_tokens_schedule": "nothing"} if rank == early else {}
         if kwargs:
             with pytest.raises(ValueError, match="num_assistant_tokens_schedule"):
-                _generate(target, 1, rank, assistant_model=draft, **kwargs, **SPEC)
+                generate(target, 1, rank, assistant_model=draft, **kwargs, **SPEC)
         else:
-            _same(target, models("target"), 1, rank, assistant_model=draft)
+            same(target, models("target"), 1, rank, assistant_model=draft)
     assert [len(model._forward_pre_hooks) for model in (target, draft)] == hooks
 
 
 def fsdp_refuses_what_is_unlike_other_forwards(models: Models) -> None:
     target = _managed(models, "target")
     with pytest.raises(ValueError, match=r"`assistant_early_exit`.*not possible where all ranks gather weights"):
-        _generate(target, 1, assistant_early_exit=1, **SPEC)
+        generate(target, 1, assistant_early_exit=1, **SPEC)
     with pytest.raises(ValueError, match=r"generate_many\(\) cannot be used where all ranks gather"):
         next(iter(hf_specdec.generate_many(target, [[5, 6]], assistant_model=models("draft"), max_new_tokens=2)))
 
 
 def synced_gpus(models: Models) -> None:
     rank = distributed.get_rank()
-    _same(models("target"), models("target"), 1 + rank, rank, assistant_model=models("draft"), synced_gpus=True)
+    same(models("target"), models("target"), 1 + rank, rank, assistant_model=models("draft"), synced_gpus=True)
 
 
 def whole_models_are_nobodys_business(models: Models) -> None:
@@ -393,7 +364,7 @@ def whole_models_are_nobodys_business(models: Models) -> None:
     assert sharding.sharded(models("target"), models("draft")) is None
     rank = distributed.get_rank()
     for seed in range(1 + rank):
-        _same(
+        same(
             models("target"), models("target"), 1 + rank, seed, assistant_model=models("draft"), num_assistant_tokens=3
         )
 
@@ -404,10 +375,10 @@ def prompts_are_split_between_processes(models: Models) -> None:
     with PartialState(cpu=True).split_between_processes(list(range(5))) as mine:
         assert len(mine) == 3 - distributed.get_rank()
         for seed in mine:
-            _same(models("target"), models("target"), 1 + seed % 2, seed, assistant_model=models("draft"))
+            same(models("target"), models("target"), 1 + seed % 2, seed, assistant_model=models("draft"))
 
 
-_CHECKS: list[Callable[[Models], None]] = [
+_CHECKS: list[Check] = [
     whole_models_are_nobodys_business,
     prompts_are_split_between_processes,
     tensor_parallel_target,
@@ -429,6 +400,7 @@ _CHECKS: list[Callable[[Models], None]] = [
     time_of_the_first_rank_counts,
     an_error_of_the_first_rank_ends_all,
     many_prompts,
+    one_message_per_iteration,
     tensor_parallel_sampled_in_step,
     long_messages,
     early_exit,
@@ -446,30 +418,6 @@ def _no_clock(*_: object) -> Any:
     raise AssertionError("something goes by the clock of one rank")
 
 
-def _be_a_rank(folder: Path, names: list[str]) -> None:
-    """Run these checks. A rank that fails one continues; the process group's time limit ends what waits for it."""
-    from datetime import timedelta
-
-    distributed.init_process_group("gloo", timeout=timedelta(seconds=_COLLECTIVE_SECONDS))
-    models = Models(folder)
-    for check in (check for check in _CHECKS if check.__name__ in names):
-        began, came = time.perf_counter(), ""
-        try:
-            check(models)
-        except BaseException:
-            came = traceback.format_exc()
-        line = {"check": check.__name__, "came": came, "seconds": round(time.perf_counter() - began, 2)}
-        with (folder / f"rank{distributed.get_rank()}").open("a") as file:
-            file.write(json.dumps(line) + "\n")
-    os._exit(0)  # without waiting for anybody
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return int(listener.getsockname()[1])
-
-
 _SLOW = (hundred_calls, tensor_parallel_of_four, groups_beside_each_other_of_four)
 
 
@@ -483,51 +431,12 @@ def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     params = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
     selected = [check.__name__ for check in _CHECKS if any(p.get("check") == check.__name__ for p in params)]
     folder = tmp_path_factory.mktemp("sharded")
-    for name, prefix in (("llama", ""), ("mistral-sliding", "sliding_")):
-        config = ARCHITECTURES[name]()
-        config.num_hidden_layers = 3  # so that stages own one and two
-        target = make_model(config)
-        target.save_pretrained(folder / (prefix or "target").rstrip("_"))
-        perturbed(target, 0.12).save_pretrained(folder / f"{prefix}draft")
+    save_pair(folder, "llama")
+    save_pair(folder, "mistral-sliding", "sliding_")
     found: dict[tuple[str, int], str] = {}
     for world in (2, 4):
         if names := [name for name in selected if _ranks_of(name) == world]:
-            found |= _run(folder, world, names)
-    return found
-
-
-def _run(folder: Path, world: int, names: list[str]) -> dict[tuple[str, int], str]:
-    shared = {**os.environ, "MASTER_ADDR": "localhost", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(world)}
-    shared |= {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(map(str, (Path(hf_specdec.__file__).parents[1], Path(__file__).parents[1]))),
-    }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder), *names],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)},
-            stdout=subprocess.DEVNULL,
-            stderr=(folder / f"stderr{rank}").open("w"),
-        )
-        for rank in range(world)
-    ]
-    end = time.monotonic() + _SECONDS
-    try:
-        while any(rank.poll() is None for rank in ranks) and time.monotonic() < end:
-            if any(rank.poll() for rank in ranks):  # one has died, and others may wait for it
-                end = min(end, time.monotonic() + 20)
-            time.sleep(0.2)
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
-    found = {}
-    for rank in range(world):
-        print((folder / f"stderr{rank}").read_text()[-2000:])
-        file = folder / f"rank{rank}"
-        for line in map(json.loads, file.read_text().splitlines() if file.exists() else ()):
-            found[line["check"], rank] = line["came"]
-            print(rank, line["check"], line["seconds"])
+            found |= run_ranks(__file__, folder, world, names)
     return found
 
 
@@ -535,9 +444,7 @@ def _run(folder: Path, world: int, names: list[str]) -> dict[tuple[str, int], st
     "check", [pytest.param(check.__name__, marks=[pytest.mark.slow] * (check in _SLOW)) for check in _CHECKS]
 )
 def test_several_ranks(check: str, outcome: dict[tuple[str, int], str]) -> None:
-    for rank in range(_ranks_of(check)):
-        came = outcome.get((check, rank), "not reached: a rank died or waited for others until its time was over")
-        assert not came, f"rank {rank}: {came}"
+    assert_reached(outcome, check, _ranks_of(check))
 
 
 # Probes of a model, without processes.
@@ -569,19 +476,24 @@ def test_sharded_target_or_draft_is_found(as_one_of_two: None, attribute: str, v
     assert sharding.sharded(draft, "some/draft") == ((None, False) if found else None)
 
 
-def test_zero3_is_refused(as_one_of_two: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("processes", "group"), [(2, None), (1, 1)])
+def test_weights_that_zero3_divides_are_found(
+    as_one_of_two: None, monkeypatch: pytest.MonkeyPatch, processes: int, group: int | None
+) -> None:
+    """Here a number stands for the group of so many processes."""
+    monkeypatch.setattr(distributed, "get_world_size", lambda group: group)
     target, draft = make_pair("llama")
-    enabled = SimpleNamespace(is_zero3=lambda: True)
-    monkeypatch.setattr(deepspeed, "_hf_deepspeed_config_weak_ref", lambda: enabled)
-    for door in ({"assistant_model": draft, **SPEC}, {"custom_generate": hf_specdec.speculative(draft)}):
-        with pytest.raises(ValueError, match=r"has not been tried with DeepSpeed ZeRO-3, which is enabled"):
-            target.generate(**make_prompts(1), max_new_tokens=4, **door)
+    assert sharding.gathered(target, draft, None) is None
+    draft.model.layers[1].mlp.up_proj.weight.ds_process_group = processes
+    assert sharding.gathered(target, draft, None) == ([draft], group)
+    assert sharding.gathered(draft, target, None) == ([draft], group)
+    assert sharding.sharded(target, draft) is None
 
 
 def test_fsdp_is_not_combined_with_parts_of_models(as_one_of_two: None) -> None:
     target, draft = make_pair("llama")
     target._tp_size, draft.model.layers[1]._is_fsdp_managed_module = 2, True
-    with pytest.raises(ValueError, match="FSDP together with tensor parallel models or pipeline stages"):
+    with pytest.raises(ValueError, match="FSDP or ZeRO-3 together with tensor parallel models or pipeline stages"):
         target.generate(**make_prompts(1), assistant_model=draft, max_new_tokens=4, **SPEC)
 
 
@@ -608,4 +520,4 @@ def test_stage_tells_the_length_of_layers_that_it_owns() -> None:
 
 
 if __name__ == "__main__":
-    _be_a_rank(Path(sys.argv[1]), sys.argv[2:])
+    be_a_rank(Path(sys.argv[1]), sys.argv[2:], _CHECKS)

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -350,8 +351,17 @@ def test_a_full_disk_stops_it_until_there_is_room(
         (["--options", "max_new_tokens=3"], "--options max_new_tokens: use --new-tokens"),
         (["--options", "num_return_sequences=0"], "must be an int of at least 1, got 0"),
         (["--options", "num_beams=2"], "num_beams"),
+        (["--options", "output_scores=true"], "takes no `output_scores`: results hold tokens only"),
+        (["--options", "batch_size=3"], "--options batch_size: use --batch-size"),
+        (
+            ["--options", "max_matching_ngram_size=two"],
+            "--options max_matching_ngram_size=two cannot be used: .* must be an int, got 'two'",
+        ),
+        (["--options", "eos_token_id=end"], "--options eos_token_id=end cannot be used"),
+        (["--options", "prompts=3"], "--options prompts=3 cannot be used: .*prompts"),
         (["--dataset", "no/such.jsonl"], "--dataset no/such.jsonl could not be loaded"),
         (["--output", "out.txt"], "--output must end in .jsonl or .parquet, got out.txt"),
+        (["--output", "/dev/null/out.jsonl"], "Not a directory: '/dev/null/out.jsonl"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -368,6 +378,19 @@ def test_datasets_without_rows(run: Run, tmp_path: Path, content: str, message: 
     (tmp_path / "bad.jsonl").write_text(content)
     code, _, error = run(tmp_path / "out.jsonl", dataset=str(tmp_path / "bad.jsonl"))
     assert code == 1 and message in error
+
+
+@pytest.mark.parametrize(("kind", "message"), [("saved", "seems to have no rows"), ("csv", "corresponds to no data")])
+def test_datasets_with_columns_only(run: Run, tmp_path: Path, kind: str, message: str) -> None:
+    from datasets import Dataset
+
+    place = tmp_path / f"columns.{kind}"
+    if kind == "saved":
+        Dataset.from_dict({"text": ["a"]}).select([]).save_to_disk(place)
+    else:
+        place.write_text("text,other\n")
+    code, _, error = run(tmp_path / "out.jsonl", dataset=str(place))
+    assert code == 1 and message in error, error
 
 
 def test_an_output_goes_on_only_with_what_it_was_begun_with(folder: Path, run: Run, tmp_path: Path) -> None:
@@ -415,20 +438,113 @@ def test_kinds_of_datasets(suffix: str, folder: Path, run: Run, tmp_path: Path, 
 # vLLM
 
 
-def test_a_script_for_vllm(folder: Path, run: Run, tmp_path: Path) -> None:
-    more = ["--options", "do_sample=true", "top_p=0.9", 'stop_strings=["q"]', "--limit", "5", "--seed", "3"]
+class Engine:
+    """Stands in for the module `vllm`: it takes the arguments that are documented for vLLM 0.32, and no others."""
+
+    def __init__(self) -> None:
+        engine = self
+
+        class SamplingParams:
+            def __init__(
+                self, *, n: int = 1, repetition_penalty: float = 1.0, temperature: float = 1.0, top_p: float = 1.0,
+                top_k: int = 0, min_p: float = 0.0, seed: int | None = None, stop: Any = None,
+                include_stop_str_in_output: bool = False, max_tokens: int | None = 16, min_tokens: int = 0,
+            ):  # fmt: skip
+                engine.sampling = {name: value for name, value in locals().items() if name not in ("self", "engine")}
+                self.n = n
+
+        class LLM:
+            def __init__(
+                self, model: str, *, revision: str | None = None, dtype: str = "auto", trust_remote_code: bool = False,
+                speculative_config: dict[str, Any] | None = None,
+            ):  # fmt: skip
+                engine.model, engine.dtype, engine.speculative_config = model, dtype, speculative_config
+
+            def generate(self, prompts: Any, sampling_params: SamplingParams) -> Any:
+                assert all(isinstance(prompt, str) for prompt in prompts)
+                return self._outputs(prompts, sampling_params)
+
+            def chat(
+                self, messages: Any, sampling_params: SamplingParams, *, add_generation_prompt: bool = True,
+                continue_final_message: bool = False,
+            ) -> Any:  # fmt: skip
+                engine.continues = continue_final_message and not add_generation_prompt
+                return self._outputs(messages, sampling_params)
+
+            def _outputs(self, prompts: list[Any], sampling_params: SamplingParams) -> Any:
+                engine.prompts = prompts
+                for number, _ in enumerate(prompts):
+                    outputs = [SimpleNamespace(text=f"{number}.{copy}é", token_ids=(number, copy), finish_reason="stop")
+                               for copy in range(sampling_params.n)]  # fmt: skip
+                    yield SimpleNamespace(outputs=outputs)
+
+        self.module = ModuleType("vllm")
+        self.module.__dict__.update(LLM=LLM, SamplingParams=SamplingParams)
+
+    def run(self, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "vllm", self.module)
+        exec(compile(script, "script", "exec"), {"__name__": "__main__"})
+
+
+def test_a_script_for_vllm(
+    folder: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: list[dict[str, Any]]
+) -> None:
+    sampling = ("do_sample=true", "top_p=0.9", 'stop_strings=["q"]', "num_return_sequences=2", "min_new_tokens=2")
+    more = ["--limit", "5", "--seed", "3", "--options", *sampling]
     code, script, _ = run(tmp_path / "out.jsonl", "--engine", "vllm", *more)
     assert code == 0 and not list(tmp_path.iterdir())
-    compile(script, "script", "exec")
-    for part in (
-        f"model={str(folder / 'target')!r}", f"'model': {str(folder / 'draft')!r}", "'num_speculative_tokens': 3",
-        "max_tokens=16", "seed=3", "top_p=0.9", "top_k=50", "stop=['q']", "llm.generate(", ".select(range(5))",
-    ):  # fmt: skip
-        assert part in script
-    code, _, error = run(tmp_path / "out.jsonl", "--engine", "vllm", "--options", "no_repeat_ngram_size=3")
-    assert code == 1 and "no_repeat_ngram_size is not translated for vLLM" in error
-    code, script, _ = run(tmp_path / "out.parquet", "--engine", "vllm", "--chat-template")
-    assert code == 0 and "llm.chat(" in script and "temperature=0.0" in script and "to_parquet" in script
+    engine = Engine()
+    engine.run(script, monkeypatch)
+    assert engine.model == str(folder / "target") and engine.dtype == "float32"
+    draft = {"method": "draft_model", "model": str(folder / "draft"), "num_speculative_tokens": 3}
+    assert engine.speculative_config == draft
+    assert engine.sampling == {
+        "n": 2, "repetition_penalty": 1.0, "temperature": 1.0, "top_p": 0.9, "top_k": 50, "min_p": 0.0, "seed": 3,
+        "stop": ["q"], "include_stop_str_in_output": True, "max_tokens": 16, "min_tokens": 2,
+    }  # fmt: skip
+    assert engine.prompts == [row["prompt"] for row in expected[:5]]
+    assert rows_of(tmp_path / "out.jsonl") == [
+        {"index": index, "sample": copy, "prompt": expected[index]["prompt"], "text": f"{index}.{copy}é",
+         "tokens": [index, copy], "finish_reason": "stop"} for index in range(5) for copy in range(2)
+    ]  # fmt: skip
+
+
+def test_a_script_for_vllm_with_messages(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    engine = Engine()
+    code, script, _ = run(tmp_path / "out.parquet", "--engine", "vllm", "--chat-template", "--limit", "2")
+    assert code == 0
+    engine.run(script, monkeypatch)
+    assert [[message["role"] for message in prompt] for prompt in engine.prompts] == [["user"]] * 2
+    assert engine.sampling["temperature"] == 0.0 and engine.sampling["n"] == 1 and not engine.continues
+    assert list(parquet_rows(tmp_path / "out.parquet")[0]) == ["index", "prompt", "text", "tokens", "finish_reason"]
+    asked, named = [{"role": "user", "content": "ab"}], [{"role": "user", "content": "a", "name": "Ann"}]
+    goes_on = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    for name, talks, continues in (("asked", [asked, named], False), ("going on", [goes_on, goes_on], True)):
+        table = pyarrow.Table.from_pylist([{"messages": talk} for talk in talks])  # all messages have all keys in it
+        parquet.write_table(table, tmp_path / f"{name}.parquet")
+        _, script, _ = run(tmp_path / f"{name}.jsonl", "--engine", "vllm", dataset=str(tmp_path / f"{name}.parquet"))
+        engine.run(script, monkeypatch)
+        assert engine.prompts == talks and engine.continues == continues
+    write_lines(tmp_path / "talks.jsonl", [{"messages": talk} for talk in (asked, goes_on)])
+    code, _, error = run(tmp_path / "out.jsonl", "--engine", "vllm", dataset=str(tmp_path / "talks.jsonl"))
+    assert code == 1 and "row 1 of --dataset ends with a message of the assistant, row 0 does not" in error
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--options", "no_repeat_ngram_size=3"], "no_repeat_ngram_size is not translated for vLLM"),
+        (["--options", "num_return_sequences=2"], "do not support `num_return_sequences`"),
+        (["--gguf-file", "x.gguf"], "--gguf-file is not translated for vLLM"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_what_a_script_for_vllm_cannot_do(run: Run, tmp_path: Path, more: list[str], message: str) -> None:
+    code, out, error = run(tmp_path / "out.jsonl", "--engine", "vllm", *more)
+    assert code == 1 and message in error and not out
 
 
 def test_options_are_json_or_text() -> None:

@@ -10,7 +10,7 @@ from torch import distributed
 _MOST = timedelta(minutes=30)  # that one may begin later than another
 
 
-class Ranks:
+class Processes:
     """This process among those of its command.
 
     Attributes:
