@@ -40,7 +40,8 @@ GREEDY = dict(inputs=torch.tensor({PROMPT}), do_sample=False, max_new_tokens=12)
 
 def speculate(name, *args, **kwargs):
     pair = SpecPair.from_pretrained(name, *args, **kwargs)
-    out = pair.generate(**GREEDY, return_dict_in_generate=True)
+    fixed = dict(num_assistant_tokens=4, num_assistant_tokens_schedule="constant")  # the default depends on the clock
+    out = pair.generate(**GREEDY, **fixed, return_dict_in_generate=True)
     sources = [source.name_or_path + "@" + str(source.revision) for source in pair.sources]
     return {{"tokens": out.sequences.tolist(), "forwards": out.speculation.target_forwards, "sources": sources}}
 
