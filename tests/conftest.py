@@ -235,6 +235,8 @@ def evaluate_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setattr(evaluate.config, "HF_MODULES_CACHE", folder / "modules")
         patch.setattr(evaluate.config, "HF_METRICS_CACHE", folder / "metrics")
         patch.setattr(evaluate.config, "HF_EVALUATE_OFFLINE", True)
+        (folder / "modules").mkdir()
+        patch.syspath_prepend(folder / "modules")  # a user's cache, which transformers may have added, comes later
         yield
 
 

@@ -54,7 +54,8 @@ def generate(target: str, draft: str, rows: int = 3, **options: Any) -> tuple[An
     by, window = options.pop("by", None), options.pop("window", None)
     tokenizers = {"tokenizer": tokenizer_of(target), "assistant_tokenizer": tokenizer_of(draft)}
     model = model_of(draft, window)
-    given: Any = model if by is None else OtherTokenizerDrafter(model, *tokenizers.values(), by=by)
+    threshold = options.get("assistant_confidence_threshold", 0.0)
+    given: Any = model if by is None else OtherTokenizerDrafter(model, *tokenizers.values(), threshold, by=by)
     options = {"max_new_tokens": 24, "do_sample": False, "num_assistant_tokens": 4, **options}
     out = model_of(target, window).generate(
         **inputs_of(target, rows), assistant_model=given, **tokenizers, strategy="spec", speculation_stats=stats,

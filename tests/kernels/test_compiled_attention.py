@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from hf_specdec import SpeculationStats
 from hf_specdec.kernels import compiled_attention
-from hf_specdec.pairs import pair as pairs
+from hf_specdec.pairs import choice
 
 pytestmark = pytest.mark.skipif(compiled_attention.find_compiler() is None, reason="needs a C++ compiler")
 
@@ -278,7 +278,7 @@ def test_what_cannot_be_compiled_is_said(monkeypatch: pytest.MonkeyPatch, caplog
         ValueError, match="must be one of 'draft', 'target', 'attention', or True for all of them, got 'it'"
     ):
         speculate((target, draft), prompts, compile="it")
-    monkeypatch.setattr(pairs, "model_device", lambda model: torch.device("cuda:0"))
+    monkeypatch.setattr(choice, "model_device", lambda model: torch.device("cuda:0"))
     with pytest.raises(ValueError, match=r"`speculation_compile='attention'` is for CPUs.*on cuda:0: leave it out"):
         speculate((target, draft), prompts)
     with pytest.raises(
