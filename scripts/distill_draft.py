@@ -42,6 +42,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from hf_specdec.drafters.heads import Eagle3Head
 from hf_specdec.drafters.heads.saving import save_folder
 from hf_specdec.drafters.parallel import mask_token
 from hf_specdec.pairs import DEMO_PAIR, SpecPair
@@ -178,12 +179,17 @@ def load_start(args: argparse.Namespace) -> SpecPair:
     source = pin(dataclasses.replace(reference, gguf_file=args.gguf_file or reference.gguf_file), **options)
     target = load_model(source, **options)
     if args.head is not None:
-        draft = head_training.new_head(target, mlp_width=args.mlp_width, shares_output=args.share_output)
+        draft = make_head(args, target)
     elif args.random is not None:
         draft = distillation.random_layers(target, args.random)
     else:
         draft = distillation.first_layers(target, layers)
     return SpecPair(target, draft, load_tokenizer(source, **options), sources=(source, source))
+
+
+def make_head(args: argparse.Namespace, target: PreTrainedModel, ids: torch.Tensor | None = None) -> Eagle3Head:
+    """A new head; `ids` are the tokens that it can propose, all if None."""
+    return head_training.new_head(target, ids, mlp_width=args.mlp_width, shares_output=args.share_output)
 
 
 def read_text(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> tuple[Tokens, Tokens]:
@@ -272,10 +278,7 @@ class Run:
             size = target.config.get_text_config(decoder=True).vocab_size
             self.state["vocabulary"] = head_training.frequent_tokens(written, args.draft_vocab_size, size).tolist()
         set_seed(args.seed)
-        ids = torch.tensor(self.state["vocabulary"])
-        self.start.draft = head_training.new_head(
-            target, ids, mlp_width=args.mlp_width, shares_output=args.share_output
-        )
+        self.start.draft = make_head(args, target, torch.tensor(self.state["vocabulary"]))
 
     def measure(self, step: int, draft: PreTrainedModel) -> dict[str, Any]:
         """Measure acceptance on the held-out prompts, and store it by the number of steps done."""

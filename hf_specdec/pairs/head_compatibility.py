@@ -127,7 +127,10 @@ def _cost_ratio(target: PreTrainedModel, head: Any) -> Finding:
     has_output = shares_entries(head) or getattr(getattr(head, "parts", None), "has_lm_head", False)
     output: Any = target.get_output_embeddings()
     if not has_output and isinstance(output, nn.Module):
-        mine += sum(weight.numel() * weight.element_size() for weight in output.parameters())
+        ids = getattr(head, "target_ids", None)
+        rows: Any = output.weight
+        share = 1.0 if ids is None else len(ids) / len(rows)
+        mine += share * sum(weight.numel() * weight.element_size() for weight in output.parameters())
     sizes = bytes_per_token(target), float(mine)
     ratio = sizes[1] / sizes[0]
     advice = f"c ≈ {ratio:.2f}, estimated from the weights that one forward needs; scripts/benchmark_speed measures it"

@@ -34,7 +34,7 @@ def _token(head: Eagle3Head, target: PreTrainedModel, rows: int, length: int) ->
     """The next token, from the head's own output for the one before."""
     cache, width = RaggedCache(rows, head.device, length + 1, length + 1), head.parts.layer.hidden_size
     embeddings: Any = head.embed_tokens if head.parts.has_embeddings else target.get_input_embeddings()
-    shared = _shared(head, target)
+    shared = head.shared_output(target)
     ids = torch.zeros(rows, 1, dtype=torch.int64, device=embeddings.weight.device)
 
     @torch.inference_mode()
@@ -82,7 +82,7 @@ def _block(head: DFlashHead, target: PreTrainedModel, rows: int, length: int) ->
     """The entry of one more token, a whole block, and the logits of all of its drafts."""
     size, width = head.parts.block_size, head.parts.layer.hidden_size
     cache = RaggedCache(rows, head.device, length + 1 + size, length + 1 + size)
-    shared = _shared(head, target)
+    shared = head.shared_output(target)
 
     @torch.inference_mode()
     def remember(states: Tensor, at: Tensor) -> None:
@@ -103,12 +103,6 @@ def _block(head: DFlashHead, target: PreTrainedModel, rows: int, length: int) ->
         head.logits(hidden[:, -head.parts.longest :], shared)
 
     return step
-
-
-def _shared(head: Any, target: PreTrainedModel) -> Tensor | None:
-    """The target's output weights, for a head that has none."""
-    output: Any = target.get_output_embeddings()
-    return None if head.parts.has_lm_head else output.weight
 
 
 def _noise(head: Any, rows: int, count: int, width: int) -> Tensor:

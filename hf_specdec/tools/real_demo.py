@@ -11,14 +11,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..drafters.heads import Eagle3Head
 from ..pairs.pair import SpecPair
-from ..records.stats import RowStep
-from ..records.trace import STYLES, committed_roles
+from ..records.trace import STYLES
 from . import methods
 from .chat_prompts import PATTERNS
 from .conversation import Conversation
 from .measure import ASSISTED, OURS, Batch, Comparison, Method, Record
 from .report import fitted
 from .terminal_chat import Screen
+from .texts import prompt_ids
 
 PROMPTS = tuple(PATTERNS["demo"].items())  # by category; none is among the prompts that the head was trained on
 
@@ -36,8 +36,8 @@ def show(
     Returns: figures by method; `identical` says whether no token of any method differs from vanilla's.
     """
     answer(console, SpecPair(target, head, tokenizer), new_tokens)
-    chats = [tokenizer.apply_chat_template(_message(text), **_TEMPLATE) for _, text in PROMPTS]
-    batches = [{name: chat[name].to(target.device) for name in ("input_ids", "attention_mask")} for chat in chats]
+    prompts = [torch.tensor([prompt_ids(text, tokenizer, True, None)], device=target.device) for _, text in PROMPTS]
+    batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in prompts]
     chosen = [
         methods.vanilla(),
         methods.assisted_lookup(4),
@@ -52,13 +52,6 @@ def show(
     return {"methods": figures, "identical": identical}
 
 
-_TEMPLATE: dict[str, Any] = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
-
-
-def _message(text: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": text}]
-
-
 def answer(console: Console, pair: SpecPair, new_tokens: int) -> None:
     """Stream an answer to each prompt, with accepted drafts in colour."""
     conversation = Conversation(pair, {"assistant_model": pair.draft}, {"do_sample": False}, new_tokens)
@@ -69,12 +62,7 @@ def answer(console: Console, pair: SpecPair, new_tokens: int) -> None:
         console.print(Text(text, "bold"), soft_wrap=True)
         conversation.reset()
         screen = Screen(conversation, console)
-
-        def tell(step: RowStep, screen: Screen = screen) -> None:
-            for token, role in committed_roles(step):
-                screen.show(token, STYLES["accepted"] if role == "accepted" else "")
-
-        turn = conversation.ask(text, tell)
+        turn = conversation.ask(text, screen.tell)
         screen.end()
         stats = turn.stats
         told = f"{category}: α {stats.acceptance_rate:.2f}, τ {stats.block_efficiency:.2f}, "

@@ -136,8 +136,7 @@ class Chat:
         with _Interrupts() as interrupts:
 
             def tell(step: RowStep) -> None:
-                for token, role in committed_roles(step):
-                    screen.show(token, STYLES["accepted"] if role == "accepted" else "")
+                screen.tell(step)
                 interrupts.check()
 
             turn = self._conversation.ask(question, tell)
@@ -210,6 +209,11 @@ class Screen:
         self._console = console
         self._pieces = Pieces(lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)))
         self._inside_line = False
+
+    def tell(self, step: RowStep) -> None:
+        """Show what a step committed, accepted drafts in colour."""
+        for token, role in committed_roles(step):
+            self.show(token, STYLES["accepted"] if role == "accepted" else "")
 
     def show(self, token: int, style: str) -> None:
         text = self._pieces.add(token).translate(_CONTROL)
