@@ -45,8 +45,9 @@ def main() -> None:
     console.print(table)
     console.print(
         f"{found['tokens']} tokens; admission and results take {found['host_share']:.1%} of generate_many's time, "
-        f"of that preparing calls {found['prepare_share']:.1%}; an iteration that also reads new prompts takes "
-        f"{found['reading_ratio']:.2f} times as long as others; acceptance {found['acceptance_rate']:.0%}; "
+        f"of that preparing calls {found['prepare_share']:.1%}; reading new prompts makes an iteration "
+        f"{found['reading_ratio']:.2f} times as long (median; {found['doubled_share']:.1%} take more than twice "
+        f"as long); acceptance {found['acceptance_rate']:.0%}; "
         f"{found['differing']} texts differ from vanilla's"
     )
     print(json.dumps(found))

@@ -1,8 +1,8 @@
 """The loop of `generate_many`: places of rows that have ended go to other texts, while the other rows go on.
 
 A place is *free*; then its prompt is *read*, in pieces between the iterations of the others, by target and drafter;
-then its row is *active* until it ends. A piece takes about as long as an iteration at most, so active rows take no
-more than twice the time per token.
+then its row is *active* until it ends. A piece takes less time than an iteration, so active rows take less than twice
+the time per token.
 """
 
 import copy
@@ -24,6 +24,8 @@ from .stopping import OwnStopping, Stopping
 _LONGEST = 512
 # Tokens of all rows in a piece while some rows are active: at first per place, and the bounds.
 _FIRST, _LEAST, _MOST = 8, 16, 8192
+# What a piece may take of the iteration's time: more makes it shorter, less makes it longer.
+_LONG_SHARE, _SHORT_SHARE = 0.75, 0.3
 
 
 class Text(NamedTuple):
@@ -77,7 +79,8 @@ class RefilledDecoding(SpeculativeDecoding):
     _unread: list[int] = field(default_factory=list)  # rows whose prompts are not read yet
     _readers: list[int] = field(default_factory=list)  # rows that have read a piece before this iteration
     _ended: list[Ended] = field(default_factory=list)
-    _piece: int = 0  # tokens of all rows
+    _piece: int = 0  # tokens of all rows, at most
+    _last_piece: int = 0  # tokens of all rows in the last piece
     _prefill_seconds: float = 0.0  # before this step
 
     def begin(self) -> None:
@@ -135,12 +138,15 @@ class RefilledDecoding(SpeculativeDecoding):
             context.rows = self._unread
             count = min(max(self._piece // len(self._unread), 1), at_once) if is_piece else at_once
             before = self.target.prefill_forwards, self.drafter.prefill_forwards
+            held = self.target.missing(context)
             self.target.read(context, count)
             self.drafter.read(context, count)
+            left = self.target.missing(context)
+            self._last_piece = len(held) * max(a - b for a, b in zip(held, left))
             for row in self._unread:
                 self._own[row].target_prefill_forwards += self.target.prefill_forwards - before[0]
                 self._own[row].draft_prefill_forwards += self.drafter.prefill_forwards - before[1]
-            missing = dict(zip(self._unread, self.target.missing(context)))
+            missing = dict(zip(self._unread, left))
             self._unread = [row for row in missing if missing[row] > 1]
             active += [row for row in missing if missing[row] == 1]
             if is_piece:
@@ -148,10 +154,12 @@ class RefilledDecoding(SpeculativeDecoding):
         context.rows = active
 
     def _adapt(self, reading: float, iteration: float) -> None:
-        """Make pieces shorter if the last one took longer than the iteration, longer if it took less than half."""
-        if reading > iteration:
-            self._piece = max(self._piece // 2, _LEAST)
-        elif reading < iteration / 2:
+        """Make pieces shorter or longer, by what the last one took. One that held all of its prompts is no reason for
+        longer ones: it may have been a short one.
+        """
+        if reading > _LONG_SHARE * iteration:
+            self._piece = max(self._last_piece // 2, _LEAST)
+        elif reading < _SHORT_SHARE * iteration and self._unread:
             self._piece = min(self._piece * 2, _MOST)
 
     def record(self, iteration: Iteration) -> None:

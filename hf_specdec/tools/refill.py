@@ -101,7 +101,8 @@ def compare_ways(
         },
         "host_share": sum(host.values()) / total,
         "prepare_share": host["prepare"] / total,
-        "reading_ratio": median(steps[True]) / median(steps[False]) if all(steps.values()) else 1.0,
+        "reading_ratio": median(steps) if steps else 1.0,
+        "doubled_share": sum(ratio > 2 for ratio in steps) / max(len(steps), 1),
         "acceptance_rate": stats.acceptance_rate,
         "differing": differing,
     }
@@ -194,21 +195,24 @@ def _timed_host_work() -> Iterator[dict[str, float]]:
 
 
 @contextmanager
-def _timed_steps() -> Iterator[dict[bool, list[float]]]:
-    """Inside, seconds of `generate_many`'s iterations are noted, by whether they also read a piece of new prompts."""
-    seconds: dict[bool, list[float]] = {False: [], True: []}
+def _timed_steps() -> Iterator[list[float]]:
+    """Inside, how much longer `generate_many`'s iterations become by a piece of new prompts, for each that reads one:
+    all seconds / those without the piece.
+    """
+    ratios: list[float] = []
     step = RefilledDecoding.step
 
     def timed(self: RefilledDecoding) -> Any:
-        is_piece, are_active = bool(self._unread), bool(self.context.rows)
-        began = time.perf_counter()
+        is_piece = bool(self._unread and self.context.rows)
+        began, before = time.perf_counter(), self.stats.prefill_seconds
         ended = step(self)
-        if are_active:
-            seconds[is_piece].append(time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        if is_piece:
+            ratios.append(seconds / (seconds - (self.stats.prefill_seconds - before)))
         return ended
 
     try:
         RefilledDecoding.step = timed  # type: ignore[method-assign]
-        yield seconds
+        yield ratios
     finally:
         RefilledDecoding.step = step  # type: ignore[method-assign]

@@ -501,13 +501,47 @@ def test_long_prompts_are_read_in_pieces_while_others_go_on(monkeypatch: pytest.
 
 def test_pieces_follow_the_clock() -> None:
     decoding = RefilledDecoding.__new__(RefilledDecoding)
-    decoding._piece = 64
-    for reading, iteration, piece in ((3.0, 1.0, 32), (0.8, 1.0, 32), (0.2, 1.0, 64), (9.0, 1.0, 32)):
+    decoding._piece, decoding._unread = 64, [0]
+    for reading, iteration, piece in ((3.0, 1.0, 32), (0.6, 1.0, 32), (0.2, 1.0, 64), (9.0, 1.0, 32)):
+        decoding._last_piece = decoding._piece
         decoding._adapt(reading, iteration)
         assert decoding._piece == piece
     for _ in range(20):
+        decoding._last_piece = decoding._piece
         decoding._adapt(2.0, 1.0)
     assert decoding._piece == 16
+
+
+_ADAPT = RefilledDecoding._adapt
+
+
+def test_short_prompts_do_not_make_the_pieces_of_long_ones_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However fast they were read; and a slow piece makes the next one shorter than it was itself."""
+    sizes: list[int] = []
+    read = CachedModel.read
+
+    def noted(self: CachedModel, context: Any, count: int) -> None:
+        if self.model is target and count < 512:  # else no row is active
+            sizes.append(len(context.rows) * count)
+        read(self, context, count)
+
+    def as_if(seconds: float) -> Any:
+        adapt = _ADAPT
+        return lambda self, reading, iteration: adapt(self, seconds, 1.0)
+
+    monkeypatch.setattr(CachedModel, "read", noted)
+    target, draft = pair()
+    texts = [[5, 6 + number, 7] for number in range(30)] + [list(range(2, 92))]
+    options = {"max_new_tokens": [3, 7, 12] * 10 + [4], "assistant_model": draft, "batch_size": 4}
+    for seconds, largest in ((0.01, 64), (0.9, 32)):
+        sizes.clear()
+        monkeypatch.setattr(RefilledDecoding, "_adapt", as_if(seconds))
+        many(target, texts, **options)
+        assert len(sizes) > 10 and max(sizes) <= largest
+    decoding = RefilledDecoding.__new__(RefilledDecoding)
+    decoding._piece, decoding._last_piece, decoding._unread = 4096, 200, []
+    _ADAPT(decoding, 2.0, 1.0)
+    assert decoding._piece == 100
 
 
 # What is counted
