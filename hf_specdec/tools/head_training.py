@@ -155,6 +155,7 @@ class HeadDistillation(Distillation):
         finally:
             tap.close()
         embeddings: Any = self.target.get_input_embeddings()
+        shared = head.shared_output(self.target)
         with self._accelerator.autocast():
             return training_loss(
                 head,
@@ -164,5 +165,5 @@ class HeadDistillation(Distillation):
                 counted,
                 embeddings.weight,
                 self.recipe.argmax_weight,
-                output=head.shared_output(self.target),
+                output=None if shared is None else shared.to(head.dtype),  # the head's weights are float32
             )

@@ -61,10 +61,13 @@ def test_frequent_tokens_come_first() -> None:
     assert frequent_tokens([[5, 5, 7]], 4, 100).tolist() == [0, 1, 5, 7]
 
 
-@pytest.mark.parametrize("shares_output", [False, True])
+@pytest.mark.parametrize(
+    ("shares_output", "dtype"), [(False, torch.float32), (True, torch.float32), (True, torch.bfloat16)]
+)
 def test_training_raises_the_acceptance_and_leaves_the_target_alone(
-    target: PreTrainedModel, shares_output: bool
+    target: PreTrainedModel, shares_output: bool, dtype: torch.dtype
 ) -> None:
+    target = copy.deepcopy(target).to(dtype)
     before = copy.deepcopy(target.state_dict())
     torch.manual_seed(0)
     head = new_head(target, some_tokens(80), shares_output=shares_output)
