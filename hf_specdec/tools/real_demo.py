@@ -13,10 +13,13 @@ from ..drafters.heads import Eagle3Head
 from ..pairs.pair import SpecPair
 from ..records.trace import STYLES
 from . import methods
+from .bare import BareForwards
 from .chat_prompts import PATTERNS
 from .conversation import Conversation
 from .measure import ASSISTED, OURS, Batch, Comparison, Method, Record
 from .report import fitted
+from .summary import ideal
+from .surroundings import cpu_name, instruction_set
 from .terminal_chat import Screen
 from .texts import prompt_ids
 
@@ -45,11 +48,12 @@ def show(
         Method("ours, this head", OURS, lambda: {"strategy": "spec", "assistant_model": head}),
         *(methods.ours(target, {}, "", drafter=name) for name in ("lookup", "suffix")),
     ]
-    records = compare(console, target, chosen, batches, new_tokens, rounds)
-    figures = {name: _figures(record, records[chosen[0].name]) for name, record in records.items()}
+    bare = BareForwards(target, head)
+    records = compare(console, target, chosen, batches, new_tokens, rounds, bare)
+    figures = {name: _figures(record, records[chosen[0].name], bare) for name, record in records.items()}
     _print_speed(console, figures, records[chosen[0].name])
     identical = not any(record.differing for record in records.values())
-    return {"methods": figures, "identical": identical}
+    return {"methods": figures, "bare": bare.to_dict(), "instruction_set": instruction_set(), "identical": identical}
 
 
 def answer(console: Console, pair: SpecPair, new_tokens: int) -> None:
@@ -76,11 +80,12 @@ def compare(
     batches: list[Batch],
     new_tokens: int,
     rounds: int,
+    bare: BareForwards,
 ) -> dict[str, Record]:
-    """The methods' measurements; they take turns, prompt by prompt."""
+    """The methods' measurements; they take turns, prompt by prompt, with the bare forwards."""
     with console.status("measuring") as status:
         comparison = Comparison(
-            target, chosen, batches, new_tokens, advance=lambda name: status.update(f"measuring {name}")
+            target, chosen, batches, new_tokens, bare, advance=lambda name: status.update(f"measuring {name}")
         )
         comparison.warm_up()
         for _ in range(rounds):
@@ -88,7 +93,7 @@ def compare(
     return comparison.records
 
 
-def _figures(record: Record, vanilla: Record) -> dict[str, Any]:
+def _figures(record: Record, vanilla: Record, bare: BareForwards) -> dict[str, Any]:
     if record.refusal:
         return {"refused": record.refusal}
     by_prompt = [
@@ -98,11 +103,13 @@ def _figures(record: Record, vanilla: Record) -> dict[str, Any]:
         for index in range(len(PROMPTS))
     ]
     stats = record.stats
+    best = ideal(record, bare) if stats.target_forwards else None
     return {
         "speedup": round(statistics.mean(by_prompt), 3),
         "by_prompt": {category: round(ratio, 3) for (category, _), ratio in zip(PROMPTS, by_prompt)},
         "acceptance_rate": round(stats.acceptance_rate, 4) if stats.drafted_tokens else None,
         "block_efficiency": round(stats.block_efficiency, 3) if stats.drafted_tokens else None,
+        "ideal": None if best is None else round(best, 3),
         "forwards": sum(run.forwards for run in record.rounds[-1]),
         "differing_rows": sorted(record.differing),
     }
@@ -113,16 +120,20 @@ def _print_speed(console: Console, figures: dict[str, dict[str, Any]], vanilla: 
     seconds = [statistics.median(run[index].seconds for run in vanilla.rounds) for index in range(len(PROMPTS))]
     speed = sum(map(len, vanilla.rows)) / sum(seconds)
     title = f"Speed-up over vanilla generate(), which makes {speed:.1f} tokens/s"
+    caption = (
+        f"The ideal is the speed-up at this τ if only the forwards took time. {cpu_name()}, {instruction_set()}, "
+        f"{torch.get_num_threads()} threads, float32."
+    )
     known = {name: found for name, found in figures.items() if "refused" not in found}
-    table = Table("prompt", title=title, title_justify="left")
+    table = Table("prompt", title=title, title_justify="left", caption=caption, caption_justify="left")
     for name in known:
         table.add_column(name, justify="right")
     for category, _ in PROMPTS:
         table.add_row(category, *(f"{found['by_prompt'][category]:.2f}x" for found in known.values()))
     table.add_section()
     table.add_row("mean", *(f"{found['speedup']:.2f}x" for found in known.values()))
-    for label, key in ("α", "acceptance_rate"), ("τ", "block_efficiency"):
-        table.add_row(label, *("-" if found[key] is None else f"{found[key]:.2f}" for found in known.values()))
+    for label, key, unit in ("ideal", "ideal", "x"), ("α", "acceptance_rate", ""), ("τ", "block_efficiency", ""):
+        table.add_row(label, *("-" if found[key] is None else f"{found[key]:.2f}{unit}" for found in known.values()))
     table.add_row("target forwards", *(str(found["forwards"]) for found in known.values()))
     same = [
         Text("differ", "bold red") if found["differing_rows"] else Text("same", "green") for found in known.values()

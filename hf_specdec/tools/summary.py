@@ -123,20 +123,25 @@ def _speculation(record: Record, result: dict[str, Any], bare: BareForwards) -> 
     stats = record.stats
     if record.method.family != OURS or not stats.target_forwards:
         return {}
-    drafts = stats.draft_forwards / stats.target_forwards
-    if record.method.gamma is not None and drafts > 1:  # else one forward makes all drafts
-        drafts = record.method.gamma
-    ideal = bare.ideal(stats.block_efficiency, checked(record), drafts, record.method.drafter)
-    speedup = result["decode_speedup"]
+    best, speedup = ideal(record, bare), result["decode_speedup"]
     return {
         "acceptance_rate": round(stats.acceptance_rate, 4),
         "block_efficiency": round(stats.block_efficiency, 3),
         "acceptance_by_position": [round(share, 4) for share in stats.acceptance_by_position],
         "drafted_by_position": stats.drafted_by_position,
-        "ideal": None if ideal is None else round(ideal, 3),
+        "ideal": None if best is None else round(best, 3),
         "draft_forwards": stats.draft_forwards,
-        "efficiency": None if ideal is None or speedup is None else round(speedup["median"] / ideal, 3),
+        "efficiency": None if best is None or speedup is None else round(speedup["median"] / best, 3),
     }
+
+
+def ideal(record: Record, bare: BareForwards) -> float | None:
+    """The speed-up at one of ours' measured τ if only bare forwards took time; `None` where some are not known."""
+    stats = record.stats
+    drafts = stats.draft_forwards / stats.target_forwards
+    if record.method.gamma is not None and drafts > 1:  # else one forward makes all drafts
+        drafts = record.method.gamma
+    return bare.ideal(stats.block_efficiency, checked(record), drafts, record.method.drafter)
 
 
 def _categories(setting: Setting, record: Record, reference: Record) -> dict[str, Any]:
