@@ -18,7 +18,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ..loop.schedule import DEFAULT_GAMMA
 from .catalogue import suggest_draft
-from .export_heads import draft_length, head_kind, sglang_flags, vllm_config
+from .export_heads import check_served, draft_length, head_kind, sglang_flags, vllm_config
 from .loading import find_pair
 from .pair_file import FILE_NAME, ModelReference, PairConfig
 
@@ -112,6 +112,8 @@ def _absolute(reference: ModelReference) -> ModelReference:
 
 def _vllm(pair: PairConfig, gamma: int) -> tuple[dict[str, str], list[str]]:
     kind = head_kind(pair)
+    if kind is not None:
+        check_served(kind, pair.draft)
     sizes, notes = _compare_for_server(pair, kind is not None)
     config: dict[str, Any]
     if kind is not None:
@@ -137,6 +139,8 @@ def _vllm(pair: PairConfig, gamma: int) -> tuple[dict[str, str], list[str]]:
 
 def _sglang(pair: PairConfig, gamma: int) -> tuple[dict[str, str], list[str]]:
     kind = head_kind(pair)
+    if kind is not None:
+        check_served(kind, pair.draft)
     sizes, notes = _compare_for_server(pair, kind is not None)
     if len(set(sizes)) > 1:
         notes.append(

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..drafters.heads.dflash_files import is_dflash, is_dspark
 from ..drafters.heads.loading import MASK_KEYS, head_format, read_config
+from ..drafters.heads.saving import SHARES_OUTPUT
 from .heads import head_folder
 from .pair_file import ModelReference, PairConfig
 
@@ -24,6 +25,7 @@ class HeadKind:
         at_once: all drafts come from one forward, for which vLLM must be told `parallel_drafting`.
         own: it is in the target's own checkpoint.
         longest: the most tokens that it can draft; `None` for any number.
+        shares_output: it uses the target's output weights for its own vocabulary.
     """
 
     name: str
@@ -32,6 +34,7 @@ class HeadKind:
     at_once: bool = False
     own: bool = False
     longest: int | None = None
+    shares_output: bool = False
 
 
 def head_kind(pair: PairConfig) -> HeadKind | None:
@@ -51,7 +54,16 @@ def head_kind(pair: PairConfig) -> HeadKind | None:
         return HeadKind("DFlash head", "dflash", "DFLASH", longest=longest)
     if config.get("speculators_model_type") == "peagle" or any(config.get(key) is not None for key in MASK_KEYS):
         return HeadKind("P-EAGLE head", "eagle3", None, at_once=True)
-    return HeadKind("EAGLE-3 head", "eagle3", "EAGLE3")
+    return HeadKind("EAGLE-3 head", "eagle3", "EAGLE3", shares_output=bool(config.get(SHARES_OUTPUT)))
+
+
+def check_served(kind: HeadKind, draft: ModelReference) -> None:
+    """Raise a ValueError for heads that only hf_specdec reads."""
+    if kind.shares_output:
+        raise ValueError(
+            f"The head {draft.name_or_path} has no output weights (`lm_head.weight`), which vLLM and SGLang expect in "
+            "its file: export a head that was trained without `--share-output`"
+        )
 
 
 def vllm_config(kind: HeadKind, draft: ModelReference, gamma: int) -> dict[str, Any]:

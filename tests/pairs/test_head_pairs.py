@@ -247,6 +247,17 @@ def test_what_sglang_has_no_word_for(folders: dict[str, Path], tmp_path: Path) -
         export_pair(pair, "sglang", tmp_path)
 
 
+@pytest.mark.parametrize("server", ["vllm", "sglang"])
+def test_servers_need_the_heads_own_output_weights(
+    server: str, folders: dict[str, Path], target: PreTrainedModel, tmp_path: Path
+) -> None:
+    save_folder(random_head(make_parts(has_lm_head=False)), tmp_path / "head", target)
+    pair = pair_to_export(None, str(folders["target"]), str(tmp_path / "head"))
+    with pytest.raises(ValueError, match=r"no output weights .* trained without `--share-output`"):
+        export_pair(pair, server, tmp_path / "out")
+    export_pair(pair, "custom-generate", tmp_path / "out")  # there it is we who read it
+
+
 def test_a_repository_with_code_loads_the_head(folders: dict[str, Path], target: PreTrainedModel) -> None:
     pair = pair_to_export(None, str(folders["target"]), str(folders["EAGLE-3 head"]))
     export_pair(pair, "custom-generate", folders["target"])

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from .eagle3 import Eagle3Head
 
 SPECULATORS_VERSION = "0.9.0"
+SHARES_OUTPUT = "uses_output_weights_of_verifier"  # ours, in a config; speculators has no such heads
 
 
 def save_folder(head: Eagle3Head, folder: Path, target: PreTrainedModel, draft_length: int = 5) -> None:
@@ -46,6 +47,8 @@ def save_folder(head: Eagle3Head, folder: Path, target: PreTrainedModel, draft_l
         },
         "transformer_layer_config": layer,
     }
+    if not parts.has_lm_head:
+        config[SHARES_OUTPUT] = True
     if not parts.uses_aux:
         config["eagle_config"] = {"use_aux_hidden_state": False}
     if parts.mask_token is not None:
