@@ -5,20 +5,23 @@ used. The text's own tokens are put in for the drafted ones. Needs the extra `tr
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, PreTrainedModel
 
 from ..drafters.heads import Eagle3Config, Eagle3Head
 from ..models.tap import Tap
-from .distillation import Distillation, distillation_loss
+from .distillation import Distillation, Recipe, distillation_loss
 
 DRAFTED = 4  # drafts from each position
 DECAY = 0.8  # how much less each of them counts than the one before
+KEPT = 8 * 2**30  # bytes of the target's outputs that are kept for later epochs
 
 
 def frequent_tokens(rows: Iterable[Sequence[int]], count: int, vocab_size: int) -> Tensor:
@@ -101,7 +104,7 @@ def training_loss(
     head: Eagle3Head,
     states: Sequence[Tensor],
     tokens: Tensor,
-    target_logits: Tensor,
+    wanted: Tensor,
     counted: Tensor,
     embeddings: Tensor,
     argmax_weight: float = 0.0,
@@ -113,7 +116,7 @@ def training_loss(
     Args:
         states: of the target, each `[rows, tokens, hidden]`.
         tokens: `[rows, tokens]`.
-        target_logits: `[rows, tokens, vocabulary]`.
+        wanted: `[rows, tokens, draft vocabulary]`, the target's logits.
         counted: `[rows, tokens]` bool, positions whose logits are to be learned.
         embeddings: `[vocabulary, hidden]`, the target's.
         output: `[draft vocabulary, hidden]`, of the target's, for a head without its own.
@@ -122,7 +125,6 @@ def training_loss(
     given, cache = head.mix(states)[:, :-1], _Steps()
     at = torch.arange(length, device=tokens.device)
     causal, own = torch.ones(length, length, device=at.device).tril().bool(), torch.eye(length, device=at.device).bool()
-    wanted = target_logits if head.target_ids is None else target_logits[..., head.target_ids]
     losses, weights = [], []
     for step in range(min(drafted, length)):
         ahead = (at + 1 + step).clamp(max=length)
@@ -131,39 +133,95 @@ def training_loss(
         given = head(given, embedded, (at + step)[None], cache, mask)
         valid = counted[:, ahead].bool() & (at + 1 + step <= length)
         if bool(valid.any()):
-            losses.append(
-                DECAY**step * distillation_loss(head.logits(given, output), wanted[:, ahead], argmax_weight, valid)
-            )
+            logits = head.logits(given[valid], output)
+            losses.append(DECAY**step * distillation_loss(logits, wanted[:, ahead][valid], argmax_weight))
             weights.append(DECAY**step)
     return torch.stack(losses).sum() / sum(weights)
 
 
+class _Outputs(NamedTuple):
+    """What the target makes of one text.
+
+    Attributes:
+        states: those that the head reads, each `[tokens, hidden]`.
+        logits: `[learned tokens, draft vocabulary]`.
+    """
+
+    states: list[Tensor]
+    logits: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.numel() * part.element_size() for part in (*self.states, self.logits))
+
+
 class HeadDistillation(Distillation):
-    """A head in training; `Distillation` says what else it does."""
+    """A head in training; `Distillation` says what else it does.
+
+    The target reads each text once, as long as what it makes of them all fits into KEPT bytes of its device.
+    """
+
+    def __init__(self, draft: Any, target: PreTrainedModel, examples: Dataset, recipe: Recipe) -> None:
+        super().__init__(draft, target, examples, recipe)
+        self._kept: dict[bytes, _Outputs] = {}
+        self._room = KEPT
 
     def _loss(self, batch: dict[str, Tensor]) -> Tensor:
-        counted = batch.pop("counted")
+        counted = batch.pop("counted").bool()
         head: Any = self._accelerator.unwrap_model(self._draft)
-        seen: list[list[Tensor]] = []
-        layers = self.target.config.get_text_config(decoder=True).num_hidden_layers
-        tap = Tap(self.target, head.parts.states_of(layers), lambda states, rows, columns: seen.append(states))
-        try:
-            with torch.no_grad(), self._accelerator.autocast(), tap.listening():
-                logits = self.target(**batch, use_cache=False).logits
-            rows = len(logits)
-            tap.hand_over(list(range(rows)), [0] * rows)
-        finally:
-            tap.close()
+        outputs = self._of_target(head, batch, counted)
+        states = [pad_sequence(parts, batch_first=True) for parts in zip(*(each.states for each in outputs))]
+        wanted = outputs[0].logits.new_zeros(*counted.shape, outputs[0].logits.shape[-1])
+        wanted[counted] = torch.cat([each.logits for each in outputs])
         embeddings: Any = self.target.get_input_embeddings()
         shared = head.shared_output(self.target)
         with self._accelerator.autocast():
             return training_loss(
                 head,
-                seen[0],
+                states,
                 batch["input_ids"],
-                logits,
+                wanted,
                 counted,
-                embeddings.weight,
+                embeddings.weight.detach(),
                 self.recipe.argmax_weight,
-                output=None if shared is None else shared.to(head.dtype),  # the head's weights are float32
+                output=None if shared is None else shared.detach().to(head.dtype),  # the head's weights are float32
+            )
+
+    def _of_target(self, head: Any, batch: dict[str, Tensor], counted: Tensor) -> list[_Outputs]:
+        """Of each row."""
+        lengths = batch["attention_mask"].sum(dim=1).tolist()
+        texts = [
+            torch.stack([ids[:length], learned[:length].to(ids.dtype)]).cpu().numpy().tobytes()
+            for ids, learned, length in zip(batch["input_ids"], counted, lengths)
+        ]
+        found = {text: self._kept[text] for text in texts if text in self._kept}
+        new = [row for row, text in enumerate(texts) if text not in found]
+        if new:
+            for row, outputs in zip(
+                new, self._read(head, {name: part[new] for name, part in batch.items()}, counted[new])
+            ):
+                found[texts[row]] = outputs
+                if outputs.nbytes <= self._room:
+                    self._kept[texts[row]] = outputs
+                    self._room -= outputs.nbytes
+        return [found[text] for text in texts]
+
+    @torch.no_grad()
+    def _read(self, head: Any, batch: dict[str, Tensor], counted: Tensor) -> Iterator[_Outputs]:
+        """One forward of the target; of its outputs, those that the head learns from."""
+        seen: list[list[Tensor]] = []
+        layers = self.target.config.get_text_config(decoder=True).num_hidden_layers
+        tap = Tap(self.target, head.parts.states_of(layers), lambda states, rows, columns: seen.append(states))
+        try:
+            with self._accelerator.autocast(), tap.listening():
+                logits = self.target(**batch, use_cache=False).logits
+            rows = len(logits)
+            tap.hand_over(list(range(rows)), [0] * rows)
+        finally:
+            tap.close()
+        for row, length in enumerate(batch["attention_mask"].sum(dim=1).tolist()):
+            learned = logits[row][counted[row]]
+            yield _Outputs(
+                [part[row, :length].clone() for part in seen[0]],
+                learned.clone() if head.target_ids is None else learned[:, head.target_ids],
             )

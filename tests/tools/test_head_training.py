@@ -52,6 +52,7 @@ def test_the_loss_is_that_of_drafts_from_every_position(reduced: bool, target: P
     with torch.no_grad():
         logits = target(tokens, attention_mask=counted.long()).logits
     embeddings = target.get_input_embeddings().weight
+    logits = logits if head.target_ids is None else logits[..., head.target_ids]
     found = training_loss(head, states, tokens, logits, counted, embeddings, 0.5, drafted=3)
     torch.testing.assert_close(found, plain_loss(head, target, rows, 3), atol=1e-5, rtol=1e-4)
 
@@ -78,7 +79,10 @@ def test_training_raises_the_acceptance_and_leaves_the_target_alone(
     training = HeadDistillation(head, target, examples, Recipe(steps=25, rows=8, lr=0.02))
     held = torch.randint(2, VOCAB, (8, 4)).tolist()
     first = acceptance(target, training.draft(), held, 16, 1.0)
+    reads, hook = [], target.register_forward_pre_hook(lambda *_: reads.append(1))
     losses = list(training.train())
+    hook.remove()
+    assert len(reads) == 4  # 32 texts, 8 at a time: each is read once, and learned from 6 times
     last = acceptance(target, training.draft(), held, 16, 1.0)
     assert losses[-1] < losses[0]
     for way in ("greedy", "sampled"):
