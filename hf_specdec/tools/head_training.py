@@ -170,7 +170,7 @@ class HeadDistillation(Distillation):
         counted = batch.pop("counted").bool()
         head: Any = self._accelerator.unwrap_model(self._draft)
         outputs = self._of_target(head, batch, counted)
-        states = [pad_sequence(parts, batch_first=True) for parts in zip(*(each.states for each in outputs))]
+        states = [pad_sequence(list(parts), batch_first=True) for parts in zip(*(each.states for each in outputs))]
         wanted = outputs[0].logits.new_zeros(*counted.shape, outputs[0].logits.shape[-1])
         wanted[counted] = torch.cat([each.logits for each in outputs])
         embeddings: Any = self.target.get_input_embeddings()
