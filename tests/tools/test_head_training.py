@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_specdec import Eagle3Head
+from hf_specdec.tools import head_training
 from hf_specdec.tools.distillation import Recipe, acceptance, distillation_loss
 from hf_specdec.tools.head_training import DECAY, HeadDistillation, frequent_tokens, new_head, training_loss
 
@@ -88,6 +89,29 @@ def test_training_raises_the_acceptance_and_leaves_the_target_alone(
     for way in ("greedy", "sampled"):
         assert last[way].acceptance_rate > first[way].acceptance_rate + 0.05
     assert all(torch.equal(weights, before[name]) for name, weights in target.state_dict().items())
+
+
+def test_what_is_kept_of_the_target_changes_nothing(target: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it, a part, or nothing; with one text twice, of which different tokens are learned."""
+    texts = torch.randint(2, VOCAB, (12, 9)).tolist()
+    texts[5] = texts[4] = texts[4][:6]
+    masks = [[0] * 3 + [1] * (len(text) - 3) for text in texts]
+    masks[5] = [0] * 5 + [1]
+    examples = Dataset.from_dict({"input_ids": texts, "completion_mask": masks})
+    found, reads = [], []
+    for room in (2**30, 20_000, 0):
+        monkeypatch.setattr(head_training, "KEPT", room)
+        torch.manual_seed(0)
+        recipe = Recipe(steps=9, rows=4, lr=0.02, completion_only_loss=True)
+        training = HeadDistillation(new_head(target, some_tokens(80)), target, examples, recipe)
+        count: list[int] = []
+        with target.register_forward_pre_hook(lambda *_, count=count: count.append(1)):
+            found.append(list(training.train()))
+        reads.append(len(count))
+        assert training._room >= 0
+    assert reads[0] == 3 < reads[1] <= reads[2] == 9
+    for losses in found[1:]:
+        assert losses == pytest.approx(found[0], rel=1e-4)
 
 
 def test_targets_without_enough_layers_are_refused() -> None:
