@@ -121,22 +121,35 @@ def training_loss(
         embeddings: `[vocabulary, hidden]`, the target's.
         output: `[draft vocabulary, hidden]`, of the target's, for a head without its own.
     """
-    length = tokens.shape[1] - 1
+    rows, length = len(tokens), tokens.shape[1] - 1
+    drafted = min(drafted, length)
+    learned = F.pad(counted[:, 1:].bool(), (0, drafted))  # by the position that a first draft comes from
+    at = torch.arange(length, device=tokens.device).expand(rows, -1)
+    text = torch.ones(rows, length, length, device=at.device).tril().bool()  # what a draft sees of it
     given, cache = head.mix(states)[:, :-1], _Steps()
-    at = torch.arange(length, device=tokens.device)
-    causal, own = torch.ones(length, length, device=at.device).tril().bool(), torch.eye(length, device=at.device).bool()
     losses, weights = [], []
-    for step in range(min(drafted, length)):
-        ahead = (at + 1 + step).clamp(max=length)
-        embedded = F.embedding(tokens[:, ahead], embeddings).to(given.dtype)
-        mask = torch.cat([causal, *[own] * step], dim=1)[None, None]
-        given = head(given, embedded, (at + step)[None], cache, mask)
-        valid = counted[:, ahead].bool() & (at + 1 + step <= length)
+    for step in range(drafted):
+        if step == 1:
+            at = _still_needed(learned, length, drafted)
+            if at.shape[1] == 0:
+                break
+            given = given.gather(1, at[..., None].expand(-1, -1, given.shape[-1]))
+            text = text.gather(1, at[..., None].expand(-1, -1, length))
+        ahead, valid = (at + 1 + step).clamp(max=length), learned.gather(1, at + step)
+        embedded = F.embedding(tokens.gather(1, ahead), embeddings).to(given.dtype)
+        own = torch.eye(at.shape[1], device=at.device).bool().expand(rows, -1, -1)
+        given = head(given, embedded, at + step, cache, torch.cat([text, *[own] * step], dim=2)[:, None])
         if bool(valid.any()):
-            logits = head.logits(given[valid], output)
-            losses.append(DECAY**step * distillation_loss(logits, wanted[:, ahead][valid], argmax_weight))
+            logits, target_logits = head.logits(given[valid], output), wanted[valid.nonzero()[:, 0], ahead[valid]]
+            losses.append(DECAY**step * distillation_loss(logits, target_logits, argmax_weight))
             weights.append(DECAY**step)
     return torch.stack(losses).sum() / sum(weights)
+
+
+def _still_needed(learned: Tensor, length: int, drafted: int) -> Tensor:
+    """`[rows, most of a row]`: the positions from which a second or later draft is learned; then any others."""
+    needed = torch.stack([learned[:, step : step + length] for step in range(1, drafted)]).any(dim=0)
+    return needed.long().argsort(dim=1, descending=True, stable=True)[:, : int(needed.sum(dim=1).max())]
 
 
 class _Outputs(NamedTuple):

@@ -22,25 +22,32 @@ def target() -> PreTrainedModel:
     return make_target()
 
 
-def plain_loss(head: Eagle3Head, target: PreTrainedModel, rows: list[list[int]], drafted: int) -> Tensor:
+def plain_loss(
+    head: Eagle3Head, target: PreTrainedModel, rows: list[list[int]], begins: list[int], drafted: int
+) -> Tensor:
     """Position by position, draft by draft, with the reference's logits from scratch."""
     parts = [[] for _ in range(drafted)]
     known = slice(None) if head.target_ids is None else head.target_ids
-    for tokens in rows:
+    for tokens, begin in zip(rows, begins):
         states = true_states(target, head.parts.states_of(3), tokens)
         with torch.no_grad():
             target_logits = target(torch.tensor([tokens])).logits[0][:, known]
         for t in range(len(tokens) - 1):
             for step in range(min(drafted, len(tokens) - 1 - t)):
+                if t + 1 + step < begin:
+                    continue
                 logits = reference_logits(head, target, [s[: t + 1] for s in states], tokens[: t + 2 + step])
                 parts[step].append(distillation_loss(logits[None], target_logits[t + 1 + step][None], 0.5))
     weights = [DECAY**step for step in range(drafted)]
     return sum(w * torch.stack(p).mean() for w, p in zip(weights, parts)) / sum(weights)
 
 
+@pytest.mark.parametrize("begins", [[0, 0], [3, 1], [6, 4]])
 @pytest.mark.parametrize("reduced", [False, True])
-def test_the_loss_is_that_of_drafts_from_every_position(reduced: bool, target: PreTrainedModel) -> None:
-    """With rows of uneven lengths, whose fill counts for nothing."""
+def test_the_loss_is_that_of_drafts_from_every_position(
+    reduced: bool, begins: list[int], target: PreTrainedModel
+) -> None:
+    """With rows of uneven lengths, whose fill counts for nothing. Tokens before `begins` are not learned."""
     head = random_head(make_parts(draft_vocab_size=40), some_tokens(40)) if reduced else random_head(make_parts())
     torch.manual_seed(0)
     rows = [torch.randint(2, VOCAB, (n,)).tolist() for n in (7, 5)]
@@ -49,13 +56,14 @@ def test_the_loss_is_that_of_drafts_from_every_position(reduced: bool, target: P
         torch.nn.utils.rnn.pad_sequence(each, batch_first=True)
         for each in zip(*(true_states(target, (0, 1, 2), row) for row in rows))
     ]
-    counted = torch.arange(7) < torch.tensor([[7], [5]])
+    filled = torch.arange(7) < torch.tensor([[7], [5]])
+    counted = filled & (torch.arange(7) >= torch.tensor(begins)[:, None])
     with torch.no_grad():
-        logits = target(tokens, attention_mask=counted.long()).logits
+        logits = target(tokens, attention_mask=filled.long()).logits
     embeddings = target.get_input_embeddings().weight
     logits = logits if head.target_ids is None else logits[..., head.target_ids]
     found = training_loss(head, states, tokens, logits, counted, embeddings, 0.5, drafted=3)
-    torch.testing.assert_close(found, plain_loss(head, target, rows, 3), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found, plain_loss(head, target, rows, begins, 3), atol=1e-5, rtol=1e-4)
 
 
 def test_frequent_tokens_come_first() -> None:
