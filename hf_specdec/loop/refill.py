@@ -24,8 +24,7 @@ from .stopping import OwnStopping, Stopping
 _LONGEST = 512
 # Tokens of all rows in a piece while some rows are active: at first per place, and the bounds.
 _FIRST, _LEAST, _MOST = 8, 16, 8192
-# What a piece may take of the iteration's time: more makes it shorter, less makes it longer.
-_LONG_SHARE, _SHORT_SHARE = 0.75, 0.3
+_SHARE = 0.8  # of an iteration's time, what a piece may take
 
 
 class Text(NamedTuple):
@@ -154,13 +153,14 @@ class RefilledDecoding(SpeculativeDecoding):
         context.rows = active
 
     def _adapt(self, reading: float, iteration: float) -> None:
-        """Make pieces shorter or longer, by what the last one took. One that held all of its prompts is no reason for
-        longer ones: it may have been a short one.
+        """Make pieces longer or shorter, so that they take their share.
+
+        One that held all of its prompts is no reason for longer ones: it may have been a short one.
         """
-        if reading > _LONG_SHARE * iteration:
-            self._piece = max(self._last_piece // 2, _LEAST)
-        elif reading < _SHORT_SHARE * iteration and self._unread:
-            self._piece = min(self._piece * 2, _MOST)
+        wanted = _SHARE * iteration
+        if self._last_piece and reading and (self._unread or reading > wanted):
+            tokens = self._last_piece * min(max(wanted, reading / 2), 2 * reading) / reading
+            self._piece = min(max(round(tokens), _LEAST), _MOST)
 
     def record(self, iteration: Iteration) -> None:
         """Count for the whole and for each text; a text's seconds are its share of those of all rows."""

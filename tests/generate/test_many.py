@@ -500,16 +500,14 @@ def test_long_prompts_are_read_in_pieces_while_others_go_on(monkeypatch: pytest.
 
 
 def test_pieces_follow_the_clock() -> None:
+    """They come to take a share of the iteration's time, be it that each takes a while by itself."""
     decoding = RefilledDecoding.__new__(RefilledDecoding)
     decoding._piece, decoding._unread = 64, [0]
-    for reading, iteration, piece in ((3.0, 1.0, 32), (0.6, 1.0, 32), (0.2, 1.0, 64), (9.0, 1.0, 32)):
-        decoding._last_piece = decoding._piece
-        decoding._adapt(reading, iteration)
-        assert decoding._piece == piece
-    for _ in range(20):
-        decoding._last_piece = decoding._piece
-        decoding._adapt(2.0, 1.0)
-    assert decoding._piece == 16
+    for iteration, piece in ((1.0, 300), (0.5, 100), (10.0, 3900), (0.2, 16), (1000.0, 8192)):
+        for _ in range(12):
+            decoding._last_piece = decoding._piece
+            decoding._adapt(0.2 + 0.002 * decoding._piece, iteration)
+        assert decoding._piece == pytest.approx(piece, rel=0.02)
 
 
 _ADAPT = RefilledDecoding._adapt
@@ -540,6 +538,8 @@ def test_short_prompts_do_not_make_the_pieces_of_long_ones_long(monkeypatch: pyt
         assert len(sizes) > 10 and max(sizes) <= largest
     decoding = RefilledDecoding.__new__(RefilledDecoding)
     decoding._piece, decoding._last_piece, decoding._unread = 4096, 200, []
+    _ADAPT(decoding, 0.1, 1.0)
+    assert decoding._piece == 4096
     _ADAPT(decoding, 2.0, 1.0)
     assert decoding._piece == 100
 
