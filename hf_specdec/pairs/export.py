@@ -18,7 +18,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ..loop.schedule import DEFAULT_GAMMA
 from .catalogue import suggest_draft
-from .export_heads import check_served, draft_length, head_kind, sglang_flags, vllm_config
+from .export_heads import HeadKind, check_served, draft_length, head_kind, sglang_flags, vllm_config
 from .loading import find_pair
 from .pair_file import FILE_NAME, ModelReference, PairConfig
 
@@ -112,9 +112,7 @@ def _absolute(reference: ModelReference) -> ModelReference:
 
 def _vllm(pair: PairConfig, gamma: int) -> tuple[dict[str, str], list[str]]:
     kind = head_kind(pair)
-    if kind is not None:
-        check_served(kind, pair.draft)
-    sizes, notes = _compare_for_server(pair, kind is not None)
+    sizes, notes = _compare_for_server(pair, kind)
     config: dict[str, Any]
     if kind is not None:
         config = vllm_config(kind, pair.draft, draft_length(kind, gamma, notes))
@@ -139,9 +137,7 @@ def _vllm(pair: PairConfig, gamma: int) -> tuple[dict[str, str], list[str]]:
 
 def _sglang(pair: PairConfig, gamma: int) -> tuple[dict[str, str], list[str]]:
     kind = head_kind(pair)
-    if kind is not None:
-        check_served(kind, pair.draft)
-    sizes, notes = _compare_for_server(pair, kind is not None)
+    sizes, notes = _compare_for_server(pair, kind)
     if len(set(sizes)) > 1:
         notes.append(
             f"The embeddings differ in size ({sizes[0]} and {sizes[1]}); whether SGLang accepts that was not checked."
@@ -225,10 +221,12 @@ EXPORTERS: dict[str, Callable[[PairConfig, int], tuple[dict[str, str], list[str]
 }
 
 
-def _compare_for_server(pair: PairConfig, is_head: bool) -> tuple[list[int], list[str]]:
+def _compare_for_server(pair: PairConfig, kind: HeadKind | None) -> tuple[list[int], list[str]]:
     """The sizes of the two vocabularies, empty if they could not be read or the draft is a head; and notes about
     settings not exported."""
-    configs = (_config(pair.target),) if is_head else (_config(pair.target), _config(pair.draft))
+    if kind is not None:
+        check_served(kind, pair.draft)
+    configs = (_config(pair.target), _config(pair.draft)) if kind is None else (_config(pair.target),)
     _refuse_encoder_decoders(*configs)
     notes = []
     if _folders(pair):
@@ -237,7 +235,7 @@ def _compare_for_server(pair: PairConfig, is_head: bool) -> tuple[list[int], lis
     if left_out:
         values = ", ".join(f"`{name}={value!r}`" for name, value in left_out.items())
         notes.append(f"Recommended for hf_specdec, but not exported: {values}.")
-    if None in configs and not is_head:
+    if None in configs and kind is None:
         notes.append("The models' configurations could not be read here, so their vocabularies were not compared.")
     sizes = [config.get_text_config(decoder=True).vocab_size for config in configs if config is not None]
     return sizes if len(sizes) == 2 else [], notes

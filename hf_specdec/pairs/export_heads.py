@@ -52,9 +52,10 @@ def head_kind(pair: PairConfig) -> HeadKind | None:
         if is_dspark(config):
             return HeadKind("DSpark head", "dspark", "DSPARK", longest=longest)
         return HeadKind("DFlash head", "dflash", "DFLASH", longest=longest)
+    shares = bool(config.get(SHARES_OUTPUT))
     if config.get("speculators_model_type") == "peagle" or any(config.get(key) is not None for key in MASK_KEYS):
-        return HeadKind("P-EAGLE head", "eagle3", None, at_once=True)
-    return HeadKind("EAGLE-3 head", "eagle3", "EAGLE3", shares_output=bool(config.get(SHARES_OUTPUT)))
+        return HeadKind("P-EAGLE head", "eagle3", None, at_once=True, shares_output=shares)
+    return HeadKind("EAGLE-3 head", "eagle3", "EAGLE3", shares_output=shares)
 
 
 def check_served(kind: HeadKind, draft: ModelReference) -> None:

@@ -4,6 +4,7 @@ Each engine is in a process of its own, and they take turns. The other engines' 
 by writing its weights with more bits. Needs the packages `gguf`, `llama-cpp-python` and `openvino-genai`.
 """
 
+import tempfile
 import time
 from collections.abc import Callable
 from functools import cache
@@ -16,7 +17,7 @@ from .smollm2 import FOLDER, download_gguf
 
 FLOAT32, BFLOAT16, FLOAT16, ORIGINAL = "float32", "bfloat16", "float16", "4 bits"
 LOOKED_UP = 2  # tokens by prompt look-up in one iteration: what llama-cpp-python advises for CPUs
-NEW_ENOUGH = 300.0  # seconds that loading a model and one answer may take
+PATIENCE = 300.0  # seconds that loading a model and one answer may take
 
 
 class Engine(NamedTuple):
@@ -76,7 +77,7 @@ class Team:
     def answer(self, engine: Engine, prompt: list[int], new_tokens: int) -> Timed | str:
         """What it decodes after the prompt, or why it cannot."""
         asked = {"engine": engine, "prompt": prompt, "new_tokens": new_tokens, "threads": self._threads}
-        found = self._workers[engine].ask(asked, NEW_ENOUGH)
+        found = self._workers[engine].ask(asked, PATIENCE)
         return found.get("crash") or found.get("error") or Timed(**found)
 
     def end(self) -> None:
@@ -224,8 +225,6 @@ def gguf_file(weights: str) -> Path:
     """SmolLM2 in GGUF with weights of this type, beside the converted model; the first call makes it."""
     file = FOLDER.with_name(f"{FOLDER.name}-{weights.replace(' ', '-')}.gguf")
     if not file.exists():
-        import tempfile
-
         with tempfile.TemporaryDirectory(dir=FOLDER.parent) as folder:
             made = download_gguf(Path(folder))
             if weights != ORIGINAL:

@@ -247,11 +247,12 @@ def test_what_sglang_has_no_word_for(folders: dict[str, Path], tmp_path: Path) -
         export_pair(pair, "sglang", tmp_path)
 
 
+@pytest.mark.parametrize("mask_token", [None, 4])
 @pytest.mark.parametrize("server", ["vllm", "sglang"])
 def test_servers_need_the_heads_own_output_weights(
-    server: str, folders: dict[str, Path], target: PreTrainedModel, tmp_path: Path
+    server: str, mask_token: int | None, folders: dict[str, Path], target: PreTrainedModel, tmp_path: Path
 ) -> None:
-    save_folder(random_head(make_parts(has_lm_head=False)), tmp_path / "head", target)
+    save_folder(random_head(make_parts(has_lm_head=False, mask_token=mask_token)), tmp_path / "head", target)
     pair = pair_to_export(None, str(folders["target"]), str(tmp_path / "head"))
     with pytest.raises(ValueError, match=r"no output weights .* trained without `--share-output`"):
         export_pair(pair, server, tmp_path / "out")
