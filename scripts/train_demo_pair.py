@@ -33,6 +33,7 @@ from tqdm import tqdm
 from hf_specdec.pairs.compatibility import vocabulary_check
 from hf_specdec.pairs.pair_file import PairConfig
 from hf_specdec.tools.distillation import distillation_loss, first_layers, standard_library
+from hf_specdec.tools.recipe import optimizers
 from hf_specdec.tools.stdlib import HELD_OUT, STDLIB
 
 Llama, FastTokenizer = transformers.LlamaForCausalLM, transformers.PreTrainedTokenizerFast
@@ -96,26 +97,18 @@ def new_model(shape: tuple[int, ...], tokenizer: FastTokenizer) -> Llama:
     return model
 
 
-def optimisers(model: Llama, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon (torch 2.9 or newer) for the weight matrices, AdamW for the embeddings and the norms."""
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
-    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
-    muon = torch.optim.Muon(matrices, lr=lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-    return [muon, torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
-
-
 def optimise(model: Llama, steps: int, lr: float, next_loss: Callable[[], torch.Tensor], what: str) -> float:
     """Take `steps` steps, with a warm-up, then linear decay to zero; return the seconds they took."""
     began = time.perf_counter()
-    optimizers = optimisers(model.train(), lr)
+    chosen = optimizers(model.train(), lr, "muon", decay=0.0)
     warm_up = min(60, steps // 10 + 1)
-    schedules = [transformers.get_linear_schedule_with_warmup(each, warm_up, steps) for each in optimizers]
+    schedules = [transformers.get_linear_schedule_with_warmup(each, warm_up, steps) for each in chosen]
     smooth = None
     for _ in (bar := tqdm(range(steps), desc=what, mininterval=5)):
         loss = next_loss()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for each in (*optimizers, *schedules):
+        for each in (*chosen, *schedules):
             each.step()
         model.zero_grad()
         smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()

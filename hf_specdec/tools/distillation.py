@@ -9,7 +9,6 @@ import shutil
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_linear_sc
 from ..records.stats import SpeculationStats
 from .journal import Journal, read
 from .progress import progress
+from .recipe import Recipe, optimizers
 from .stdlib import STDLIB, modules
 
 GAMMA = 5  # draft length of the acceptance figures: the library's default
@@ -247,31 +247,6 @@ def _summed_loss(q_logits: Tensor, p_logits: Tensor, rows: Tensor, argmax_weight
 # -------------------------------------------------------------------------------------------------------- training
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How a draft is trained.
-
-    Attributes:
-        steps: number of weight updates.
-        rows: examples per forward.
-        accumulate: forwards per step.
-        lr: peak learning rate of AdamW, reached after a tenth of the steps, then falling linearly to zero.
-        argmax_weight: see `distillation_loss`.
-        completion_only_loss: train on the target's continuations, not on the prompts (as in TRL).
-        mixed_precision: "no", "bf16" or "fp16", for both models' forwards; the draft's weights are float32.
-        seed: seed for the order of the examples.
-    """
-
-    steps: int
-    rows: int
-    accumulate: int = 1
-    lr: float = 1e-3
-    argmax_weight: float = 0.5
-    completion_only_loss: bool = False
-    mixed_precision: str = "no"
-    seed: int = 0
-
-
 class Distillation:
     """A draft in training.
 
@@ -295,14 +270,14 @@ class Distillation:
                 f"the target is on {target.device}, accelerate trains on {here}: set CUDA_VISIBLE_DEVICES to choose"
             )
         draft = draft.float()
-        optimizer = torch.optim.AdamW(draft.parameters(), lr=recipe.lr, betas=(0.9, 0.95), weight_decay=0.01)
-        schedule = get_linear_schedule_with_warmup(optimizer, recipe.steps // 10, recipe.steps)
+        chosen = optimizers(draft, recipe.lr, recipe.optimizer)
+        schedules = [get_linear_schedule_with_warmup(each, recipe.steps // 10, recipe.steps) for each in chosen]
         rows: Any = _with_masks(examples, recipe.completion_only_loss)
         order = draws(len(rows), recipe.steps * recipe.accumulate * recipe.rows, recipe.seed)
         # Its own generator: a loader draws a seed whenever it is iterated, and a resumed run iterates once more.
         loader: Any = DataLoader(rows, recipe.rows, sampler=order, collate_fn=_collate, generator=torch.Generator())
-        prepared = self._accelerator.prepare(draft, optimizer, loader, schedule)
-        self._draft, self._optimizer, self._loader, self._schedule = prepared
+        self._draft, self._loader, *stepped = self._accelerator.prepare(draft, loader, *chosen, *schedules)
+        self._optimizers, self._schedules = stepped[: len(chosen)], stepped[len(chosen) :]
 
     def train(self) -> Iterator[float]:
         """Take the remaining steps, yielding each step's loss."""
@@ -314,9 +289,10 @@ class Distillation:
                 self._accelerator.backward(loss)
                 if self._accelerator.sync_gradients:
                     self._accelerator.clip_grad_norm_(self._draft.parameters(), 1.0)
-                self._optimizer.step()
-                self._schedule.step()
-                self._optimizer.zero_grad()
+                for stepped in (*self._optimizers, *self._schedules):
+                    stepped.step()
+                for optimizer in self._optimizers:
+                    optimizer.zero_grad()
             total += loss.item() / self.recipe.accumulate
             if self._accelerator.sync_gradients:
                 self.step += 1

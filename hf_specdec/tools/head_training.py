@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
@@ -17,11 +18,13 @@ from transformers import LlamaConfig, PreTrainedModel
 
 from ..drafters.heads import Eagle3Config, Eagle3Head
 from ..models.tap import Tap
-from .distillation import Distillation, Recipe, distillation_loss
+from .distillation import Distillation, distillation_loss
+from .recipe import Recipe
 
 DRAFTED = 4  # drafts from each position
+ALONE = 0.6  # of the steps learn only the first, which takes a third of the time and is what the others build upon
 DECAY = 0.8  # how much less each of them counts than the one before
-KEPT = 8 * 2**30  # bytes of the target's outputs that are kept for later epochs
+KEPT = 0.5  # of the host's free memory, at most, holds what the target makes of the texts, for later epochs
 
 
 def frequent_tokens(rows: Iterable[Sequence[int]], count: int, vocab_size: int) -> Tensor:
@@ -153,7 +156,7 @@ def _still_needed(learned: Tensor, length: int, drafted: int) -> Tensor:
 
 
 class _Outputs(NamedTuple):
-    """What the target makes of one text.
+    """What the target makes of one text, on the host.
 
     Attributes:
         states: those that the head reads, each `[tokens, hidden]`.
@@ -171,21 +174,23 @@ class _Outputs(NamedTuple):
 class HeadDistillation(Distillation):
     """A head in training; `Distillation` says what else it does.
 
-    The target reads each text once, as long as what it makes of them all fits into KEPT bytes of its device.
+    The target reads each text once, as long as what it makes of them all fits into a share KEPT of the host's memory.
     """
 
     def __init__(self, draft: Any, target: PreTrainedModel, examples: Dataset, recipe: Recipe) -> None:
         super().__init__(draft, target, examples, recipe)
         self._kept: dict[bytes, _Outputs] = {}
-        self._room = KEPT
+        self._room = int(KEPT * psutil.virtual_memory().available)  # bytes
 
     def _loss(self, batch: dict[str, Tensor]) -> Tensor:
         counted = batch.pop("counted").bool()
         head: Any = self._accelerator.unwrap_model(self._draft)
         outputs = self._of_target(head, batch, counted)
-        states = [pad_sequence(list(parts), batch_first=True) for parts in zip(*(each.states for each in outputs))]
-        wanted = outputs[0].logits.new_zeros(*counted.shape, outputs[0].logits.shape[-1])
-        wanted[counted] = torch.cat([each.logits for each in outputs])
+        kept = zip(*(each.states for each in outputs))
+        states = [pad_sequence(list(parts), batch_first=True).to(counted.device) for parts in kept]
+        logits = torch.cat([each.logits for each in outputs]).to(counted.device)
+        wanted = logits.new_zeros(*counted.shape, logits.shape[-1])
+        wanted[counted] = logits
         embeddings: Any = self.target.get_input_embeddings()
         shared = head.shared_output(self.target)
         with self._accelerator.autocast():
@@ -197,6 +202,7 @@ class HeadDistillation(Distillation):
                 counted,
                 embeddings.weight.detach(),
                 self.recipe.argmax_weight,
+                1 if self.step < ALONE * self.recipe.steps else DRAFTED,
                 output=None if shared is None else shared.detach().to(head.dtype),  # the head's weights are float32
             )
 
@@ -235,6 +241,11 @@ class HeadDistillation(Distillation):
         for row, length in enumerate(batch["attention_mask"].sum(dim=1).tolist()):
             learned = logits[row][counted[row]]
             yield _Outputs(
-                [part[row, :length].clone() for part in seen[0]],
-                learned.clone() if head.target_ids is None else learned[:, head.target_ids],
+                [_on_host(part[row, :length]) for part in seen[0]],
+                _on_host(learned if head.target_ids is None else learned[:, head.target_ids]),
             )
+
+
+def _on_host(part: Tensor) -> Tensor:
+    """A copy, which does not keep what it is a part of."""
+    return part.cpu() if part.device.type != "cpu" else part.clone()

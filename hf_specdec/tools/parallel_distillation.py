@@ -19,7 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..drafters.parallel import mask_token
 from ..models.masks import Mask, follows_masks, ragged_mask
-from .distillation import Distillation, Recipe, distillation_loss
+from .distillation import Distillation, distillation_loss
+from .recipe import Recipe
 
 DRAFTS = 8  # tokens that one forward learns to predict
 KEPT, LEAST_KEPT = 0.7, 0.2  # of the blocks with k mask tokens, the share that has one more; of all, the least that do

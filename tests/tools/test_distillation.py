@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Pre
 
 from hf_specdec import SpeculationStats
 from hf_specdec.tools import distillation
-from hf_specdec.tools.distillation import Distillation, Recipe
+from hf_specdec.tools.distillation import Distillation
+from hf_specdec.tools.recipe import Recipe
 
 
 @pytest.fixture(scope="module")
@@ -246,13 +247,13 @@ def noisy_pair() -> tuple[PreTrainedModel, PreTrainedModel]:
 
 
 def weights_after(
-    steps: int, folder: Path, pieces: list[list[int]], resume: bool = False, cut: int = 0
+    steps: int, folder: Path, pieces: list[list[int]], resume: bool = False, cut: int = 0, optimizer: str = "adamw"
 ) -> Distillation:
     """A run of 7 steps that is resumed from `folder`, or saved there after `cut` steps, and stopped after `steps`."""
     target, draft = noisy_pair()
     torch.manual_seed(5)
     data = Dataset.from_dict({"input_ids": pieces[:10]})  # which the order uses more than once
-    run = Distillation(draft, target, data, Recipe(steps=7, rows=2, accumulate=2, lr=1e-2))
+    run = Distillation(draft, target, data, Recipe(steps=7, rows=2, accumulate=2, lr=1e-2, optimizer=optimizer))
     if resume:
         torch.manual_seed(99)
         run.load(folder)
@@ -264,10 +265,13 @@ def weights_after(
     return run
 
 
-def test_an_interrupted_and_resumed_run_ends_with_the_same_weights(tmp_path: Path, pieces: list[list[int]]) -> None:
-    whole = weights_after(7, tmp_path / "whole", pieces, cut=5)
-    weights_after(3, tmp_path / "parts", pieces, cut=3)
-    resumed = weights_after(7, tmp_path / "parts", pieces, resume=True)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_interrupted_and_resumed_run_ends_with_the_same_weights(
+    optimizer: str, tmp_path: Path, pieces: list[list[int]]
+) -> None:
+    whole = weights_after(7, tmp_path / "whole", pieces, cut=5, optimizer=optimizer)
+    weights_after(3, tmp_path / "parts", pieces, cut=3, optimizer=optimizer)
+    resumed = weights_after(7, tmp_path / "parts", pieces, resume=True, optimizer=optimizer)
     assert resumed.step == 7
     expected, given = whole.draft().state_dict(), resumed.draft().state_dict()
     assert all(torch.equal(expected[name], given[name]) for name in expected)

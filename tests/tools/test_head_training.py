@@ -1,7 +1,9 @@
 """Heads in training: the loss is that of the drafts which the head will make, and acceptance rises."""
 
 import copy
+import inspect
 
+import psutil
 import pytest
 import torch
 from conftest import VOCAB
@@ -13,8 +15,9 @@ from transformers import PreTrainedModel
 
 from hf_specdec import Eagle3Head
 from hf_specdec.tools import head_training
-from hf_specdec.tools.distillation import Recipe, acceptance, distillation_loss
-from hf_specdec.tools.head_training import DECAY, HeadDistillation, frequent_tokens, new_head, training_loss
+from hf_specdec.tools.distillation import acceptance, distillation_loss
+from hf_specdec.tools.head_training import DECAY, DRAFTED, HeadDistillation, frequent_tokens, new_head, training_loss
+from hf_specdec.tools.recipe import Recipe
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +102,23 @@ def test_training_raises_the_acceptance_and_leaves_the_target_alone(
     assert all(torch.equal(weights, before[name]) for name, weights in target.state_dict().items())
 
 
+def test_the_first_draft_is_learned_alone_before_the_others(
+    target: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = torch.randint(2, VOCAB, (8, 9)).tolist()
+    examples = Dataset.from_dict({"input_ids": texts, "completion_mask": [[1] * 9] * 8})
+    given = []
+
+    def loss(*args: object, **options: object) -> Tensor:
+        given.append(inspect.signature(training_loss).bind(*args, **options).arguments["drafted"])
+        return training_loss(*args, **options)
+
+    monkeypatch.setattr(head_training, "training_loss", loss)
+    training = HeadDistillation(new_head(target, some_tokens(80)), target, examples, Recipe(steps=5, rows=4))
+    list(training.train())
+    assert given == [1, 1, 1, DRAFTED, DRAFTED]
+
+
 def test_what_is_kept_of_the_target_changes_nothing(target: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of it, a part, or nothing; with one text twice, of which different tokens are learned."""
     texts = torch.randint(2, VOCAB, (12, 9)).tolist()
@@ -108,7 +128,7 @@ def test_what_is_kept_of_the_target_changes_nothing(target: PreTrainedModel, mon
     examples = Dataset.from_dict({"input_ids": texts, "completion_mask": masks})
     found, reads = [], []
     for room in (2**30, 20_000, 0):
-        monkeypatch.setattr(head_training, "KEPT", room)
+        monkeypatch.setattr(head_training, "KEPT", room / psutil.virtual_memory().available)
         torch.manual_seed(0)
         recipe = Recipe(steps=9, rows=4, lr=0.02, completion_only_loss=True)
         training = HeadDistillation(new_head(target, some_tokens(80)), target, examples, recipe)

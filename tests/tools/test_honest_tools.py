@@ -24,6 +24,7 @@ from hf_specdec.pairs.pair_file import ModelReference, PairConfig
 from hf_specdec.tools import bootstrap, distillation, progress, quality, tuning
 from hf_specdec.tools.lossless import Rounding
 from hf_specdec.tools.measure import Method, Record, Run
+from hf_specdec.tools.recipe import Recipe
 from hf_specdec.tools.settings import Setting
 from hf_specdec.tools.summary import Spread
 
@@ -220,7 +221,7 @@ def test_prompt_tokens_can_be_left_out_of_the_loss(target: PreTrainedModel) -> N
     draft = perturbed(target, 0.5)
     losses = {}
     for only in (False, True):
-        recipe = distillation.Recipe(steps=1, rows=6, argmax_weight=0.0, completion_only_loss=only)
+        recipe = Recipe(steps=1, rows=6, argmax_weight=0.0, completion_only_loss=only)
         run = distillation.Distillation(perturbed(target, 0.5), target, data, recipe)
         rows = list(run._loader)
         losses[only] = float(run._loss(rows[0]))

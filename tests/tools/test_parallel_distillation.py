@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from hf_specdec.drafters.parallel import mask_token
 from hf_specdec.tools import distillation
-from hf_specdec.tools.distillation import Recipe, _collate, distillation_loss
+from hf_specdec.tools.distillation import _collate, distillation_loss
 from hf_specdec.tools.parallel_distillation import (
     DRAFTS,
     ParallelDistillation,
@@ -18,6 +18,7 @@ from hf_specdec.tools.parallel_distillation import (
     block_mask,
     blocks,
 )
+from hf_specdec.tools.recipe import Recipe
 
 
 def test_a_block_has_no_gaps_and_no_more_than_the_text_holds() -> None:
