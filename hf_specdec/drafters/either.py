@@ -29,7 +29,7 @@ class Either(Drafter):
         suffix: a drafter that says how sure it is (`Draft.confidence`), such as `SuffixDrafter`.
 
     Raises:
-        TypeError, ValueError: if these are not drafters, or not two, or draft on the target's cache.
+        TypeError, ValueError: if these are not drafters, or not two, or draft on the target's cache or states.
     """
 
     def __init__(self, model_draft: PreTrainedModel | Drafter, suffix: Drafter):
@@ -40,7 +40,9 @@ class Either(Drafter):
         if not isinstance(suffix, Drafter):
             raise TypeError(f"`suffix` must be a hf_specdec.Drafter, got {type(suffix).__name__}")
         if getattr(model_draft, "uses_target", False) or suffix.uses_target:
-            raise ValueError("hf_specdec.Either cannot use drafters that work on the target's own cache: pass others")
+            raise ValueError(
+                "hf_specdec.Either cannot use drafters that work on the target's own cache or hidden states: pass others"
+            )
         if suffix is model_draft:
             raise ValueError("`model_draft` and `suffix` are the same drafter: pass two")
         self.first = model_draft if isinstance(model_draft, Drafter) else drafter_of(model_draft)

@@ -46,7 +46,7 @@ def show(
         methods.assisted_lookup(4),
         Method("HF, this head", ASSISTED, lambda: {"assistant_model": head}),
         Method("ours, this head", OURS, lambda: {"strategy": "spec", "assistant_model": head}),
-        *(methods.ours(head, {}, "", drafter=name) for name in ("lookup", "suffix", "either")),
+        *(methods.ours(head, {}, "", drafter=name) for name in ("lookup", "suffix")),
     ]
     bare = BareForwards(target, head)
     records = compare(console, target, chosen, batches, new_tokens, rounds, bare)

@@ -33,7 +33,7 @@ DRAFTERS: dict[str, Callable[[SpecPair], dict[str, Any]]] = {
     "other tokenizer": other_tokenizer,
     "look-up": lambda pair: {"prompt_lookup_num_tokens": 4},
     "suffix": lambda pair: {"assistant_model": SuffixDrafter()},
-    "either": lambda pair: {"assistant_model": Either(pair.draft, SuffixDrafter())},
+    "either": lambda pair: {"assistant_model": Either(first_layers(pair.target, 20), SuffixDrafter())},
     "early exit": lambda pair: {"assistant_early_exit": 25},
 }
 
