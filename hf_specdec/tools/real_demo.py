@@ -127,7 +127,7 @@ def _print_speed(console: Console, figures: dict[str, dict[str, Any]], vanilla: 
     known = {name: found for name, found in figures.items() if "refused" not in found}
     table = Table("prompt", title=title, title_justify="left", caption=caption, caption_justify="left")
     for name in known:
-        table.add_column(name, justify="right")
+        table.add_column("\n".join(name.split()), justify="right")  # so that they fit into 80 columns
     for category, _ in PROMPTS:
         table.add_row(category, *(f"{found['by_prompt'][category]:.2f}x" for found in known.values()))
     table.add_section()
