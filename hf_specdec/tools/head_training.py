@@ -22,7 +22,7 @@ from .distillation import Distillation, distillation_loss
 from .recipe import Recipe
 
 DRAFTED = 4  # drafts from each position
-ALONE = 0.6  # of the steps learn only the first, which takes a third of the time and is what the others build upon
+ALONE = 0.6  # of the steps learn only the first, which is cheaper, and what the others build upon
 DECAY = 0.8  # how much less each of them counts than the one before
 KEPT = 0.5  # of the host's free memory, at most, holds what the target makes of the texts, for later epochs
 
