@@ -41,7 +41,8 @@ class Either(Drafter):
             raise TypeError(f"`suffix` must be a hf_specdec.Drafter, got {type(suffix).__name__}")
         if getattr(model_draft, "uses_target", False) or suffix.uses_target:
             raise ValueError(
-                "hf_specdec.Either cannot use drafters that work on the target's own cache or hidden states: pass others"
+                "hf_specdec.Either cannot use drafters that work on the target's own cache or hidden states: "
+                "pass others"
             )
         if suffix is model_draft:
             raise ValueError("`model_draft` and `suffix` are the same drafter: pass two")
