@@ -76,7 +76,7 @@ def summary(found: dict[Engine, list[Timed] | str]) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     programs = list(dict.fromkeys(engine.program for engine in ENGINES))
@@ -86,7 +86,11 @@ def main() -> None:
     add("--new-tokens", type=positive, default=96, metavar="N", help="tokens per prompt (default: 96)")
     add("--rounds", type=positive, default=3, metavar="N", help="timed rounds (default: 3)")
     add("--threads", type=positive, default=os.cpu_count(), metavar="N", help="of each engine (default: one per core)")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
     quiet()
     from transformers import AutoTokenizer
 
