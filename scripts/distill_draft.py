@@ -93,8 +93,8 @@ def parser() -> argparse.ArgumentParser:
     add("--accumulate", type=positive, default=1, metavar="N", help="forwards per step (default: 1)")
     add("--lr", type=float, help="peak learning rate (default: 1 / hidden size of the draft, which is 0.005 for the "
         "embedded pair; use less to fine-tune a good draft)")  # fmt: skip
-    add("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon (PyTorch 2.9) learns faster from little "
-        "text (default: adamw)")  # fmt: skip
+    add("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon (PyTorch 2.9) is for the matrices "
+        "between embeddings and output (default: adamw)")  # fmt: skip
     add("--argmax-weight", type=float, default=0.5, metavar="W",
         help="weight of cross-entropy on the target's choice, for greedy use (default: 0.5)")  # fmt: skip
     add("--completion-only-loss", action="store_true", help="train on the target's continuations, not on the prompts")

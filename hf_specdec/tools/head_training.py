@@ -241,11 +241,6 @@ class HeadDistillation(Distillation):
         for row, length in enumerate(batch["attention_mask"].sum(dim=1).tolist()):
             learned = logits[row][counted[row]]
             yield _Outputs(
-                [_on_host(part[row, :length]) for part in seen[0]],
-                _on_host(learned if head.target_ids is None else learned[:, head.target_ids]),
+                [part[row, :length].to("cpu", copy=True) for part in seen[0]],
+                (learned if head.target_ids is None else learned[:, head.target_ids]).to("cpu", copy=True),
             )
-
-
-def _on_host(part: Tensor) -> Tensor:
-    """A copy, which does not keep what it is a part of."""
-    return part.cpu() if part.device.type != "cpu" else part.clone()

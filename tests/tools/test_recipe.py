@@ -14,12 +14,13 @@ def names(draft: nn.Module, optimizer: torch.optim.Optimizer) -> set[str]:
     return {name for name, weight in draft.named_parameters() if id(weight) in taken}
 
 
-def drafts() -> list[nn.Module]:
-    head = make_parts(draft_vocab_size=40)
-    return [make_model(ARCHITECTURES["llama"]()), random_head(head, some_tokens(40))]
+@pytest.fixture(params=["model", "head"])
+def draft(request: pytest.FixtureRequest) -> nn.Module:
+    if request.param == "model":
+        return make_model(ARCHITECTURES["llama"]())
+    return random_head(make_parts(draft_vocab_size=40), some_tokens(40))
 
 
-@pytest.mark.parametrize("draft", drafts(), ids=["model", "head"])
 def test_muon_takes_the_matrices_between_embeddings_and_output(draft: nn.Module) -> None:
     every = {name for name, _ in draft.named_parameters()}
     muon, adamw = (names(draft, each) for each in optimizers(draft, 1e-3, "muon"))
